@@ -1,0 +1,229 @@
+"""``low_rank_matmul``: an exact product whose backward pass runs on a few Walsh coefficients of the token grid.
+
+For ``y = x W`` and a cotangent ``g``, with ``A`` and ``E`` the projection and the expansion along the token axis,
+
+    dW = (A x)^T (A g)        dx = E ((A g) W^T)        (LBP-WHT, section 3 and figure 2)
+
+so that only ``A x`` and ``W`` are kept for the backward pass.
+"""
+
+import dataclasses
+import functools
+import math
+import operator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from lbpwht_jax.projection import coefficient_count, expand, project
+from lbpwht_jax.spec import Grid, LowRankSpec
+
+
+@dataclasses.dataclass(frozen=True)
+class _Static:
+    """What the operation needs beyond arrays; hashable."""
+
+    spec: LowRankSpec
+    grid: Grid
+    prefix_tokens: int
+    precision: Any
+    accumulate: Any
+    output: Any
+    out_sharding: Any
+
+
+def _product(a: jax.Array, b: jax.Array, contract: tuple, static: _Static, out_sharding: Any = None) -> jax.Array:
+    dtype = jnp.promote_types(a.dtype, b.dtype)
+    return lax.dot_general(
+        a.astype(dtype),
+        b.astype(dtype),
+        (contract, ((), ())),
+        precision=static.precision,
+        preferred_element_type=static.accumulate,
+        out_sharding=out_sharding,
+    )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _matmul(x: jax.Array, kernel: jax.Array, static: _Static) -> jax.Array:
+    return _product(x, kernel, ((x.ndim - 1,), (0,)), static, static.out_sharding).astype(static.output)
+
+
+def _forward(x, kernel, static):
+    saved = x
+    if static.spec.dw == "low_rank":
+        saved = project(x, static.spec, static.grid, static.prefix_tokens, static.precision)
+    return _matmul(x, kernel, static), (saved, kernel)
+
+
+def _backward(static, residuals, g):
+    saved, kernel = residuals
+    spec, at = static.spec, (static.spec, static.grid, static.prefix_tokens, static.precision)
+    channels = (g.ndim - 1,), (1,)
+    rows = tuple(range(g.ndim - 1))
+    coefficients = None
+    if "low_rank" in (spec.dx, spec.dw):
+        coefficients = project(g, *at)
+    if spec.dx == "low_rank":
+        dx = _product(coefficients, kernel, channels, static).astype(saved.dtype)
+        dx = expand(dx, *at)
+    else:
+        dx = _product(g, kernel, channels, static).astype(saved.dtype)
+    dw = _product(saved, coefficients if spec.dw == "low_rank" else g, (rows, rows), static, _sharding(kernel))
+    return dx, dw.astype(kernel.dtype)
+
+
+_matmul.defvjp(_forward, _backward)
+
+
+def _sharding(kernel: jax.Array) -> Any:
+    """The kernel's sharding where the mesh has explicit axes, which products over a sharded batch must then be told."""
+    sharding = jax.typeof(kernel).sharding
+    return sharding if sharding.mesh.axis_types and not sharding.mesh.are_all_axes_auto_or_manual else None
+
+
+def _vary_alike(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Inside ``shard_map``, casts both to vary over the same mesh axes, so that a replicated kernel's cotangent is summed."""
+    axes = [jax.typeof(a).manual_axis_type.varying for a in (x, kernel)]
+    missing = [tuple(sorted((axes[0] | axes[1]) - own)) for own in axes]
+    return tuple(lax.pcast(a, names, to="varying") if names else a for a, names in zip((x, kernel), missing, strict=True))  # pyright: ignore[reportReturnType]
+
+
+def check_grid(shape: tuple[int, ...], spec: LowRankSpec, grid: Grid | None, prefix_tokens: int, name: str) -> Grid:
+    """The token grid of an input, checked.
+
+    Args:
+      shape: of the input: ``[..., prefix_tokens + tokens, channels]``, or ``[..., *grid, channels]`` if ``grid`` is ``None``.
+      spec: the functions kept.
+      grid: tokens along each axis, or ``None``.
+      prefix_tokens: leading tokens outside the grid.
+      name: where the layer is, opening the messages.
+
+    Returns:
+      Tokens along each axis.
+
+    Raises:
+      TypeError: if ``spec`` is no ``LowRankSpec``, or ``grid`` or ``prefix_tokens`` hold no integers.
+      ValueError: if the grid is missing or does not fit the input or the spec.
+    """
+    if not isinstance(spec, LowRankSpec):
+        raise TypeError(f"{name}: spec must be a LowRankSpec, such as lp_l1(4), got {spec!r}")
+    try:
+        prefix_tokens = operator.index(prefix_tokens)
+        grid = None if grid is None else tuple(operator.index(n) for n in grid)
+    except TypeError:
+        raise TypeError(
+            f"{name}: grid must be a tuple of integers and prefix_tokens an integer, got grid={grid!r}, "
+            f"prefix_tokens={prefix_tokens!r}"
+        ) from None
+    if prefix_tokens < 0:
+        raise ValueError(f"{name}: prefix_tokens must not be negative, got {prefix_tokens}")
+    if grid is None:
+        if prefix_tokens:
+            raise ValueError(
+                f"{name}: prefix_tokens={prefix_tokens} needs a token axis, but without a grid the input {list(shape)} is a "
+                "channels-last map, which has none; pass grid=(height, width) and x of shape [..., tokens, channels]"
+            )
+        if len(shape) < spec.ndim + 2:
+            raise ValueError(
+                f"{name}: the grid is missing. Without it the input must be a channels-last map of shape "
+                f"[batch, {', '.join(['size'] * spec.ndim)}, channels], got {list(shape)}. For tokens, "
+                f"[..., tokens, channels], pass grid=({', '.join(['size'] * spec.ndim)},); for a single map add a batch axis"
+            )
+        grid = shape[-1 - spec.ndim : -1]
+    if len(grid) != spec.ndim:
+        raise ValueError(
+            f"{name}: the spec's functions have {spec.ndim} axes and the grid {grid} has {len(grid)}; "
+            f"make the spec with ndim={len(grid)}, such as lp_l1(4, ndim={len(grid)})"
+        )
+    if min(grid) < 1:
+        raise ValueError(f"{name}: every axis of the grid needs at least one token, got {grid}")
+    return grid
+
+
+def _check(x: jax.Array, kernel: jax.Array, spec: LowRankSpec, grid: Grid | None, prefix_tokens: int, name: str) -> Grid:
+    flat = grid is not None
+    grid = check_grid(x.shape, spec, grid, prefix_tokens, name)
+    for label, array in (("x", x), ("kernel", kernel)):
+        if not jnp.issubdtype(array.dtype, jnp.floating):
+            raise TypeError(f"{name}: {label} must be of a floating-point dtype, got {array.dtype}; cast it first")
+    if kernel.ndim != 2:
+        raise ValueError(f"{name}: the kernel must be [in, out], got shape {list(kernel.shape)}")
+    if flat:
+        expected = prefix_tokens + math.prod(grid)
+        if x.ndim < 2 or x.shape[-2] != expected:
+            raise ValueError(
+                f"{name}: grid {grid} with {prefix_tokens} prefix tokens makes {expected} tokens, but x of shape "
+                f"{list(x.shape)} has {x.shape[-2] if x.ndim > 1 else 'no token axis'} along its token axis"
+            )
+    if x.shape[-1] != kernel.shape[0]:
+        raise ValueError(
+            f"{name}: x of shape {list(x.shape)} has {x.shape[-1]} channels, but the kernel of shape "
+            f"{list(kernel.shape)} takes {kernel.shape[0]}"
+        )
+    if not coefficient_count(spec, grid):
+        raise ValueError(
+            f"{name}: none of the functions {spec.bases} exists on the grid {grid}, so every gradient would be zero; "
+            "keep the mean, (0, 0), or use a larger grid"
+        )
+    return grid
+
+
+def low_rank_matmul(
+    x: jax.Array,
+    kernel: jax.Array,
+    spec: LowRankSpec,
+    grid: Grid | None = None,
+    prefix_tokens: int = 0,
+    *,
+    precision: Any = None,
+    preferred_element_type: Any = None,
+    out_sharding: Any = None,
+    name: str = "low_rank_matmul",
+) -> jax.Array:
+    """``x @ kernel``, exact, with a low-rank backward pass along the token grid (LBP-WHT, section 3).
+
+    Only the coefficients of ``x`` (and its prefix tokens) and the kernel are kept for the backward pass; with
+    ``spec.dw == "exact"`` all of ``x`` is. Reverse-mode differentiation only, once.
+
+    Args:
+      x: ``[..., prefix_tokens + tokens, in]`` with ``grid``; ``[batch, ..., *grid, in]`` (channels-last maps, at least one
+        batch axis) without. Floating point.
+      kernel: ``[in, out]``, floating point.
+      spec: the functions kept and what is low-rank.
+      grid: tokens along each axis, their product being ``tokens``; read off ``x`` if ``None``.
+      prefix_tokens: leading tokens outside the grid (class or register tokens), backpropagated exactly.
+      precision: of all products, forward and backward, as for ``jax.lax.dot_general``.
+      preferred_element_type: dtype of the result, as for ``jax.lax.dot_general``; by default what ``x @ kernel`` has.
+      out_sharding: of the result, on a mesh with explicit axes, as for ``jax.lax.dot_general``.
+      name: where the operation stands, opening the error messages.
+
+    Returns:
+      ``[..., out]``, of the shape of ``x`` but for the channels. Products accumulate in float32 or wider; the cotangents of
+      ``x`` and ``kernel`` have their dtypes.
+
+    Raises:
+      TypeError: inputs that are not floating point, a spec that is no ``LowRankSpec``, a grid that is no tuple of integers.
+      ValueError: a grid that is missing or does not fit ``x`` or the spec, prefix tokens without a grid, channels of ``x`` and
+        ``kernel`` that differ, a selection of which nothing exists on the grid. All at trace time.
+    """
+    x, kernel = jnp.asarray(x), jnp.asarray(kernel)
+    flat_grid = _check(x, kernel, spec, grid, prefix_tokens, name)
+    output = jnp.result_type(x, kernel) if preferred_element_type is None else jnp.dtype(preferred_element_type)
+    static = _Static(
+        spec,
+        flat_grid,
+        operator.index(prefix_tokens),
+        precision if isinstance(precision, (str, lax.Precision, type(None))) else tuple(precision),
+        jnp.promote_types(jnp.promote_types(x.dtype, kernel.dtype), jnp.float32),
+        output,
+        out_sharding,
+    )
+    x, kernel = _vary_alike(x, kernel)
+    if grid is not None:
+        return _matmul(x, kernel, static)
+    tokens = x.reshape(*x.shape[: -1 - spec.ndim], math.prod(flat_grid), x.shape[-1])
+    y = _matmul(tokens, kernel, static)
+    return y.reshape(*x.shape[:-1], kernel.shape[1])

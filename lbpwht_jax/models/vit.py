@@ -1,0 +1,181 @@
+"""Plain and distilled vision transformers: ViT (Dosovitskiy et al., 2021) and DeiT (Touvron et al., 2021), timm's names."""
+
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from lbpwht_jax.models.blocks import DropPath, Mlp, Plan, check_images, dense, drop_path_rates
+from lbpwht_jax.models.info import IMAGENET_MEAN, IMAGENET_STD, ModelInfo
+from lbpwht_jax.spec import Grid
+
+
+class PatchEmbed(nn.Module):
+    """Cuts images into patches and maps each to one token.
+
+    Attributes:
+      dim: channels of a token.
+      patch_size: edge of a patch, in pixels.
+      dtype: of the computation.
+    """
+
+    dim: int
+    patch_size: int
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(self, images: jax.Array) -> jax.Array:
+        """``[batch, height, width, channels]`` to ``[batch, height / patch_size, width / patch_size, dim]``."""
+        size = (self.patch_size, self.patch_size)
+        return nn.Conv(self.dim, size, size, "VALID", dtype=self.dtype, name="proj")(images)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with a fused ``qkv`` layer.
+
+    Attributes:
+      heads: number of heads; the channels are divided among them.
+      grid: patches along each axis.
+      prefix_tokens: class and distillation tokens in front.
+      plan: which layers are low-rank.
+      dtype: of the computation.
+    """
+
+    heads: int
+    grid: Grid
+    prefix_tokens: int
+    plan: Plan = Plan()
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """``x`` of shape ``[batch, prefix_tokens + tokens, channels]``; the result has the same shape."""
+        tokens = {"grid": self.grid, "prefix_tokens": self.prefix_tokens}
+        batch, length, channels = x.shape
+        qkv = dense(self, "qkv", 3 * channels, **tokens)(x)
+        query, key, value = jnp.moveaxis(qkv.reshape(batch, length, 3, self.heads, channels // self.heads), 2, 0)
+        x = jax.nn.dot_product_attention(query, key, value)
+        return dense(self, "proj", channels, **tokens)(x.reshape(batch, length, channels))
+
+
+class Block(nn.Module):
+    """A pre-norm transformer block.
+
+    Attributes:
+      heads: attention heads.
+      mlp_ratio: hidden channels of the MLP over the block's channels.
+      grid: patches along each axis.
+      prefix_tokens: class and distillation tokens in front.
+      drop_path: probability of dropping each residual branch while training.
+      plan: which layers are low-rank.
+      dtype: of the computation.
+    """
+
+    heads: int
+    mlp_ratio: int
+    grid: Grid
+    prefix_tokens: int
+    drop_path: float = 0.0
+    plan: Plan = Plan()
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        """``x`` of shape ``[batch, prefix_tokens + tokens, channels]``; the result has the same shape."""
+        norm = functools.partial(nn.LayerNorm, epsilon=1e-6, dtype=self.dtype)
+        common = {"grid": self.grid, "prefix_tokens": self.prefix_tokens, "plan": self.plan, "dtype": self.dtype}
+        y = Attention(self.heads, **common, name="attn")(norm(name="norm1")(x))
+        x = x + DropPath(self.drop_path)(y, train)
+        y = Mlp(self.mlp_ratio * x.shape[-1], **common, name="mlp")(norm(name="norm2")(x))
+        return x + DropPath(self.drop_path)(y, train)
+
+
+class VisionTransformer(nn.Module):
+    """A vision transformer for image classification.
+
+    Attributes:
+      num_classes: outputs.
+      image_size: height and width of the images, in pixels, a multiple of ``patch_size``.
+      patch_size: edge of a patch, in pixels.
+      dim: channels.
+      depth: number of blocks.
+      heads: attention heads a block.
+      mlp_ratio: hidden channels of the MLPs over ``dim``.
+      distilled: adds DeiT's distillation token and its head; the two heads' outputs are averaged.
+      drop_path: probability of dropping the last block's residual branches; the earlier blocks' rise linearly to it.
+      remat: recomputes each block in the backward pass instead of keeping its activations.
+      frozen_batch_norm: without effect, the family has no batch normalisation.
+      plan: which layers are low-rank.
+      dtype: of the computation.
+    """
+
+    num_classes: int
+    image_size: int
+    patch_size: int
+    dim: int
+    depth: int
+    heads: int
+    mlp_ratio: int = 4
+    distilled: bool = False
+    drop_path: float = 0.0
+    remat: bool = False
+    frozen_batch_norm: bool = False
+    plan: Plan = Plan()
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
+        """Classifies images.
+
+        Args:
+          images: ``[batch, image_size, image_size, channels]``, normalised.
+          train: whether drop path is on.
+
+        Returns:
+          Logits, ``[batch, num_classes]``.
+
+        Raises:
+          ValueError: if the images are not of ``image_size``, or that is no multiple of ``patch_size``.
+        """
+        check_images(self, images, self.patch_size)
+        x = PatchEmbed(self.dim, self.patch_size, self.dtype, name="patch_embed")(images)
+        batch, *grid, _ = x.shape
+        x = x.reshape(batch, -1, self.dim)
+        names = ["cls_token", "dist_token"] if self.distilled else ["cls_token"]
+        tokens = [self.param(name, nn.initializers.normal(0.02), (1, 1, self.dim)) for name in names]
+        tokens = [jnp.broadcast_to(token.astype(x.dtype), (batch, 1, self.dim)) for token in tokens]
+        x = jnp.concatenate([*tokens, x], axis=1)
+        x = x + self.param("pos_embed", nn.initializers.normal(0.02), (1, *x.shape[1:])).astype(x.dtype)
+        block = nn.remat(Block, static_argnums=(2,)) if self.remat else Block
+        for i, rate in enumerate(drop_path_rates(self.drop_path, self.depth)):
+            x = block(
+                self.heads,
+                self.mlp_ratio,
+                tuple(grid),
+                len(names),
+                drop_path=rate,
+                plan=self.plan,
+                dtype=self.dtype,
+                name=f"blocks_{i}",
+            )(x, train)
+        x = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name="norm")(x)
+        logits = nn.Dense(self.num_classes, dtype=self.dtype, name="head")(x[:, 0])
+        if self.distilled:
+            logits = (logits + nn.Dense(self.num_classes, dtype=self.dtype, name="head_dist")(x[:, 1])) / 2
+        return logits
+
+
+def _info(patch_size: int, dim: int, depth: int, heads: int, image_size: int = 224, **fields) -> ModelInfo:
+    distilled = {"distilled": fields.pop("distilled")} if "distilled" in fields else {}
+    arguments = {"patch_size": patch_size, "dim": dim, "depth": depth, "heads": heads, **distilled}
+    return ModelInfo(VisionTransformer, arguments, image_size, layers=r"blocks_\d+/(attn/(qkv|proj)|mlp/fc[12])$", **fields)
+
+
+_VIT = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5), "crop": 0.9}
+_DEIT = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD, "crop": 0.9}
+
+MODELS = {
+    "vit_micro_patch4_28": _info(4, 96, 6, 4, image_size=28, channels=1, mean=(0.5,), std=(0.5,), crop=1.0),
+}
