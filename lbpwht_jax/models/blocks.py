@@ -46,9 +46,17 @@ def dense(
     return LowRankDense(features, spec=spec, grid=grid, prefix_tokens=prefix_tokens, dtype=parent.dtype, name=name, **arguments)
 
 
+@jax.custom_jvp
 def gelu(x: jax.Array) -> jax.Array:
-    """The exact GELU (by erf), which the reference models use."""
+    """The exact GELU (by erf), which the reference models use, keeping one array for the backward pass instead of three."""
     return nn.gelu(x, approximate=False)
+
+
+@gelu.defjvp
+def _gelu_jvp(primals, tangents):
+    (x,), (t,) = primals, tangents
+    slope = jax.scipy.stats.norm.cdf(x) + x * jax.scipy.stats.norm.pdf(x)
+    return gelu(x), slope * t
 
 
 def check_images(module: Any, images: jax.Array, multiple: int) -> None:
