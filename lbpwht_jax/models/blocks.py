@@ -55,8 +55,9 @@ def gelu(x: jax.Array) -> jax.Array:
 @gelu.defjvp
 def _gelu_jvp(primals, tangents):
     (x,), (t,) = primals, tangents
-    slope = jax.scipy.stats.norm.cdf(x) + x * jax.scipy.stats.norm.pdf(x)
-    return gelu(x), slope * t
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    slope = jax.scipy.stats.norm.cdf(wide) + wide * jax.scipy.stats.norm.pdf(wide)
+    return gelu(x), slope.astype(x.dtype) * t
 
 
 def check_images(module: Any, images: jax.Array, multiple: int) -> None:
