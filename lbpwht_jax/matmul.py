@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lbpwht_jax.projection import coefficient_count, expand, project
+from lbpwht_jax.projection import accumulation_dtype, coefficient_count, expand, project
 from lbpwht_jax.spec import Grid, LowRankSpec
 
 
@@ -35,7 +35,7 @@ class _Static:
 
 
 def _product(a: jax.Array, b: jax.Array, contract: tuple, static: _Static, out_sharding: Any = None) -> jax.Array:
-    dtype = jnp.promote_types(a.dtype, b.dtype)
+    dtype = a.dtype if a.dtype == b.dtype else static.accumulate
     return lax.dot_general(
         a.astype(dtype),
         b.astype(dtype),
@@ -217,7 +217,7 @@ def low_rank_matmul(
         flat_grid,
         operator.index(prefix_tokens),
         precision if isinstance(precision, (str, lax.Precision, type(None))) else tuple(precision),
-        jnp.promote_types(jnp.promote_types(x.dtype, kernel.dtype), jnp.float32),
+        accumulation_dtype(x.dtype, kernel.dtype),
         output,
         out_sharding,
     )

@@ -121,6 +121,11 @@ def projection_matrices(spec: LowRankSpec, grid: Grid, prefix_tokens: int = 0) -
     return matrices[0], matrices[1].T
 
 
+def accumulation_dtype(*dtypes: Any) -> Any:
+    """What products of these floating-point dtypes accumulate in: float64 if one of them is that, else float32."""
+    return jnp.float64 if jnp.float64 in dtypes else jnp.float32
+
+
 def _apply(matrix: np.ndarray, x: jax.Array, precision: Any) -> jax.Array:
     """``matrix @ x`` over the last two axes, accumulated in at least float32, as one batched product.
 
@@ -135,7 +140,7 @@ def _apply(matrix: np.ndarray, x: jax.Array, precision: Any) -> jax.Array:
         x,
         (((x.ndim - 1,), (x.ndim - 2,)), (axes, axes)),
         precision=precision,
-        preferred_element_type=jnp.promote_types(x.dtype, jnp.float32),
+        preferred_element_type=accumulation_dtype(x.dtype),
     )
     return product.astype(x.dtype)
 

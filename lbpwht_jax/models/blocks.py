@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from lbpwht_jax.layers import LowRankDense
+from lbpwht_jax.projection import accumulation_dtype
 from lbpwht_jax.spec import Grid, LowRankSpec
 
 
@@ -55,7 +56,7 @@ def gelu(x: jax.Array) -> jax.Array:
 @gelu.defjvp
 def _gelu_jvp(primals, tangents):
     (x,), (t,) = primals, tangents
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    wide = x.astype(accumulation_dtype(x.dtype))
     slope = jax.scipy.stats.norm.cdf(wide) + wide * jax.scipy.stats.norm.pdf(wide)
     return gelu(x), slope.astype(x.dtype) * t
 

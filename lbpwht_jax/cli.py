@@ -1,0 +1,45 @@
+"""The command line, ``lbpwht``."""
+
+import sys
+from collections.abc import Sequence
+
+import tyro
+from rich.console import Console
+
+from lbpwht_jax.finetune import Finetune
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command.
+
+    Args:
+      arguments: those of the command line, ``sys.argv[1:]`` by default.
+
+    Returns:
+      0; 1 after reporting that training diverged; 2 after reporting a mistake in the arguments.
+    """
+    command = tyro.extras.subcommand_cli_from_dict(
+        {"finetune": Finetune},
+        prog="lbpwht",
+        description="Fine-tune vision transformers with low-rank backpropagation through the Walsh-Hadamard transform.",
+        args=arguments,
+    )
+    try:
+        run = command.prepare()
+    except (TypeError, ValueError) as error:
+        _report(error)
+        return 2
+    try:
+        run()
+    except FloatingPointError as error:
+        _report(error)
+        return 1
+    return 0
+
+
+def _report(error: Exception) -> None:
+    Console(stderr=True).print(f"lbpwht: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,89 @@
+"""Model variables as safetensors files, and the weights that come with the package."""
+
+import json
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import flax.traverse_util
+import jax
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+BUNDLED = "vit_micro_patch4_28"
+
+
+def save_weights(path: str | Path, variables: Mapping[str, Any], metadata: Mapping[str, Any]) -> None:
+    """Writes variables as safetensors, one tensor a leaf, named by its path, such as ``params/blocks_0/mlp/fc1/kernel``.
+
+    Args:
+      path: of the file; an existing one is replaced.
+      variables: nested dictionaries of arrays.
+      metadata: what a reader needs to rebuild the model, JSON values by name; goes into the file's header.
+    """
+    flat = flax.traverse_util.flatten_dict(dict(variables), sep="/")
+    arrays = {name: np.asarray(leaf) for name, leaf in flat.items()}
+    header = {key: json.dumps(value) for key, value in metadata.items()}
+    safetensors.numpy.save_file(arrays, path, header)
+
+
+def load_weights(path: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Reads what ``save_weights`` wrote.
+
+    Args:
+      path: of the file.
+
+    Returns:
+      ``(variables, metadata)``, arrays as numpy's.
+
+    Raises:
+      ValueError: if the file is no safetensors file.
+      FileNotFoundError: if there is none.
+    """
+    try:
+        with safetensors.safe_open(path, "np") as file:
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            metadata = {key: json.loads(value) for key, value in (file.metadata() or {}).items()}
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path}: not a safetensors file, or a damaged one: {error}") from None
+    return flax.traverse_util.unflatten_dict(arrays, sep="/"), metadata
+
+
+def load_bundled() -> tuple[dict[str, Any], dict[str, Any]]:
+    """The small vision transformer that comes with the package, pretrained on Fashion-MNIST.
+
+    Returns:
+      ``(variables, metadata)``, as ``load_weights`` does; the model is ``create_model(BUNDLED, num_classes=10)``.
+    """
+    with resources.as_file(resources.files("lbpwht_jax") / "bundled" / f"{BUNDLED}.safetensors") as path:
+        return load_weights(path)
+
+
+def replace_head(variables: Mapping[str, Any], fresh: Mapping[str, Any]) -> dict[str, Any]:
+    """Pretrained variables with the classifier of freshly initialised ones.
+
+    Args:
+      variables: pretrained, for any number of classes.
+      fresh: of the same model, for the number of classes wanted.
+
+    Returns:
+      ``variables`` but for the parameters named ``head`` and ``head_dist``, which are ``fresh``'s.
+
+    Raises:
+      ValueError: if the two differ elsewhere, naming where.
+    """
+    flat, wanted = (flax.traverse_util.flatten_dict(dict(tree), sep="/") for tree in (variables, fresh))
+    heads = ("params/head/", "params/head_dist/")
+    merged = {name: leaf if name.startswith(heads) else flat.get(name) for name, leaf in wanted.items()}
+    wrong = [name for name in wanted if merged[name] is None or np.shape(merged[name]) != np.shape(wanted[name])]
+    wrong += [name for name in flat if name not in wanted and not name.startswith(heads)]
+    if wrong:
+        raise ValueError(f"the weights are not those of this model; they differ at {', '.join(sorted(wrong)[:8])}")
+    return flax.traverse_util.unflatten_dict(merged, sep="/")
+
+
+def count_parameters(variables: Mapping[str, Any]) -> int:
+    """Number of trainable scalars."""
+    return sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
