@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import AxisType
 
 from lbpwht_jax.projection import accumulation_dtype, coefficient_count, expand, project
 from lbpwht_jax.spec import Grid, LowRankSpec
@@ -67,10 +68,10 @@ def _backward(static, residuals, g):
     if "low_rank" in (spec.dx, spec.dw):
         coefficients = project(g, *at)
     if spec.dx == "low_rank":
-        dx = _product(coefficients, kernel, channels, static).astype(saved.dtype)
+        dx = _product(coefficients, kernel, channels, static, _sharding(saved)).astype(saved.dtype)
         dx = expand(dx, *at)
     else:
-        dx = _product(g, kernel, channels, static).astype(saved.dtype)
+        dx = _product(g, kernel, channels, static, _sharding(saved)).astype(saved.dtype)
     dw = _product(saved, coefficients if spec.dw == "low_rank" else g, (rows, rows), static, _sharding(kernel))
     return dx, dw.astype(kernel.dtype)
 
@@ -78,10 +79,10 @@ def _backward(static, residuals, g):
 _matmul.defvjp(_forward, _backward)
 
 
-def _sharding(kernel: jax.Array) -> Any:
-    """The kernel's sharding where the mesh has explicit axes, which products over a sharded batch must then be told."""
-    sharding = jax.typeof(kernel).sharding
-    return sharding if sharding.mesh.axis_types and not sharding.mesh.are_all_axes_auto_or_manual else None
+def _sharding(like: jax.Array) -> Any:
+    """An array's sharding on a mesh with explicit axes, where a product over a sharded dimension must be told its own."""
+    sharding = jax.typeof(like).sharding
+    return sharding if AxisType.Explicit in sharding.mesh.axis_types else None
 
 
 def _vary_alike(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -130,7 +131,7 @@ def check_grid(shape: tuple[int, ...], spec: LowRankSpec, grid: Grid | None, pre
             raise ValueError(
                 f"{name}: the grid is missing. Without it the input must be a channels-last map of shape "
                 f"[batch, {', '.join(['size'] * spec.ndim)}, channels], got {list(shape)}. For tokens, "
-                f"[..., tokens, channels], pass grid=({', '.join(['size'] * spec.ndim)},); for a single map add a batch axis"
+                f"[..., tokens, channels], pass grid=({', '.join(['size'] * spec.ndim)}); for a single map add a batch axis"
             )
         grid = shape[-1 - spec.ndim : -1]
     if len(grid) != spec.ndim:

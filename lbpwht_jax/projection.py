@@ -17,11 +17,13 @@ import dataclasses
 import functools
 import itertools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AxisType, PartitionSpec
 
 from lbpwht_jax.spec import Grid, LowRankSpec
 from lbpwht_jax.wht import walsh_matrix
@@ -113,7 +115,7 @@ def projection_matrices(spec: LowRankSpec, grid: Grid, prefix_tokens: int = 0) -
         rows = np.ones((len(index), 1))
         for n, axis in enumerate(axes):
             factor = getattr(axis, name)[index[:, n, 0], index[:, n, 1]]
-            rows = (rows[:, :, None] * factor[:, None, :]).reshape(len(index), -1)
+            rows = (rows[:, :, None] * factor[:, None, :]).reshape(len(index), math.prod(grid[: n + 1]))
         matrix = np.zeros((prefix_tokens + rows.shape[0], prefix_tokens + rows.shape[1]))
         matrix[:prefix_tokens, :prefix_tokens] = np.eye(prefix_tokens)
         matrix[prefix_tokens:, prefix_tokens:] = rows
@@ -197,6 +199,15 @@ def _expand_by_axis(coefficients: jax.Array, spec: LowRankSpec, grid: Grid, prec
     return x.reshape(*batch, math.prod(grid), channels)
 
 
+def _keeping_sharding(function: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
+    """``function(x)``; on a mesh with explicit axes the result is sharded as x is, but for the token axis, which is whole."""
+    sharding = jax.typeof(x).sharding
+    if AxisType.Explicit not in sharding.mesh.axis_types:
+        return function(x)
+    spec = PartitionSpec(*sharding.spec[:-2], None, sharding.spec[-1])
+    return jax.sharding.auto_axes(function, out_sharding=spec)(x)
+
+
 def project(x: jax.Array, spec: LowRankSpec, grid: Grid, prefix_tokens: int = 0, precision: Any = None) -> jax.Array:
     """Walsh coefficients of a token grid; prefix tokens pass through unchanged, in front.
 
@@ -210,10 +221,14 @@ def project(x: jax.Array, spec: LowRankSpec, grid: Grid, prefix_tokens: int = 0,
     Returns:
       ``[..., prefix_tokens + coefficients, channels]``, of x's dtype, accumulated in at least float32.
     """
-    if math.prod(grid) <= _MATRIX_TOKENS:
-        return _apply(projection_matrices(spec, grid, prefix_tokens)[0], x, precision)
-    coefficients = _project_by_axis(x[..., prefix_tokens:, :], spec, grid, precision)
-    return jnp.concatenate([x[..., :prefix_tokens, :], coefficients], axis=-2) if prefix_tokens else coefficients
+
+    def coefficients(x: jax.Array) -> jax.Array:
+        if math.prod(grid) <= _MATRIX_TOKENS:
+            return _apply(projection_matrices(spec, grid, prefix_tokens)[0], x, precision)
+        of_grid = _project_by_axis(x[..., prefix_tokens:, :], spec, grid, precision)
+        return jnp.concatenate([x[..., :prefix_tokens, :], of_grid], axis=-2) if prefix_tokens else of_grid
+
+    return _keeping_sharding(coefficients, x)
 
 
 def expand(coefficients: jax.Array, spec: LowRankSpec, grid: Grid, prefix_tokens: int = 0, precision: Any = None) -> jax.Array:
@@ -229,7 +244,11 @@ def expand(coefficients: jax.Array, spec: LowRankSpec, grid: Grid, prefix_tokens
     Returns:
       ``[..., prefix_tokens + tokens, channels]``, of the coefficients' dtype, accumulated in at least float32.
     """
-    if math.prod(grid) <= _MATRIX_TOKENS:
-        return _apply(projection_matrices(spec, grid, prefix_tokens)[1], coefficients, precision)
-    x = _expand_by_axis(coefficients[..., prefix_tokens:, :], spec, grid, precision)
-    return jnp.concatenate([coefficients[..., :prefix_tokens, :], x], axis=-2) if prefix_tokens else x
+
+    def tokens(coefficients: jax.Array) -> jax.Array:
+        if math.prod(grid) <= _MATRIX_TOKENS:
+            return _apply(projection_matrices(spec, grid, prefix_tokens)[1], coefficients, precision)
+        of_grid = _expand_by_axis(coefficients[..., prefix_tokens:, :], spec, grid, precision)
+        return jnp.concatenate([coefficients[..., :prefix_tokens, :], of_grid], axis=-2) if prefix_tokens else of_grid
+
+    return _keeping_sharding(tokens, coefficients)

@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, Literal
 
 import numpy as np
@@ -123,7 +123,9 @@ class LowRankSpec:
         return LowRankConv(self, name)
 
 
-def _check_rank(function: str, r: int, largest: int, block: int) -> int:
+def _check_rank(function: str, r: int, ndim: int, largest: int, block: int) -> int:
+    if ndim < 1:
+        raise ValueError(f"{function}: ndim, the number of grid axes, must be at least 1, got {ndim}")
     try:
         r = operator.index(r)
     except TypeError:
@@ -133,12 +135,6 @@ def _check_rank(function: str, r: int, largest: int, block: int) -> int:
             f"{function}: r must be from 1 to {largest}, which keeps every function of a block of {block}; got {r}"
         )
     return r
-
-
-def _indices(block: int, ndim: int) -> Iterable[Basis]:
-    if ndim < 1:
-        raise ValueError(f"ndim, the number of grid axes, must be at least 1, got {ndim}")
-    return itertools.product(range(block), repeat=ndim)
 
 
 def lp_l1(r: int, ndim: int = 2, *, block: int = 8, **fields) -> LowRankSpec:
@@ -156,8 +152,10 @@ def lp_l1(r: int, ndim: int = 2, *, block: int = 8, **fields) -> LowRankSpec:
       ValueError: if ``r`` is out of range, or as ``LowRankSpec`` does.
       TypeError: if ``r`` is not an integer.
     """
-    r = _check_rank("lp_l1", r, ndim * (block - 1) + 1, block)
-    return LowRankSpec(tuple(basis for basis in _indices(block, ndim) if sum(basis) < r), block=block, **fields)
+    r = _check_rank("lp_l1", r, ndim, ndim * (block - 1) + 1, block)
+    return LowRankSpec(
+        tuple(basis for basis in itertools.product(range(block), repeat=ndim) if sum(basis) < r), block=block, **fields
+    )
 
 
 def lp_linf(r: int, ndim: int = 2, *, block: int = 8, **fields) -> LowRankSpec:
@@ -173,5 +171,7 @@ def lp_linf(r: int, ndim: int = 2, *, block: int = 8, **fields) -> LowRankSpec:
       ValueError: if ``r`` is out of range, or as ``LowRankSpec`` does.
       TypeError: if ``r`` is not an integer.
     """
-    r = _check_rank("lp_linf", r, block, block)
-    return LowRankSpec(tuple(basis for basis in _indices(block, ndim) if max(basis) < r), block=block, **fields)
+    r = _check_rank("lp_linf", r, ndim, block, block)
+    return LowRankSpec(
+        tuple(basis for basis in itertools.product(range(block), repeat=ndim) if max(basis) < r), block=block, **fields
+    )

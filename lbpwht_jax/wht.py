@@ -74,7 +74,7 @@ def fast_walsh_hadamard(x: jax.Array, axis: int = -1) -> jax.Array:
     x = x[..., None]
     width = 1
     while width < n:
-        sign = jnp.asarray((-1.0) ** np.arange(width), x.dtype)
+        sign = jnp.asarray((-1.0) ** np.arange(width), x.dtype).reshape((1,) * len(shape) + (width,))
         pairs = x.reshape(*shape[:-1], n // (2 * width), 2, width)
         first, second = pairs[..., 0, :], pairs[..., 1, :] * sign
         width *= 2

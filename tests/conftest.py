@@ -1,16 +1,25 @@
 """Settings of every test run: eight CPU devices, strict dtype and rank promotion, warnings as errors."""
 
+import hypothesis
 import jax
 import pytest
 
+DEVICES = 8
+
+hypothesis.settings.register_profile("suite", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("suite")
+
 jax.config.update("jax_platforms", "cpu")
-jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_num_cpu_devices", DEVICES)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
-@pytest.fixture(autouse=True)
-def eight_devices():
-    """Fails every test if a plugin used the backend before the devices were set."""
-    if jax.device_count() < 8:
-        raise RuntimeError(f"the tests need 8 CPU devices, found {jax.device_count()}")
+def pytest_configure(config):
+    config.addinivalue_line("filterwarnings", "error")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _devices():
+    if jax.device_count() != DEVICES:
+        pytest.exit(f"the tests need {DEVICES} CPU devices, found {jax.device_count()}", returncode=3)

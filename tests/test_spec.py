@@ -1,0 +1,77 @@
+import numpy as np
+import pytest
+
+from lbpwht_jax import LowRankSpec, lp_l1, lp_linf
+
+
+@pytest.mark.parametrize(("r", "count"), [(1, 1), (2, 3), (4, 10), (6, 21), (7, 28), (8, 36), (15, 64)])
+def test_lp_l1_counts(r, count):
+    spec = lp_l1(r)
+    assert spec.rank == count
+    i, j = np.nonzero(spec.mask)
+    assert (i + j < r).all() and spec.mask.sum() == count
+
+
+@pytest.mark.parametrize("r", range(1, 9))
+def test_lp_linf_keeps_a_square(r):
+    mask = lp_linf(r).mask
+    assert mask[:r, :r].all() and mask.sum() == r * r
+
+
+@pytest.mark.parametrize("ndim", [1, 2, 3])
+def test_every_function_is_kept_at_the_largest_r(ndim):
+    assert lp_l1(7 * ndim + 1, ndim).mask.all()
+    assert lp_linf(8, ndim).mask.all()
+    assert lp_l1(1, ndim).bases == ((0,) * ndim,)
+
+
+def test_fields_are_passed_on():
+    spec = lp_l1(2, ndim=1, block=4, projection="official", dx="exact", dw="exact")
+    assert spec == LowRankSpec([[0], [1]], block=4, projection="official", dx="exact", dw="exact")
+
+
+def test_specs_are_hashable_and_equal_by_value():
+    assert len({lp_l1(4), lp_l1(4), lp_l1(np.int64(4)), lp_linf(4)}) == 2
+    assert LowRankSpec(np.argwhere(lp_l1(3).mask)) == lp_l1(3)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"bases": [(0, 0)], "block": 6}, r"block must be a power of two.*got 6"),
+        ({"bases": [(0, 0)], "block": 0}, r"block must be a power of two.*got 0"),
+        ({"bases": [(0, 8), (1, 1)]}, r"functions \[\(0, 8\)\] are outside the block.*0 to 7"),
+        ({"bases": [(0, -1)]}, r"functions \[\(0, -1\)\] are outside the block"),
+        ({"bases": []}, "selection is empty"),
+        ({"bases": [(0, 0), (0, 1), (0, 0)]}, r"repeated functions \[\(0, 0\)\]"),
+        ({"bases": [(0, 0), (0,)]}, r"tuples of lengths \[1, 2\]"),
+        ({"bases": [()]}, r"tuples of lengths \[0\]"),
+        ({"bases": [(0, 0)], "projection": "reflect"}, r"projection must be one of.*got 'reflect'"),
+        ({"bases": [(0, 0)], "dx": "dense"}, r"dx must be one of.*got 'dense'"),
+        ({"bases": [(0, 0)], "dw": None}, r"dw must be one of.*got None"),
+    ],
+)
+def test_bad_fields(fields, message):
+    with pytest.raises(ValueError, match=message):
+        LowRankSpec(**fields)
+
+
+@pytest.mark.parametrize("fields", [{"bases": [(0.5, 0)]}, {"bases": 3}, {"bases": [0, 1]}, {"bases": [(0, 0)], "block": "8"}])
+def test_fields_of_a_wrong_type(fields):
+    with pytest.raises(TypeError, match="bases must be tuples of integers"):
+        LowRankSpec(**fields)
+
+
+@pytest.mark.parametrize(("make", "r"), [(lp_l1, 0), (lp_l1, 16), (lp_linf, 9), (lp_linf, -1)])
+def test_r_out_of_range(make, r):
+    with pytest.raises(ValueError, match=rf"r must be from 1 to \d+.*got {r}"):
+        make(r)
+
+
+def test_r_of_a_wrong_type_or_no_axes():
+    with pytest.raises(TypeError, match=r"r must be an integer, got 2\.5"):
+        lp_l1(2.5)
+    with pytest.raises(ValueError, match=r"ndim.*at least 1, got 0"):
+        lp_linf(2, ndim=0)
+    with pytest.raises(ValueError, match=r"block must be a power of two.*got 6"):
+        lp_l1(4, block=6)
