@@ -62,18 +62,15 @@ def _forward(x, kernel, static):
 def _backward(static, residuals, g):
     saved, kernel = residuals
     spec, at = static.spec, (static.spec, static.grid, static.prefix_tokens, static.precision)
-    channels = (g.ndim - 1,), (1,)
-    rows = tuple(range(g.ndim - 1))
-    coefficients = None
-    if "low_rank" in (spec.dx, spec.dw):
-        coefficients = project(g, *at)
+    coefficients = project(g, *at) if "low_rank" in (spec.dx, spec.dw) else g
+    channels, rows = (g.ndim - 1,), tuple(range(g.ndim - 1))
+    dx = coefficients if spec.dx == "low_rank" else g
+    dx = _product(dx, kernel, (channels, (1,)), static, _sharding(saved)).astype(saved.dtype)
     if spec.dx == "low_rank":
-        dx = _product(coefficients, kernel, channels, static, _sharding(saved)).astype(saved.dtype)
         dx = expand(dx, *at)
-    else:
-        dx = _product(g, kernel, channels, static, _sharding(saved)).astype(saved.dtype)
-    dw = _product(saved, coefficients if spec.dw == "low_rank" else g, (rows, rows), static, _sharding(kernel))
-    return dx, dw.astype(kernel.dtype)
+    dw = coefficients if spec.dw == "low_rank" else g
+    dw = _product(saved, dw, (rows, rows), static, _sharding(kernel)).astype(kernel.dtype)
+    return dx, dw
 
 
 _matmul.defvjp(_forward, _backward)
@@ -226,5 +223,5 @@ def low_rank_matmul(
     if grid is not None:
         return _matmul(x, kernel, static)
     tokens = x.reshape(*x.shape[: -1 - spec.ndim], math.prod(flat_grid), x.shape[-1])
-    y = _matmul(tokens, kernel, static)
+    y: Any = _matmul(tokens, kernel, static)
     return y.reshape(*x.shape[:-1], kernel.shape[1])

@@ -64,7 +64,7 @@ def _axis(length: int, block: int, projection: str) -> _Axis:
     tokens[np.arange(length) + before, np.arange(length)] = 1.0
     tokens = tokens.reshape(blocks, block, length)
     if projection == "fitted":
-        present = tokens.any(-1)
+        present = np.any(tokens, axis=-1)
         analysis = np.stack([_orthonormalise(walsh * present[b]) @ tokens[b] for b in range(blocks)])
         synthesis = analysis
     else:
@@ -72,7 +72,7 @@ def _axis(length: int, block: int, projection: str) -> _Axis:
         source = np.pad(np.arange(length), (before, padding - before), mode="reflect")
         reflected = np.eye(length)[source].reshape(blocks, block, length)
         analysis, synthesis = walsh @ reflected, walsh @ tokens
-    return _Axis(analysis, synthesis, analysis.any(-1), padding == 0)
+    return _Axis(analysis, synthesis, np.any(analysis, axis=-1), padding == 0)
 
 
 @functools.cache
@@ -205,7 +205,7 @@ def _keeping_sharding(function: Callable[[jax.Array], jax.Array], x: jax.Array) 
     if AxisType.Explicit not in sharding.mesh.axis_types:
         return function(x)
     spec = PartitionSpec(*sharding.spec[:-2], None, sharding.spec[-1])
-    return jax.sharding.auto_axes(function, out_sharding=spec)(x)
+    return jax.sharding.auto_axes(out_sharding=spec)(function)(x)
 
 
 def project(x: jax.Array, spec: LowRankSpec, grid: Grid, prefix_tokens: int = 0, precision: Any = None) -> jax.Array:

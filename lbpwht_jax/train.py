@@ -106,12 +106,13 @@ def make_train_step(
                 rngs={"dropout": dropout},
                 mutable=list(state.others),
             )
-            logits = logits.astype(jnp.float32)
+            logits = jnp.asarray(logits, jnp.float32)
             targets = optax.smooth_labels(jax.nn.one_hot(labels, logits.shape[-1]), recipe.label_smoothing)
             return optax.softmax_cross_entropy(logits, targets).mean(), (others, (logits.argmax(-1) == labels).mean())
 
         (loss, (others, accuracy)), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params)
-        updates, opt_state = optimizer.update(grads, state.optimizer, state.params)
+        with jax.numpy_dtype_promotion("standard"):  # optax raises floats to integer powers, which strict promotion forbids
+            updates, opt_state = optimizer.update(grads, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
         return TrainState(params, others, opt_state, state.step + 1), loss, accuracy
 
@@ -127,7 +128,7 @@ def make_eval_step(model: nn.Module, info: ModelInfo) -> Callable:
 
     @jax.jit
     def step(variables, images: jax.Array, labels: jax.Array, real: jax.Array):
-        logits = model.apply(variables, normalise(images, info)).astype(jnp.float32)
+        logits = jnp.asarray(model.apply(variables, normalise(images, info)), jnp.float32)
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
         return jnp.sum((logits.argmax(-1) == labels) & real), jnp.sum(losses, where=real)
 

@@ -74,10 +74,12 @@ def replace_head(variables: Mapping[str, Any], fresh: Mapping[str, Any]) -> dict
     Raises:
       ValueError: if the two differ elsewhere, naming where.
     """
+    flat: dict[str, Any]
+    wanted: dict[str, Any]
     flat, wanted = (flax.traverse_util.flatten_dict(dict(tree), sep="/") for tree in (variables, fresh))
     heads = ("params/head/", "params/head_dist/")
-    merged = {name: leaf if name.startswith(heads) else flat.get(name) for name, leaf in wanted.items()}
-    wrong = [name for name in wanted if merged[name] is None or np.shape(merged[name]) != np.shape(wanted[name])]
+    merged = {name: leaf if name.startswith(heads) else flat.get(name, np.empty(0)) for name, leaf in wanted.items()}
+    wrong = [name for name, leaf in wanted.items() if np.shape(merged[name]) != np.shape(leaf)]
     wrong += [name for name in flat if name not in wanted and not name.startswith(heads)]
     if wrong:
         raise ValueError(f"the weights are not those of this model; they differ at {', '.join(sorted(wrong)[:8])}")

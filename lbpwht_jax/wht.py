@@ -10,6 +10,7 @@ where ``(x)`` is the Kronecker product.
 """
 
 import operator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +27,7 @@ def _check_order(n: int) -> int:
     return n
 
 
-def walsh_matrix(n: int, dtype=np.float32) -> np.ndarray:
+def walsh_matrix(n: int, dtype: Any = np.float32) -> np.ndarray:
     """The Walsh-Hadamard matrix of order ``n``, rows in sequency order.
 
     Args:
