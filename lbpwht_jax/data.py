@@ -53,7 +53,7 @@ def digits(image_size: int, seed: int = 0) -> Dataset:
     return Dataset("digits", Split(images[train], labels[train]), Split(images[test], labels[test]), tuple("0123456789"))
 
 
-def train_batches(split: Split, batch_size: int, seed: int, epoch: int) -> Iterator[Split]:
+def training_batches(split: Split, batch_size: int, seed: int, epoch: int) -> Iterator[Split]:
     """One epoch of shuffled whole batches; the images left over at its end differ from epoch to epoch."""
     order = np.random.default_rng((seed, epoch)).permutation(len(split))
     for start in range(0, len(split) - batch_size + 1, batch_size):
@@ -61,7 +61,7 @@ def train_batches(split: Split, batch_size: int, seed: int, epoch: int) -> Itera
         yield Split(split.images[chosen], split.labels[chosen])
 
 
-def test_batches(split: Split, batch_size: int) -> Iterator[tuple[Split, np.ndarray]]:
+def evaluation_batches(split: Split, batch_size: int) -> Iterator[tuple[Split, np.ndarray]]:
     """Every image once, in order, the last batch filled up with copies; with each batch a mask, false at the copies."""
     for start in range(0, len(split), batch_size):
         chosen = np.arange(start, start + batch_size)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from lbpwht_jax.data import Split, test_batches, train_batches
+from lbpwht_jax.data import Split, evaluation_batches, training_batches
 from lbpwht_jax.models.info import ModelInfo
 
 Augment = Callable[[jax.Array, jax.Array], jax.Array]
@@ -145,7 +145,7 @@ def evaluate(step: Callable, variables: Any, split: Split, batch_size: int) -> t
       batch_size: images a call; the last batch is filled up and masked.
     """
     sums = np.zeros(2)
-    for batch, real in test_batches(split, batch_size):
+    for batch, real in evaluation_batches(split, batch_size):
         sums += [float(value) for value in step(variables, batch.images, batch.labels, real)]
     correct, loss = sums / len(split)
     return correct, loss
@@ -192,7 +192,7 @@ def fit(
     state = initialise(variables, optimizer)
     number = 0
     for epoch in range(1, recipe.epochs + 1):
-        for batch in train_batches(train, recipe.batch_size, recipe.seed, epoch):
+        for batch in training_batches(train, recipe.batch_size, recipe.seed, epoch):
             started = time.perf_counter()
             state, loss, accuracy = train_step(state, batch.images, batch.labels)
             loss, accuracy = float(loss), float(accuracy)

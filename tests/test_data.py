@@ -1,6 +1,6 @@
 import numpy as np
 
-from lbpwht_jax.data import Split, digits, test_batches, train_batches
+from lbpwht_jax.data import Split, digits, evaluation_batches, training_batches
 
 
 def indexed(count):
@@ -21,23 +21,25 @@ def test_digits_are_split_stratified_and_by_seed():
 
 
 def test_training_batches_are_whole_shuffled_and_repeatable():
-    epoch = [batch.labels for batch in train_batches(indexed(10), 4, seed=0, epoch=1)]
+    epoch = [batch.labels for batch in training_batches(indexed(10), 4, seed=0, epoch=1)]
     assert [len(labels) for labels in epoch] == [4, 4]
     assert len(set(np.concatenate(epoch))) == 8
-    again = [batch.labels for batch in train_batches(indexed(10), 4, seed=0, epoch=1)]
+    again = [batch.labels for batch in training_batches(indexed(10), 4, seed=0, epoch=1)]
     np.testing.assert_array_equal(epoch, again)
     for seed, number in ((0, 2), (1, 1)):
-        assert (np.concatenate([b.labels for b in train_batches(indexed(10), 4, seed, number)]) != np.concatenate(epoch)).any()
+        assert (
+            np.concatenate([b.labels for b in training_batches(indexed(10), 4, seed, number)]) != np.concatenate(epoch)
+        ).any()
 
 
 def test_batches_keep_images_with_their_labels():
-    for batch in train_batches(indexed(10), 4, seed=3, epoch=1):
+    for batch in training_batches(indexed(10), 4, seed=3, epoch=1):
         np.testing.assert_array_equal(batch.images.ravel(), batch.labels)
 
 
 def test_evaluation_sees_every_image_once():
     seen = []
-    for batch, real in test_batches(indexed(10), 4):
+    for batch, real in evaluation_batches(indexed(10), 4):
         assert len(batch.labels) == len(real) == 4
         np.testing.assert_array_equal(batch.images.ravel(), batch.labels)
         seen.extend(batch.labels[real])
