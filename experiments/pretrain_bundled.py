@@ -45,7 +45,7 @@ def flip_and_shift(key: jax.Array, images: jax.Array) -> jax.Array:
 def main(
     data: Path = Path("/usr/share/datasets/fashion-mnist"),
     output: Path = Path(__file__).parents[1] / "lbpwht_jax" / "bundled" / f"{BUNDLED}.safetensors",
-    epochs: int = 6,
+    epochs: int = 4,
     batch_size: int = 128,
     lr: float = 1e-3,
     seed: int = 0,
