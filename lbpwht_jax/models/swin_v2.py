@@ -28,9 +28,15 @@ _norm = functools.partial(nn.LayerNorm, epsilon=1e-5)
 
 
 def _normalize(x: jax.Array) -> jax.Array:
-    """``x`` over its length along the last axis, in at least float32; zero vectors, with zero gradient, stay zero."""
+    """``x`` over its length along the last axis, in at least float32; below a length of 1e-12 zero, with a gradient of zero.
+
+    The keys of padding are zero vectors. Dividing by a small constant there, as is common, multiplies their cotangent by its
+    inverse: harmless to exact backprop, which drops it, but a low-rank projection would spread it over the window.
+    """
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, axis=-1, keepdims=True), 1e-24))
+    square = jnp.sum(x * x, axis=-1, keepdims=True)
+    positive = square > 1e-24
+    return jnp.where(positive, x * jax.lax.rsqrt(jnp.where(positive, square, 1)), 0)
 
 
 class WindowAttention(nn.Module):
