@@ -1,0 +1,298 @@
+"""Swin Transformer V2 (Liu et al., 2022), timm's names.
+
+Attention runs in windows, shifted by half a window in every other block. Its logits are cosines times a learned scale, plus a
+position bias that a small MLP computes from log-spaced offsets; so nothing in the weights depends on the image's size. Maps
+that windows do not divide are padded with zeros at the bottom and right; a map no larger than a window is one window.
+"""
+
+import functools
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lbpwht_jax.models.blocks import DropPath, Mlp, Plan, check_images, dense, drop_path_rates
+from lbpwht_jax.models.info import ModelInfo
+from lbpwht_jax.models.windows import from_windows, relative_coordinates, relative_index, shift_mask, to_windows
+from lbpwht_jax.spec import Grid
+
+_PATCH_SIZE = 4
+_MLP_RATIO = 4
+_POSITION_HIDDEN = 512
+_LARGEST_SCALE = 100.0
+
+_norm = functools.partial(nn.LayerNorm, epsilon=1e-5)
+
+
+def _normalize(x: jax.Array) -> jax.Array:
+    """``x`` over its length along the last axis, in at least float32; below a length of 1e-12 zero, with a gradient of zero.
+
+    The keys of padding are zero vectors. Dividing by a small constant there, as is common, multiplies their cotangent by its
+    inverse: harmless to exact backprop, which drops it, but a low-rank projection would spread it over the window.
+    """
+    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    square = jnp.sum(x * x, axis=-1, keepdims=True)
+    positive = square > 1e-24
+    return jnp.where(positive, x * jax.lax.rsqrt(jnp.where(positive, square, 1)), 0)
+
+
+class WindowAttention(nn.Module):
+    """Multi-head cosine attention within windows.
+
+    Attributes:
+      heads: number of heads; the channels are divided among them.
+      window: tokens along each axis of a window.
+      plan: which layers are low-rank.
+      dtype: of the computation; the position bias, the normalisation and the softmax take at least float32.
+    """
+
+    heads: int
+    window: Grid
+    plan: Plan = Plan()
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array, mask: np.ndarray | None) -> jax.Array:
+        """Attends within each window.
+
+        Args:
+          x: ``[batch, windows, tokens, channels]``.
+          mask: added to the logits, ``[windows, tokens, tokens]``, or ``None``.
+
+        Returns:
+          Array of the shape of ``x``.
+        """
+        batch, windows, tokens, channels = x.shape
+        qkv = dense(self, "qkv", 3 * channels, grid=self.window, use_bias=False)(x)
+        q_bias, v_bias = (self.param(name, nn.initializers.zeros_init(), (channels,)) for name in ("q_bias", "v_bias"))
+        bias = jnp.concatenate([q_bias, jnp.zeros_like(q_bias), v_bias]).astype(qkv.dtype)
+        qkv = (qkv + bias.reshape(1, 1, 1, -1)).reshape(batch, windows, tokens, 3, self.heads, channels // self.heads)
+        query, key, value = jnp.moveaxis(qkv, 3, 0)
+
+        scale = self.param("logit_scale", nn.initializers.constant(math.log(10)), (self.heads, 1, 1))
+        scale = jnp.exp(jnp.minimum(scale, math.log(_LARGEST_SCALE)))
+        query = _normalize(query)
+        query = (query * scale.reshape(1, 1, 1, self.heads, 1).astype(query.dtype)).astype(value.dtype)
+        key = _normalize(key).astype(value.dtype)
+        position = self._position_bias()[None]
+        if mask is not None:
+            position = position + jnp.asarray(mask, position.dtype)[:, None]
+        attention = functools.partial(jax.nn.dot_product_attention, scale=1.0)
+        x = jax.vmap(attention, in_axes=(0, 0, 0, None))(query, key, value, position)
+        return dense(self, "proj", channels, grid=self.window)(x.reshape(batch, windows, tokens, channels))
+
+    def _position_bias(self) -> jax.Array:
+        """``[heads, tokens, tokens]``, from 0 to 16."""
+        x = nn.Dense(_POSITION_HIDDEN, name="cpb_mlp_0")(relative_coordinates(self.window))
+        x = nn.Dense(self.heads, use_bias=False, name="cpb_mlp_2")(nn.relu(x))
+        return jnp.moveaxis((16 * nn.sigmoid(x))[relative_index(self.window)], -1, 0)
+
+
+class Block(nn.Module):
+    """A transformer block whose norms close the residual branches; windows adapt to the map.
+
+    Attributes:
+      heads: attention heads.
+      window: edge of a window, in tokens; a smaller map is one window of its own size.
+      shifted: whether windows are shifted by half their edge, along axes that have more than one.
+      drop_path: probability of dropping each residual branch while training.
+      plan: which layers are low-rank.
+      dtype: of the computation.
+    """
+
+    heads: int
+    window: int
+    shifted: bool
+    drop_path: float = 0.0
+    plan: Plan = Plan()
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        """``x`` of shape ``[batch, height, width, channels]``; the result has the same shape."""
+        # Zero norms make every block the identity before training.
+        norm = functools.partial(_norm, dtype=self.dtype, scale_init=nn.initializers.zeros_init())
+        y = norm(name="norm1")(self._attend(x))
+        x = x + DropPath(self.drop_path)(y, train)
+        y = Mlp(_MLP_RATIO * x.shape[-1], grid=None, plan=self.plan, dtype=self.dtype, name="mlp")(x)
+        return x + DropPath(self.drop_path)(norm(name="norm2")(y), train)
+
+    def _attend(self, x: jax.Array) -> jax.Array:
+        _, height, width, _ = x.shape
+        window = (min(self.window, height), min(self.window, width))
+        shift = tuple(self.window // 2 if self.shifted and n > self.window else 0 for n in (height, width))
+        padding = [-n % w for n, w in zip((height, width), window, strict=True)]
+        size = (height + padding[0], width + padding[1])
+        x = jnp.roll(x, [-s for s in shift], axis=(1, 2))
+        x = jnp.pad(x, [(0, 0), (0, padding[0]), (0, padding[1]), (0, 0)])
+        attention = WindowAttention(self.heads, window, plan=self.plan, dtype=self.dtype, name="attn")
+        x = attention(to_windows(x, window), shift_mask(size, window, shift) if any(shift) else None)
+        x = from_windows(x, window, size)[:, :height, :width]
+        return jnp.roll(x, shift, axis=(1, 2))
+
+
+class PatchMerging(nn.Module):
+    """Merges 2x2 neighbours into one token of twice the channels; an odd map is padded with zeros first.
+
+    Attributes:
+      plan: which layers are low-rank.
+      dtype: of the computation.
+    """
+
+    plan: Plan = Plan()
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """``[batch, height, width, channels]`` to ``[batch, ceil(height / 2), ceil(width / 2), 2 * channels]``."""
+        batch, height, width, channels = x.shape
+        x = jnp.pad(x, [(0, 0), (0, height % 2), (0, width % 2), (0, 0)])
+        height, width = x.shape[1] // 2, x.shape[2] // 2
+        x = x.reshape(batch, height, 2, width, 2, channels).transpose(0, 1, 3, 4, 2, 5)
+        x = dense(self, "reduction", 2 * channels, use_bias=False)(x.reshape(batch, height, width, 4 * channels))
+        return _norm(dtype=self.dtype, name="norm")(x)
+
+
+class Stage(nn.Module):
+    """Blocks at one resolution, after a patch merging where there is one.
+
+    Attributes:
+      downsample: whether it begins with a patch merging.
+      heads: attention heads of each block.
+      window: edge of a window, in tokens.
+      drop_path: drop-path rate of each block; their number is the depth.
+      remat: recomputes each block in the backward pass instead of keeping its activations.
+      plan: which layers are low-rank.
+      dtype: of the computation.
+    """
+
+    downsample: bool
+    heads: int
+    window: int
+    drop_path: tuple[float, ...]
+    remat: bool = False
+    plan: Plan = Plan()
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        """``x`` of shape ``[batch, height, width, channels]``; with ``downsample`` as ``PatchMerging`` returns."""
+        common = {"plan": self.plan, "dtype": self.dtype}
+        if self.downsample:
+            x = PatchMerging(**common, name="downsample")(x)
+        block = nn.remat(Block, static_argnums=(2,)) if self.remat else Block
+        for i, rate in enumerate(self.drop_path):
+            x = block(self.heads, self.window, i % 2 == 1, rate, **common, name=f"blocks_{i}")(x, train)
+        return x
+
+
+class PatchEmbed(nn.Module):
+    """Cuts images into patches of 4x4 pixels, maps each to a token and normalises it.
+
+    Attributes:
+      dim: channels of a token.
+      dtype: of the computation.
+    """
+
+    dim: int
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(self, images: jax.Array) -> jax.Array:
+        """``[batch, height, width, channels]`` to ``[batch, height / 4, width / 4, dim]``."""
+        size = (_PATCH_SIZE, _PATCH_SIZE)
+        x = nn.Conv(self.dim, size, size, "VALID", dtype=self.dtype, name="proj")(images)
+        return _norm(dtype=self.dtype, name="norm")(x)
+
+
+class Head(nn.Module):
+    """Averages a map over its positions and classifies the mean.
+
+    Attributes:
+      num_classes: outputs.
+      dtype: of the computation.
+    """
+
+    num_classes: int
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """``[batch, height, width, channels]`` to ``[batch, num_classes]``."""
+        return nn.Dense(self.num_classes, dtype=self.dtype, name="fc")(x.mean(axis=(1, 2)))
+
+
+class SwinTransformerV2(nn.Module):
+    """A Swin Transformer V2 for image classification.
+
+    Attributes:
+      num_classes: outputs.
+      image_size: height and width of the images, in pixels, a multiple of 4.
+      window: edge of an attention window, in tokens.
+      dim: channels of the first stage; each later one has twice as many.
+      depths: blocks of each stage.
+      heads: attention heads in each stage.
+      drop_path: probability of dropping the last block's residual branches; the earlier blocks' rise linearly to it.
+      remat: recomputes each block in the backward pass instead of keeping its activations.
+      frozen_batch_norm: without effect, the family has no batch normalisation.
+      plan: which layers are low-rank.
+      dtype: of the computation.
+    """
+
+    num_classes: int
+    image_size: int
+    window: int
+    dim: int
+    depths: tuple[int, ...]
+    heads: tuple[int, ...]
+    drop_path: float = 0.0
+    remat: bool = False
+    frozen_batch_norm: bool = False
+    plan: Plan = Plan()
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
+        """Classifies images.
+
+        Args:
+          images: ``[batch, image_size, image_size, channels]``, normalised.
+          train: whether drop path is on.
+
+        Returns:
+          Logits, ``[batch, num_classes]``.
+
+        Raises:
+          ValueError: if the images are not of ``image_size``, or that is no multiple of 4.
+        """
+        check_images(self, images, _PATCH_SIZE)
+        x = PatchEmbed(self.dim, self.dtype, name="patch_embed")(images)
+        rates = drop_path_rates(self.drop_path, sum(self.depths))
+        common = {"remat": self.remat, "plan": self.plan, "dtype": self.dtype}
+        for i, (depth, heads) in enumerate(zip(self.depths, self.heads, strict=True)):
+            own, rates = tuple(rates[:depth]), rates[depth:]
+            x = Stage(i > 0, heads, self.window, own, **common, name=f"layers_{i}")(x, train)
+        x = _norm(dtype=self.dtype, name="norm")(x)
+        return Head(self.num_classes, self.dtype, name="head")(x)
+
+
+_LAYERS = r"blocks_\d+/(attn/(qkv|proj)|mlp/fc[12])$|downsample/reduction$"
+_TINY = {"dim": 96, "depths": (2, 2, 6, 2), "heads": (3, 6, 12, 24)}
+_SMALL = {"dim": 96, "depths": (2, 2, 18, 2), "heads": (3, 6, 12, 24)}
+_BASE = {"dim": 128, "depths": (2, 2, 18, 2), "heads": (4, 8, 16, 32)}
+
+MODELS = {
+    f"swinv2_{size}_window{window}_256": ModelInfo(
+        SwinTransformerV2,
+        {"window": window, **arguments},
+        image_size=256,
+        layers=_LAYERS,
+        crop=0.9,
+        buffers=r"\.(relative_coords_table|relative_position_index|attn_mask)$",
+    )
+    for size, arguments in (("tiny", _TINY), ("small", _SMALL), ("base", _BASE))
+    for window in (8, 16)
+}
