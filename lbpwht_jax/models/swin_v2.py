@@ -17,6 +17,7 @@ import numpy as np
 from lbpwht_jax.models.blocks import DropPath, Mlp, Plan, check_images, dense, drop_path_rates
 from lbpwht_jax.models.info import ModelInfo
 from lbpwht_jax.models.windows import from_windows, relative_coordinates, relative_index, shift_mask, to_windows
+from lbpwht_jax.projection import accumulation_dtype
 from lbpwht_jax.spec import Grid
 
 _PATCH_SIZE = 4
@@ -33,7 +34,7 @@ def _normalize(x: jax.Array) -> jax.Array:
     The keys of padding are zero vectors. Dividing by a small constant there, as is common, multiplies their cotangent by its
     inverse: harmless to exact backprop, which drops it, but a low-rank projection would spread it over the window.
     """
-    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    x = x.astype(accumulation_dtype(x.dtype))
     square = jnp.sum(x * x, axis=-1, keepdims=True)
     positive = square > 1e-24
     return jnp.where(positive, x * jax.lax.rsqrt(jnp.where(positive, square, 1)), 0)
