@@ -105,9 +105,9 @@ class LowRankSpec:
         Returns:
           ``f(lhs, rhs, dimension_numbers, precision=None, preferred_element_type=None, out_sharding=None)``.
         """
-        from lbpwht_jax.inject import LowRankDotGeneral
+        from lbpwht_jax.inject import LowRankDotGeneral  # above this module in the order of imports
 
-        return LowRankDotGeneral(self, grid, prefix_tokens, name)
+        return LowRankDotGeneral(self, grid if grid is None else tuple(grid), prefix_tokens, name)
 
     def conv_general_dilated(self, *, name: str = "") -> Callable[..., Any]:
         """A stand-in for ``jax.lax.conv_general_dilated`` with this backward, for 1x1 ``nn.Conv`` and ``nnx.Conv``.
@@ -118,7 +118,7 @@ class LowRankSpec:
         Returns:
           A callable with ``jax.lax.conv_general_dilated``'s signature, for kernels whose window is 1 along every axis.
         """
-        from lbpwht_jax.inject import LowRankConv
+        from lbpwht_jax.inject import LowRankConv  # above this module in the order of imports
 
         return LowRankConv(self, name)
 
