@@ -27,18 +27,17 @@ def randomise(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
     def normal(shape):
         return torch.randn(shape, generator=generator)
 
+    parameters = dict(model.named_parameters())
     with torch.no_grad():
-        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        for name, tensor in [*parameters.items(), *model.named_buffers()]:
             leaf = name.rsplit(".", 1)[-1]
-            if not tensor.is_floating_point() or (leaf not in ("running_mean", "running_var") and "running" in leaf):
-                continue
             if leaf == "running_var":
                 tensor.copy_(0.5 + torch.rand(tensor.shape, generator=generator))
             elif leaf == "weight" and tensor.ndim > 1:
                 tensor.copy_(normal(tensor.shape) / math.sqrt(math.prod(tensor.shape[1:])))
             elif leaf in ("weight", "gamma"):
                 tensor.copy_(1 + 0.2 * normal(tensor.shape))
-            elif isinstance(tensor, torch.nn.Parameter) or leaf == "running_mean":
+            elif name in parameters or leaf == "running_mean":
                 tensor.add_(0.3 * normal(tensor.shape))
     return model.eval()
 
@@ -93,7 +92,7 @@ def check_gradients(name: str, reference: torch.nn.Module) -> None:
     logits = reference(torch.from_numpy(images).permute(0, 3, 1, 2))
     torch.nn.functional.cross_entropy(logits, torch.from_numpy(labels)).backward()
     theirs = {key: parameter.grad.numpy() for key, parameter in reference.named_parameters()}
-    grads = {key: theirs[key] if key in theirs else value for key, value in state_of(reference).items()}
+    grads = {**state_of(reference), **theirs}
     wanted = traverse_util.flatten_dict(from_timm(name, module, grads)["params"])
     ours = traverse_util.flatten_dict(ours)
     assert {entry.key for entry in entries(name, module) if entry.path[0] == "params"} == theirs.keys()
