@@ -23,7 +23,7 @@ from lbpwht_jax.torch_file import read_torch_file
 __all__ = ["from_timm", "load_pretrained", "number_of_classes", "read_weights", "save_weights", "to_timm"]
 
 _LOG = logging.getLogger("lbpwht_jax")
-_HUB = re.compile(r"hf-hub:|[\w.-]+/[\w.-]+$")
+_HUB = re.compile(r"hf-hub:|\w[\w.-]*/\w[\w.-]*$")
 _SUFFIXES = (".safetensors", ".pth", ".bin")
 _NAMES = ("model.safetensors", "pytorch_model.bin")
 _DTYPES = {

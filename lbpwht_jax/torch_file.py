@@ -28,6 +28,10 @@ _STORAGES = {
 _WRAPPERS = ("state_dict", "model")
 
 
+class _FileError(ValueError):
+    """What is wrong with a file, said in full."""
+
+
 def read_torch_file(path: str | os.PathLike) -> dict[str, np.ndarray]:
     """The state dict in a ``.pth`` or ``.bin`` file, as ``torch.save`` writes them since torch 1.6 (a zip archive).
 
@@ -72,10 +76,10 @@ def _unpickle(archive: zipfile.ZipFile, path: str) -> Any:
         raise ValueError(f"{path}: written on a {order}-endian machine, this one is {sys.byteorder}-endian")
     try:
         return _TensorUnpickler(archive, root, path).load()
-    except ValueError:
+    except _FileError:
         raise
     except Exception as error:  # a damaged pickle may raise anything
-        raise ValueError(f"{path}: damaged, its pickle does not read ({type(error).__name__}: {error})") from error
+        raise _FileError(f"{path}: damaged, its pickle does not read ({type(error).__name__}: {error})") from error
 
 
 class _TensorUnpickler(pickle.Unpickler):
@@ -94,31 +98,30 @@ class _TensorUnpickler(pickle.Unpickler):
             ("collections", "OrderedDict"): collections.OrderedDict,
             ("torch._utils", "_rebuild_tensor_v2"): lambda *arguments: self._tensor(*arguments[:4]),
             ("torch._utils", "_rebuild_parameter"): lambda data, *_: data,
-            **{("torch", name): dtype for name, dtype in _STORAGES.items()},
+            **{("torch", name): name for name in _STORAGES},
         }
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in self._globals:
-            raise ValueError(
+            raise _FileError(
                 f"{self._path}: refused, its pickle asks for {module}.{name}, and only tensors are read. If you trust the "
                 "file, load it with torch and save its state dict alone as .safetensors"
             )
         return self._globals[module, name]
 
-    def persistent_load(self, pid: Any) -> np.ndarray:
-        kind, dtype, key, _, count = pid
-        if kind != "storage" or dtype not in _STORAGES.values():
-            raise ValueError(f"{self._path}: unknown kind of storage {kind!r} of {dtype!r}")
+    def persistent_load(self, pid: Any) -> str:
+        _, kind, key, _, count = pid
         if key not in self._storages:
-            self._storages[key] = np.frombuffer(self._archive.read(f"{self._root}data/{key}"), dtype)
+            self._storages[key] = np.frombuffer(self._archive.read(f"{self._root}data/{key}"), _STORAGES[kind])
         storage = self._storages[key]
-        if storage.size != count or storage.dtype != dtype:
-            raise ValueError(f"{self._path}: storage {key} holds {storage.size} {storage.dtype}, its pickle says {count}")
-        return storage
+        if storage.size != count or storage.dtype != _STORAGES[kind]:
+            raise _FileError(f"{self._path}: storage {key} holds {storage.size} {storage.dtype}, not {count} of {kind}")
+        return key
 
-    def _tensor(self, storage: np.ndarray, offset: int, shape: tuple[int, ...], strides: tuple[int, ...]) -> np.ndarray:
+    def _tensor(self, key: str, offset: int, shape: tuple[int, ...], strides: tuple[int, ...]) -> np.ndarray:
+        storage = self._storages[key]
         last = offset + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
         if min((offset, *shape, *strides)) < 0 or (math.prod(shape) and last >= storage.size):
-            raise ValueError(f"{self._path}: a tensor of shape {list(shape)} reaches outside its storage of {storage.size}")
+            raise _FileError(f"{self._path}: a tensor of shape {list(shape)} reaches outside its storage of {storage.size}")
         view = storage[offset:] if math.prod(shape) else storage[:0]
         return np.lib.stride_tricks.as_strided(view, shape, [n * storage.itemsize for n in strides], writeable=False)

@@ -1,6 +1,5 @@
 """Plain and distilled vision transformers: ViT (Dosovitskiy et al., 2021) and DeiT (Touvron et al., 2021), timm's names."""
 
-import functools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -13,6 +12,12 @@ import numpy as np
 from lbpwht_jax.models.blocks import DropPath, Mlp, Plan, check_images, dense, drop_path_rates
 from lbpwht_jax.models.info import IMAGENET_MEAN, IMAGENET_STD, ModelInfo
 from lbpwht_jax.spec import Grid
+
+
+def _norm(parent: Any, name: str, x: jax.Array) -> jax.Array:
+    """Layer normalisation in float32, returned in ``parent.dtype``."""
+    x = nn.LayerNorm(epsilon=1e-6, name=name)(x.astype(jnp.float32))
+    return x if parent.dtype is None else x.astype(parent.dtype)
 
 
 class PatchEmbed(nn.Module):
@@ -59,7 +64,9 @@ class Attention(nn.Module):
         batch, length, channels = x.shape
         qkv = dense(self, "qkv", 3 * channels, **tokens)(x)
         query, key, value = jnp.moveaxis(qkv.reshape(batch, length, 3, self.heads, channels // self.heads), 2, 0)
-        x = jax.nn.dot_product_attention(query, key, value)
+        logits = jnp.einsum("bqhd,bkhd->bhqk", query * (channels // self.heads) ** -0.5, key)
+        weights = nn.softmax(logits.astype(jnp.float32)).astype(value.dtype)
+        x = jnp.einsum("bhqk,bkhd->bqhd", weights, value)
         return dense(self, "proj", channels, **tokens)(x.reshape(batch, length, channels))
 
 
@@ -87,11 +94,10 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         """``x`` of shape ``[batch, prefix_tokens + tokens, channels]``; the result has the same shape."""
-        norm = functools.partial(nn.LayerNorm, epsilon=1e-6, dtype=self.dtype)
         common = {"grid": self.grid, "prefix_tokens": self.prefix_tokens, "plan": self.plan, "dtype": self.dtype}
-        y = Attention(self.heads, **common, name="attn")(norm(name="norm1")(x))
+        y = Attention(self.heads, **common, name="attn")(_norm(self, "norm1", x))
         x = x + DropPath(self.drop_path)(y, train)
-        y = Mlp(self.mlp_ratio * x.shape[-1], **common, name="mlp")(norm(name="norm2")(x))
+        y = Mlp(self.mlp_ratio * x.shape[-1], **common, name="mlp")(_norm(self, "norm2", x))
         return x + DropPath(self.drop_path)(y, train)
 
 
@@ -163,7 +169,7 @@ class VisionTransformer(nn.Module):
                 dtype=self.dtype,
                 name=f"blocks_{i}",
             )(x, train)
-        x = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name="norm")(x)
+        x = _norm(self, "norm", x)
         logits = nn.Dense(self.num_classes, dtype=self.dtype, name="head")(x[:, 0])
         if self.distilled:
             logits = (logits + nn.Dense(self.num_classes, dtype=self.dtype, name="head_dist")(x[:, 1])) / 2
