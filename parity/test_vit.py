@@ -26,6 +26,15 @@ def test_logits_and_round_trip(name):
     util.check_round_trip(name, model)
 
 
+def test_epsilon_of_the_norms():
+    """Embeddings so small that the first normalisation's epsilon decides; at order one it is lost in rounding."""
+    model = reference("vit_tiny_patch16_224")
+    with torch.no_grad():
+        for parameter in (model.cls_token, model.pos_embed, *model.patch_embed.parameters()):
+            parameter.mul_(1e-3)
+    util.check_logits("vit_tiny_patch16_224", model)
+
+
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224"])
 def test_logits_at_another_size(name):
     util.check_logits(name, reference(name, 160), 160)
