@@ -1,15 +1,23 @@
 """Plain and distilled vision transformers: ViT (Dosovitskiy et al., 2021) and DeiT (Touvron et al., 2021), timm's names."""
 
-import functools
+import math
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lbpwht_jax.models.blocks import DropPath, Mlp, Plan, check_images, dense, drop_path_rates
 from lbpwht_jax.models.info import IMAGENET_MEAN, IMAGENET_STD, ModelInfo
 from lbpwht_jax.spec import Grid
+
+
+def _norm(parent: Any, name: str, x: jax.Array) -> jax.Array:
+    """Layer normalisation in float32, returned in ``parent.dtype``."""
+    x = nn.LayerNorm(epsilon=1e-6, name=name)(x.astype(jnp.float32))
+    return x if parent.dtype is None else x.astype(parent.dtype)
 
 
 class PatchEmbed(nn.Module):
@@ -56,7 +64,9 @@ class Attention(nn.Module):
         batch, length, channels = x.shape
         qkv = dense(self, "qkv", 3 * channels, **tokens)(x)
         query, key, value = jnp.moveaxis(qkv.reshape(batch, length, 3, self.heads, channels // self.heads), 2, 0)
-        x = jax.nn.dot_product_attention(query, key, value)
+        logits = jnp.einsum("bqhd,bkhd->bhqk", query * (channels // self.heads) ** -0.5, key)
+        weights = nn.softmax(logits.astype(jnp.float32)).astype(value.dtype)
+        x = jnp.einsum("bhqk,bkhd->bqhd", weights, value)
         return dense(self, "proj", channels, **tokens)(x.reshape(batch, length, channels))
 
 
@@ -84,11 +94,10 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         """``x`` of shape ``[batch, prefix_tokens + tokens, channels]``; the result has the same shape."""
-        norm = functools.partial(nn.LayerNorm, epsilon=1e-6, dtype=self.dtype)
         common = {"grid": self.grid, "prefix_tokens": self.prefix_tokens, "plan": self.plan, "dtype": self.dtype}
-        y = Attention(self.heads, **common, name="attn")(norm(name="norm1")(x))
+        y = Attention(self.heads, **common, name="attn")(_norm(self, "norm1", x))
         x = x + DropPath(self.drop_path)(y, train)
-        y = Mlp(self.mlp_ratio * x.shape[-1], **common, name="mlp")(norm(name="norm2")(x))
+        y = Mlp(self.mlp_ratio * x.shape[-1], **common, name="mlp")(_norm(self, "norm2", x))
         return x + DropPath(self.drop_path)(y, train)
 
 
@@ -160,22 +169,63 @@ class VisionTransformer(nn.Module):
                 dtype=self.dtype,
                 name=f"blocks_{i}",
             )(x, train)
-        x = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name="norm")(x)
+        x = _norm(self, "norm", x)
         logits = nn.Dense(self.num_classes, dtype=self.dtype, name="head")(x[:, 0])
         if self.distilled:
             logits = (logits + nn.Dense(self.num_classes, dtype=self.dtype, name="head_dist")(x[:, 1])) / 2
         return logits
 
 
-def _info(patch_size: int, dim: int, depth: int, heads: int, image_size: int = 224, **fields) -> ModelInfo:
-    distilled = {"distilled": fields.pop("distilled")} if "distilled" in fields else {}
-    arguments = {"patch_size": patch_size, "dim": dim, "depth": depth, "heads": heads, **distilled}
-    return ModelInfo(VisionTransformer, arguments, image_size, layers=r"blocks_\d+/(attn/(qkv|proj)|mlp/fc[12])$", **fields)
+def resample_positions(state: Mapping[str, np.ndarray], module: nn.Module) -> dict[str, np.ndarray]:
+    """Brings a checkpoint's position embeddings to the module's grid, by antialiased bicubic interpolation as timm does.
+
+    Args:
+      state: timm's state dict; ``pos_embed`` is ``[1, prefix_tokens + height * width, dim]`` of a square grid.
+      module: a ``VisionTransformer``.
+
+    Returns:
+      The state dict, with the class and distillation tokens' embeddings as they were.
+
+    Raises:
+      ValueError: if the positions form no square grid.
+    """
+    prefix, edge = 1 + module.distilled, module.image_size // module.patch_size
+    positions = state["pos_embed"]
+    count = positions.shape[1] - prefix
+    if count == edge * edge:
+        return dict(state)
+    old = math.isqrt(max(count, 0))
+    if old * old != count or not count:
+        raise ValueError(
+            f"pos_embed {list(positions.shape)} holds {count} positions after {prefix} prefix tokens, which is no square grid; "
+            "load the file into the model it was made for"
+        )
+    grid = positions[:, prefix:].astype(np.float32).reshape(old, old, -1)
+    grid = jax.image.resize(grid, (edge, edge, grid.shape[-1]), "cubic", antialias=True)
+    grid = np.asarray(grid).reshape(1, edge * edge, -1).astype(positions.dtype)
+    return {**state, "pos_embed": np.concatenate([positions[:, :prefix], grid], axis=1)}
+
+
+def _info(patch_size: int, dim: int, depth: int, heads: int, *, image_size: int = 224, distilled: bool = False, **fields):
+    arguments = {"patch_size": patch_size, "dim": dim, "depth": depth, "heads": heads, "distilled": distilled}
+    layers = r"blocks_\d+/(attn/(qkv|proj)|mlp/fc[12])$"
+    return ModelInfo(VisionTransformer, arguments, image_size, layers, resample=resample_positions, **fields)
 
 
 _VIT = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5), "crop": 0.9}
 _DEIT = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD, "crop": 0.9}
 
 MODELS = {
-    "vit_micro_patch4_28": _info(4, 96, 6, 4, image_size=28, channels=1, mean=(0.5,), std=(0.5,), crop=1.0),
+    "vit_micro_patch4_28": _info(4, 96, 6, 4, image_size=28, channels=1, mean=(0.5,), std=(0.5,)),
+    "vit_tiny_patch16_224": _info(16, 192, 12, 3, **_VIT),
+    "vit_small_patch16_224": _info(16, 384, 12, 6, **_VIT),
+    "vit_base_patch16_224": _info(16, 768, 12, 12, **_VIT),
+    "vit_base_patch32_224": _info(32, 768, 12, 12, **_VIT),
+    "vit_large_patch16_224": _info(16, 1024, 24, 16, **_VIT),
+    "deit_tiny_patch16_224": _info(16, 192, 12, 3, **_DEIT),
+    "deit_small_patch16_224": _info(16, 384, 12, 6, **_DEIT),
+    "deit_base_patch16_224": _info(16, 768, 12, 12, **_DEIT),
+    "deit_tiny_distilled_patch16_224": _info(16, 192, 12, 3, distilled=True, **_DEIT),
+    "deit_small_distilled_patch16_224": _info(16, 384, 12, 6, distilled=True, **_DEIT),
+    "deit_base_distilled_patch16_224": _info(16, 768, 12, 12, distilled=True, **_DEIT),
 }

@@ -1,0 +1,171 @@
+"""The layouts published weights come in, brought to timm's names."""
+
+import dataclasses
+import re
+from collections.abc import Callable, Mapping
+
+import numpy as np
+
+State = dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How one source names its tensors.
+
+    Attributes:
+      name: of the layout, for messages.
+      sign: regular expression that some key matches, from its start, in files of this layout alone.
+      renames: regular expressions and replacements, applied in turn to every key.
+      dropped: regular expression, matched from the start of a key, of entries the models do not have (buffers computed here).
+      finish: what names alone cannot say, applied after the renames.
+    """
+
+    name: str
+    sign: str
+    renames: tuple[tuple[str, str | Callable[[re.Match], str]], ...]
+    dropped: str = "(?!)"
+    finish: Callable[[State], State] = dict
+
+
+def to_timm_layout(state: Mapping[str, np.ndarray]) -> tuple[str, State]:
+    """Renames a state dict of any known layout to timm's, told by its keys.
+
+    Args:
+      state: tensors by name.
+
+    Returns:
+      The layout's name and the state dict under timm's names; files of no other layout are taken to be timm's already.
+    """
+    for layout in LAYOUTS:
+        if any(re.match(layout.sign, key) for key in state):
+            renamed = {}
+            for key, value in state.items():
+                if re.match(layout.dropped, key):
+                    continue
+                for pattern, replacement in layout.renames:
+                    key = re.sub(pattern, replacement, key)
+                renamed[key] = value
+            return layout.name, layout.finish(renamed)
+    return "timm", dict(state)
+
+
+def _fuse_qkv(state: State) -> State:
+    """Joins ``attn.{query,key,value}`` into timm's ``attn.qkv``; in SwinV2 queries and values alone have (separate) biases."""
+    state = dict(state)
+    for query in [key for key in state if key.endswith(".attn.query.weight")]:
+        prefix = query.removesuffix("query.weight")
+        for leaf in ("weight", "bias"):
+            names = [f"{prefix}{part}.{leaf}" for part in ("query", "key", "value")]
+            if all(name in state for name in names):
+                state[f"{prefix}qkv.{leaf}"] = np.concatenate([state.pop(name) for name in names])
+    return {re.sub(r"\.attn\.(q|v)(uery|alue)\.bias$", r".attn.\1_bias", key): value for key, value in state.items()}
+
+
+def _flatten_layer_scales(state: State) -> State:
+    """Layer scales of ``[channels, 1, 1]`` as ``[channels]``."""
+    return {key: value.reshape(-1) if key.endswith(".gamma") else value for key, value in state.items()}
+
+
+def _after(match: re.Match) -> str:
+    """The next stage: timm counts a downsampling to the stage it leads to, the authors to the one it follows."""
+    return f"layers.{int(match[1]) + 1}.downsample"
+
+
+_TRANSFORMERS = (
+    (r"\.patch_embeddings\.projection\.", ".patch_embed.proj."),
+    (r"\.attention\.output\.dense\.", ".attn.proj."),
+    (r"\.attention\.(attention|self)\.", ".attn."),
+    (r"\.continuous_position_bias_mlp\.", ".cpb_mlp."),
+    (r"\.layernorm_before\.", ".norm1."),
+    (r"\.layernorm_after\.", ".norm2."),
+    (r"\.intermediate\.dense\.", ".mlp.fc1."),
+    (r"\.output\.dense\.", ".mlp.fc2."),
+)
+_SNAP = (
+    (r"^network\.(\d)\.(?=\d)", lambda match: f"stages.{int(match[1]) // 2}.blocks."),
+    (r"^network\.(\d)\.", lambda match: f"stages.{int(match[1]) // 2 + 1}.downsample."),
+    (r"\.layer_scale_(\d)$", r".ls\1.gamma"),
+    (r"^dist_head\.", "head_dist."),
+)
+
+LAYOUTS = (
+    Layout(
+        "transformers ViT or DeiT",
+        r"(vit|deit)\.embeddings\.|embeddings\.cls_token$",
+        (
+            (r"^(?:(?:vit|deit)\.)?(?=embeddings|encoder|layernorm)", "."),
+            *_TRANSFORMERS,
+            (r"^\.embeddings(?=\.patch_embed)", ""),
+            (r"^\.embeddings\.position_embeddings$", "pos_embed"),
+            (r"^\.embeddings\.distillation_token$", "dist_token"),
+            (r"^\.embeddings\.cls_token$", "cls_token"),
+            (r"^\.encoder\.layer\.", "blocks."),
+            (r"^\.layernorm\.", "norm."),
+            (r"^(cls_)?classifier\.", "head."),
+            (r"^distillation_classifier\.", "head_dist."),
+            (r"^\.", ""),
+        ),
+        dropped=r"(vit\.|deit\.)?(pooler\.|embeddings\.mask_token$)",
+        finish=_fuse_qkv,
+    ),
+    Layout(
+        "transformers SwinV2",
+        r"swinv2\.",
+        (
+            (r"^swinv2(?=\.)", ""),
+            *_TRANSFORMERS,
+            (r"^\.embeddings\.norm\.", "patch_embed.norm."),
+            (r"^\.embeddings\.", ""),
+            (r"^\.encoder\.", ""),
+            (r"^\.layernorm\.", "norm."),
+            (r"^classifier\.", "head.fc."),
+            (r"layers\.(\d+)\.downsample", _after),
+        ),
+        dropped=r".*\.(relative_position_index|relative_coords_table)$|swinv2\.embeddings\.mask_token$",
+        finish=_fuse_qkv,
+    ),
+    Layout(
+        "Microsoft SwinV2",
+        r"layers\.0\.downsample\.reduction\.",
+        ((r"^layers\.(\d+)\.downsample", _after), (r"^head\.(?!fc\.)", "head.fc.")),
+        dropped=r".*\.(relative_position_index|relative_coords_table|attn_mask)$",
+    ),
+    Layout(
+        "Snap EfficientFormerV2",
+        r"network\.0\.0\.mlp\.mid\.",
+        (
+            (r"^patch_embed\.0\.", "stem.conv1.conv."),
+            (r"^patch_embed\.1\.", "stem.conv1.bn."),
+            (r"^patch_embed\.3\.", "stem.conv2.conv."),
+            (r"^patch_embed\.4\.", "stem.conv2.bn."),
+            *_SNAP,
+            (r"\.mlp\.(fc1|fc2|mid)\.", r".mlp.\1.conv."),
+            (r"\.mlp\.norm(\d)\.", r".mlp.fc\1.bn."),
+            (r"\.mlp\.mid_norm\.", ".mlp.mid.bn."),
+            (r"\.q\.local\.0\.", ".q.local."),
+            (r"\.(q|k|v|v_local|stride_conv|q\.proj)\.0\.", r".\1.conv."),
+            (r"\.(q|k|v|v_local|stride_conv|q\.proj)\.1\.", r".\1.bn."),
+            (r"\.proj\.1\.", ".proj.conv."),
+            (r"\.proj\.2\.", ".proj.bn."),
+            (r"\.downsample\.(conv|proj)\.", ".downsample.conv.conv."),
+            (r"\.downsample\.(bn|norm)\.", ".downsample.conv.bn."),
+        ),
+        dropped=r".*\.attention_bias_idxs$",
+        finish=_flatten_layer_scales,
+    ),
+    Layout(
+        "Snap EfficientFormer",
+        r"network\.0\.0\.mlp\.",
+        (
+            (r"^patch_embed\.0\.", "stem.conv1."),
+            (r"^patch_embed\.1\.", "stem.norm1."),
+            (r"^patch_embed\.3\.", "stem.conv2."),
+            (r"^patch_embed\.4\.", "stem.norm2."),
+            *_SNAP,
+            (r"\.downsample\.proj\.", ".downsample.conv."),
+        ),
+        dropped=r".*\.attention_bias_idxs$",
+        finish=_flatten_layer_scales,
+    ),
+)
