@@ -7,6 +7,7 @@ import tyro
 from rich.console import Console
 
 from lbpwht_jax.finetune import Finetune
+from lbpwht_jax.weights_cli import Convert, Export, Models
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -19,18 +20,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
       0; 1 after reporting that training diverged; 2 after reporting a mistake in the arguments.
     """
     command = tyro.extras.subcommand_cli_from_dict(
-        {"finetune": Finetune},
+        {"finetune": Finetune, "models": Models, "convert": Convert, "export": Export},
         prog="lbpwht",
         description="Fine-tune vision transformers with low-rank backpropagation through the Walsh-Hadamard transform.",
         args=arguments,
     )
     try:
         run = command.prepare()
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, FileNotFoundError, ImportError) as error:
         _report(error)
         return 2
     try:
-        run()
+        if run is not None:
+            run()
     except FloatingPointError as error:
         _report(error)
         return 1

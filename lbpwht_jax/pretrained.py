@@ -9,9 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import flax.linen as nn
-import jax.numpy as jnp
 import numpy as np
-import safetensors
 import safetensors.numpy
 from flax import traverse_util
 
@@ -19,25 +17,14 @@ from lbpwht_jax.keys import Entry, assemble, check, entries, flat_to_timm, from_
 from lbpwht_jax.layouts import to_timm_layout
 from lbpwht_jax.models import ModelInfo, create_model, model_info
 from lbpwht_jax.torch_file import read_torch_file
+from lbpwht_jax.weights import read_safetensors, save_weights
 
-__all__ = ["from_timm", "load_pretrained", "number_of_classes", "read_weights", "save_weights", "to_timm"]
+__all__ = ["export_weights", "from_timm", "load_pretrained", "number_of_classes", "read_weights", "to_timm"]
 
 _LOG = logging.getLogger("lbpwht_jax")
 _HUB = re.compile(r"hf-hub:|\w[\w.-]*/\w[\w.-]*$")
 _SUFFIXES = (".safetensors", ".pth", ".bin")
 _NAMES = ("model.safetensors", "pytorch_model.bin")
-_DTYPES = {
-    "F64": np.float64,
-    "F32": np.float32,
-    "F16": np.float16,
-    "BF16": jnp.bfloat16,
-    "I64": np.int64,
-    "I32": np.int32,
-    "I16": np.int16,
-    "I8": np.int8,
-    "U8": np.uint8,
-    "BOOL": np.bool_,
-}
 
 
 def load_pretrained(
@@ -51,7 +38,7 @@ def load_pretrained(
     """Reads weights into the variables of a model.
 
     The layout is told by the keys: timm's; the authors' EfficientFormer and EfficientFormerV2; transformers' ViT, DeiT and
-    SwinV2; Microsoft's SwinV2; or this library's own (``save_weights(..., format="flax")``). Every tensor must be there, of
+    SwinV2; Microsoft's SwinV2; or this library's own (``export_weights(..., format="flax")``). Every tensor must be there, of
     the model's shape, and no other, but for the head where ``num_classes`` asks for another. (transformers' ViT normalises
     with epsilon 1e-12 where timm and this library use 1e-6, which its logits show in the last digits.)
 
@@ -92,7 +79,7 @@ def load_pretrained(
     return assemble(info, wanted, state)
 
 
-def save_weights(
+def export_weights(
     name: str,
     module: nn.Module,
     variables: Mapping[str, Any],
@@ -113,12 +100,12 @@ def save_weights(
       ValueError: if the name or format is unknown, or the variables are not the module's.
     """
     if format not in ("timm", "flax"):
-        raise ValueError(f"save_weights: format must be 'timm' or 'flax', got {format!r}")
+        raise ValueError(f"export_weights: format must be 'timm' or 'flax', got {format!r}")
     tensors = to_timm(name, module, variables)
     if format == "flax":
-        flat = traverse_util.flatten_dict(variables, sep="/")
-        tensors = {key: np.array(value, order="C") for key, value in flat.items()}
-    safetensors.numpy.save_file(tensors, path, metadata={"format": "pt" if format == "timm" else "flax"})
+        save_weights(path, variables, {"model": name})
+    else:
+        safetensors.numpy.save_file(tensors, path, metadata={"format": "pt"})
 
 
 def number_of_classes(name: str, variables: Mapping[str, Any]) -> int:
@@ -151,23 +138,12 @@ def read_weights(source: str | os.PathLike, *, offline: bool = False) -> dict[st
             )
         path = _download(os.fspath(source).removeprefix("hf-hub:"), offline)
     if path.suffix == ".safetensors":
-        return _read_safetensors(path)
+        return read_safetensors(path)[0]
     if path.suffix in _SUFFIXES:
         return read_torch_file(path)
     raise ValueError(
         f"{path}: weights are read from files ending in {', '.join(_SUFFIXES)}, not in {path.suffix or 'nothing'!r}"
     )
-
-
-def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
-    try:
-        tensors = safetensors.deserialize(path.read_bytes())
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{path}: no complete safetensors file ({error}); it may be truncated, get it again") from None
-    unknown = {tensor["dtype"] for _, tensor in tensors} - _DTYPES.keys()
-    if unknown:
-        raise ValueError(f"{path}: tensors of unsupported dtypes {', '.join(sorted(unknown))}; wanted {', '.join(_DTYPES)}")
-    return {key: np.frombuffer(t["data"], _DTYPES[t["dtype"]]).reshape(t["shape"]) for key, t in tensors}
 
 
 def _download(repository: str, offline: bool) -> Path:

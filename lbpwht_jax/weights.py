@@ -29,6 +29,20 @@ def save_weights(path: str | Path, variables: Mapping[str, Any], metadata: Mappi
     safetensors.numpy.save_file(arrays, path, header)
 
 
+def read_safetensors(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """The tensors of a safetensors file by name, and its header's metadata.
+
+    Raises:
+      ValueError: if the file is no safetensors file, or a damaged one.
+      FileNotFoundError: if there is none.
+    """
+    try:
+        with safetensors.safe_open(path, "np") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path}: no complete safetensors file ({error}); it may be truncated, get it again") from None
+
+
 def load_weights(path: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Reads what ``save_weights`` wrote.
 
@@ -39,16 +53,11 @@ def load_weights(path: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
       ``(variables, metadata)``, arrays as numpy's.
 
     Raises:
-      ValueError: if the file is no safetensors file.
+      ValueError: if the file is no safetensors file, or a damaged one.
       FileNotFoundError: if there is none.
     """
-    try:
-        with safetensors.safe_open(path, "np") as file:
-            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            metadata = {key: json.loads(value) for key, value in (file.metadata() or {}).items()}
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{path}: not a safetensors file, or a damaged one: {error}") from None
-    return flax.traverse_util.unflatten_dict(arrays, sep="/"), metadata
+    arrays, header = read_safetensors(path)
+    return flax.traverse_util.unflatten_dict(arrays, sep="/"), {key: json.loads(value) for key, value in header.items()}
 
 
 def load_bundled() -> tuple[dict[str, Any], dict[str, Any]]:

@@ -14,9 +14,9 @@ from flax import traverse_util
 from rich.console import Console
 from rich.table import Table
 
-from lbpwht_jax.macs import count_macs
+from lbpwht_jax.cost import product_flops
 from lbpwht_jax.models import create_model, list_models, model_info
-from lbpwht_jax.pretrained import load_pretrained, number_of_classes, save_weights
+from lbpwht_jax.pretrained import export_weights, load_pretrained, number_of_classes
 
 _Model = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
 _Source = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
@@ -40,7 +40,7 @@ class Convert:
     offline: bool = False
     """Takes hub weights from the local cache alone, without the network."""
 
-    def run(self) -> None:
+    def prepare(self) -> None:
         """Writes the file; raises as ``load_pretrained`` does."""
         _rewrite(self, "flax")
 
@@ -64,7 +64,7 @@ class Export:
     offline: bool = False
     """Takes hub weights from the local cache alone, without the network."""
 
-    def run(self) -> None:
+    def prepare(self) -> None:
         """Writes the file; raises as ``load_pretrained`` does."""
         _rewrite(self, self.format)
 
@@ -76,7 +76,7 @@ class Models:
     pattern: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PATTERN")] = "*"
     """Shell-style pattern the names match, such as "eff*"."""
 
-    def run(self) -> None:
+    def prepare(self) -> None:
         """Prints the table.
 
         Raises:
@@ -127,7 +127,7 @@ def describe(name: str) -> Description:
     kernels = [path.removesuffix("/kernel") for path in leaves if path.endswith("/kernel")]
     return Description(
         parameters=sum(math.prod(leaf.shape) for leaf in leaves.values()),
-        macs=count_macs(functools.partial(module.apply, train=False), variables, images),
+        macs=product_flops(functools.partial(module.apply, train=False), variables, images) // 2,
         low_rank_layers=sum(re.search(info.layers, path) is not None for path in kernels),
     )
 
@@ -136,5 +136,5 @@ def _rewrite(command: Convert | Export, format: Literal["timm", "flax"]) -> None
     variables = load_pretrained(command.model, command.source, command.num_classes, command.image_size, offline=command.offline)
     classes = number_of_classes(command.model, variables)
     module = create_model(command.model, num_classes=classes, image_size=command.image_size)
-    save_weights(command.model, module, variables, command.output, format)
+    export_weights(command.model, module, variables, command.output, format)
     print(f"{command.output}: {command.model} for {classes} classes at {module.image_size} pixels, {format} layout")

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from lbpwht_jax.models import create_model, list_models
 from lbpwht_jax.models.vit import resample_positions
-from lbpwht_jax.pretrained import load_pretrained, save_weights
+from lbpwht_jax.pretrained import export_weights, load_pretrained
 from lbpwht_jax.torch_file import read_torch_file
 from parity import util
 
@@ -66,7 +66,7 @@ def test_files(tmp_path, suffix):
     model = reference(name)
     path = tmp_path / f"weights{suffix}"
     if suffix == ".safetensors":
-        save_weights(name, create_model(name, num_classes=util.CLASSES), load_pretrained(name, save(model, tmp_path)), path)
+        export_weights(name, create_model(name, num_classes=util.CLASSES), load_pretrained(name, save(model, tmp_path)), path)
         model.load_state_dict(load_file(path), strict=True)
     else:
         torch.save({"model": model.state_dict(), "epoch": 3}, path)

@@ -14,7 +14,7 @@ import safetensors.numpy
 
 from lbpwht_jax.keys import entries, to_timm
 from lbpwht_jax.models import create_model
-from lbpwht_jax.pretrained import load_pretrained, number_of_classes, read_weights, save_weights
+from lbpwht_jax.pretrained import export_weights, load_pretrained, number_of_classes, read_weights
 
 NAME = "vit_micro_patch4_28"
 KEYS = Path(__file__).parent / "fixtures" / "keys"
@@ -63,7 +63,7 @@ def test_folder(tmp_path):
 def test_save_and_load(tmp_path, weights, format):
     path, state = weights
     variables = load_pretrained(NAME, path)
-    save_weights(NAME, create_model(NAME, num_classes=10), variables, tmp_path / "saved.safetensors", format)
+    export_weights(NAME, create_model(NAME, num_classes=10), variables, tmp_path / "saved.safetensors", format)
     written = read_weights(tmp_path / "saved.safetensors")
     if format == "timm":
         assert written.keys() == state.keys()
@@ -77,9 +77,9 @@ def test_save_and_load(tmp_path, weights, format):
 def test_saving_errors(tmp_path, weights):
     variables = load_pretrained(NAME, weights[0])
     with pytest.raises(ValueError, match="format must be 'timm' or 'flax', got 'npz'"):
-        save_weights(NAME, create_model(NAME, num_classes=10), variables, tmp_path / "a", "npz")
+        export_weights(NAME, create_model(NAME, num_classes=10), variables, tmp_path / "a", "npz")
     with pytest.raises(ValueError, match="do not fit the module"):
-        save_weights(NAME, create_model(NAME, num_classes=11), variables, tmp_path / "a", "flax")
+        export_weights(NAME, create_model(NAME, num_classes=11), variables, tmp_path / "a", "flax")
     assert not (tmp_path / "a").exists()
 
 

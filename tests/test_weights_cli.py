@@ -25,10 +25,10 @@ def timm_file(tmp_path):
 def test_there_and_back(timm_file, tmp_path, capsys):
     source, state = timm_file
     ours, back = tmp_path / "ours.safetensors", tmp_path / "back.safetensors"
-    tyro.cli(Convert, args=[NAME, str(source), str(ours)]).run()
+    tyro.cli(Convert, args=[NAME, str(source), str(ours)]).prepare()
     assert capsys.readouterr().out == f"{ours}: {NAME} for 10 classes at 28 pixels, flax layout\n"
     assert "params/blocks_5/mlp/fc2/kernel" in read_weights(ours)
-    tyro.cli(Export, args=[NAME, str(ours), str(back)]).run()
+    tyro.cli(Export, args=[NAME, str(ours), str(back)]).prepare()
     written = read_weights(back)
     assert written.keys() == state.keys()
     for key, value in state.items():
@@ -39,20 +39,20 @@ def test_there_and_back(timm_file, tmp_path, capsys):
 
 def test_new_head_and_image_size(timm_file, tmp_path):
     arguments = [NAME, str(timm_file[0]), str(tmp_path / "a.safetensors"), "--num-classes", "3", "--image-size", "40"]
-    tyro.cli(Export, args=[*arguments, "--format", "flax"]).run()
+    tyro.cli(Export, args=[*arguments, "--format", "flax"]).prepare()
     written = read_weights(tmp_path / "a.safetensors")
     assert written["params/head/kernel"].shape == (96, 3)
     assert written["params/pos_embed"].shape == (1, 101, 96)
 
 
 def test_table(capsys):
-    tyro.cli(Models, args=["vit_m*"]).run()
+    tyro.cli(Models, args=["vit_m*"]).prepare()
     out = capsys.readouterr().out
     row = next(line for line in out.splitlines() if NAME in line)
     assert [cell.strip() for cell in row.split("│")[1:-1]] == [NAME, "774,760", "0.04", "28", "24"]
     assert r"VisionTransformer: blocks_\d+/(attn/(qkv|proj)|mlp/fc[12])$" in out
     with pytest.raises(ValueError, match=r"no model matches 'resnet\*'"):
-        Models("resnet*").run()
+        Models("resnet*").prepare()
 
 
 def test_counts():
