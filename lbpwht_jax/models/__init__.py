@@ -7,12 +7,12 @@ from typing import Any
 
 import flax.linen as nn
 
-from lbpwht_jax.models import vit
+from lbpwht_jax.models import efficientformer, efficientformer_v2, vit
 from lbpwht_jax.models.blocks import Plan
 from lbpwht_jax.models.info import ModelInfo
 from lbpwht_jax.spec import LowRankSpec
 
-_MODELS: dict[str, ModelInfo] = {**vit.MODELS}
+_MODELS: dict[str, ModelInfo] = {**vit.MODELS, **efficientformer.MODELS, **efficientformer_v2.MODELS}
 
 
 def list_models(pattern: str = "*") -> list[str]:
