@@ -7,12 +7,14 @@ from typing import Any
 
 import flax.linen as nn
 
-from lbpwht_jax.models import swin_v2, vit
+from lbpwht_jax.models import efficientformer, efficientformer_v2, swin_v2, vit
 from lbpwht_jax.models.blocks import Plan
 from lbpwht_jax.models.info import ModelInfo
 from lbpwht_jax.spec import LowRankSpec
 
-_MODELS: dict[str, ModelInfo] = {**vit.MODELS, **swin_v2.MODELS}
+_MODELS: dict[str, ModelInfo] = {
+    name: info for family in (vit, efficientformer, efficientformer_v2, swin_v2) for name, info in family.MODELS.items()
+}
 
 
 def list_models(pattern: str = "*") -> list[str]:

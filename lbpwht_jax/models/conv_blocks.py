@@ -1,0 +1,193 @@
+"""What the EfficientFormer families share: batch normalisation, layer scale, attention biases of a map and their files."""
+
+import functools
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict
+
+from lbpwht_jax.models.blocks import Plan, dense
+from lbpwht_jax.projection import accumulation_dtype
+
+
+def batch_norm(parent: Any, name: str, x: jax.Array, train: bool) -> jax.Array:
+    """Batch normalisation within ``parent``, on running statistics unless training without ``parent.frozen_batch_norm``.
+
+    Epsilon and momentum are the reference's. While training unfrozen, running variances gather the batch's biased
+    variance, as Flax does, where torch gathers the unbiased one.
+
+    Args:
+      parent: the module under construction, with fields ``frozen_batch_norm`` and ``dtype``.
+      name: of the new layer.
+      x: ``[..., channels]``.
+      train: whether the model is training.
+
+    Returns:
+      Array of ``x``'s shape, normalised in at least float32, of ``parent.dtype``.
+    """
+    running = not train or parent.frozen_batch_norm
+    return _normalised(parent, nn.BatchNorm(running, momentum=0.9, epsilon=1e-5, name=name), x)
+
+
+def layer_norm(parent: Any, name: str, x: jax.Array) -> jax.Array:
+    """Layer normalisation of the last axis within ``parent``; arguments and result as for ``batch_norm``."""
+    return _normalised(parent, nn.LayerNorm(epsilon=1e-5, name=name), x)
+
+
+def _normalised(parent: Any, norm: nn.Module, x: jax.Array) -> jax.Array:
+    return norm(widen(x)).astype(x.dtype if parent.dtype is None else parent.dtype)
+
+
+def widen(x: jax.Array) -> jax.Array:
+    """``x`` in at least float32, for sums."""
+    return x.astype(accumulation_dtype(x.dtype))
+
+
+def conv3x3(features: int, stride: int = 1, *, depthwise: bool = False, dtype: Any, name: str) -> nn.Conv:
+    """A 3x3 convolution with one row and column of zeros on every side: maps shrink to ``ceil(size / stride)``.
+
+    Args:
+      features: output channels.
+      stride: along both axes.
+      depthwise: a kernel a channel; ``features`` must be the input's channels.
+      dtype: of the computation.
+      name: of the layer.
+    """
+    groups = features if depthwise else 1
+    return nn.Conv(features, (3, 3), stride, padding=1, feature_group_count=groups, dtype=dtype, name=name)
+
+
+class ConvNorm(nn.Module):
+    """A 3x3 convolution, ``conv``, and its batch normalisation, ``bn``.
+
+    Attributes:
+      features: output channels.
+      stride: along both axes.
+      depthwise: a kernel a channel.
+      frozen_batch_norm: keeps batch normalisation on its running statistics while training.
+      dtype: of the computation.
+    """
+
+    features: int
+    stride: int = 1
+    depthwise: bool = False
+    frozen_batch_norm: bool = False
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        """``[batch, height, width, channels]`` to ``[batch, ceil(height / stride), ceil(width / stride), features]``."""
+        x = conv3x3(self.features, self.stride, depthwise=self.depthwise, dtype=self.dtype, name="conv")(x)
+        return batch_norm(self, "bn", x, train)
+
+
+class DenseNorm(nn.Module):
+    """A 1x1 convolution, ``conv``, which can be low-rank, and its batch normalisation, ``bn``.
+
+    Attributes:
+      features: output channels.
+      frozen_batch_norm: keeps batch normalisation on its running statistics while training.
+      plan: which layers are low-rank.
+      dtype: of the computation.
+    """
+
+    features: int
+    frozen_batch_norm: bool = False
+    plan: Plan = Plan()
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        """``[batch, height, width, channels]`` to ``[batch, height, width, features]``."""
+        return batch_norm(self, "bn", dense(self, "conv", self.features)(x), train)
+
+
+class LayerScale(nn.Module):
+    """Multiplies every channel by a learned factor, ``gamma``, which starts at ``1e-5``."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """``x`` of shape ``[..., channels]``; the result has the same shape and dtype."""
+        gamma = self.param("gamma", nn.initializers.constant(1e-5), x.shape[-1:])
+        return x * gamma.astype(x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
+
+
+def softmax(x: jax.Array, axis: int) -> jax.Array:
+    """Softmax computed in at least float32, of ``x``'s dtype."""
+    return nn.softmax(widen(x), axis).astype(x.dtype)
+
+
+def offset_index(height: int, width: int, stride: int = 1) -> np.ndarray:
+    """Which attention bias belongs to each pair of query and key on a map: the one of their absolute offset.
+
+    Args:
+      height, width: of the map, in tokens.
+      stride: queries are every ``stride``-th token along both axes.
+
+    Returns:
+      ``[queries, keys]`` integers, ``|rows apart| * width + |columns apart|``.
+    """
+    rows, columns = (abs(np.arange(0, n, stride)[:, None] - np.arange(n)) for n in (height, width))
+    index = rows[:, None, :, None] * width + columns[None, :, None, :]
+    return index.reshape(-1, height * width)
+
+
+def attention_biases(parent: nn.Module, heads: int, height: int, width: int, stride: int = 1) -> jax.Array:
+    """Learned biases of attention on a map, one a head and absolute offset, parameter ``attention_biases`` of ``parent``.
+
+    Returns:
+      ``[1, queries, keys, heads]``, queries and keys as in ``offset_index``.
+    """
+    table = parent.param("attention_biases", nn.initializers.zeros_init(), (heads, height * width))
+    return jnp.moveaxis(table[:, offset_index(height, width, stride)], 0, -1)[None]
+
+
+def resample_attention_biases(state_dict: Mapping[str, np.ndarray], key: str, size: int) -> dict[str, np.ndarray]:
+    """Resamples tables of attention biases, in timm's layout, to maps of another size.
+
+    The references have no rule for it. Ours keeps each offset's share of the map: the bias of an offset of ``d`` tokens
+    on a map of ``size`` is what stood at ``d * old / size`` on a map of ``old``, linearly interpolated along both axes and
+    held beyond the table's last entry. An offset of 0 so keeps its bias.
+
+    Args:
+      state_dict: arrays by timm's keys.
+      key: regular expression, searched in the keys, of the tables: ``[heads, old * old]``.
+      size: height and width of the map wanted, in tokens.
+
+    Returns:
+      The state dict with those tables as ``[heads, size * size]``; tables of that shape are passed on as they are.
+
+    Raises:
+      ValueError: if a table does not belong to a square map.
+    """
+    resampled = dict(state_dict)
+    for name, table in state_dict.items():
+        if not re.search(key, name) or table.shape[-1] == size * size:
+            continue
+        old = math.isqrt(table.shape[-1])
+        if table.ndim != 2 or old * old != table.shape[-1]:
+            raise ValueError(f"{name}: attention biases must be [heads, size * size] to be resampled, got {list(table.shape)}")
+        at = np.arange(size) * old / size
+        weights = np.stack([np.interp(at, np.arange(old), row) for row in np.eye(old)], axis=1)
+        maps = np.einsum("ai,bj,hij->hab", weights, weights, table.reshape(-1, old, old).astype(np.float64))
+        resampled[name] = maps.reshape(-1, size * size).astype(table.dtype)
+    return resampled
+
+
+def batch_counters(module: Any) -> dict[str, np.ndarray]:
+    """The counters of batches that torch keeps beside every running mean, at zero, by timm's keys.
+
+    Args:
+      module: a model, with a field ``image_size``, in pixels.
+    """
+    images = jax.ShapeDtypeStruct((1, module.image_size, module.image_size, 3), jnp.float32)
+    statistics = jax.eval_shape(functools.partial(module.init, jax.random.key(0)), images)["batch_stats"]
+    layers = [path[:-1] for path in flatten_dict(statistics) if path[-1] == "mean"]
+    names = [".".join(re.sub(r"_(\d+)$", r".\1", part) for part in layer) for layer in layers]
+    return {f"{name}.num_batches_tracked": np.zeros((), np.int64) for name in names}

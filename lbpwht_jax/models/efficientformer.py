@@ -1,0 +1,315 @@
+"""EfficientFormer (Li et al., 2022), timm's names: poolings and 1x1 convolutions on maps, attention in the last blocks."""
+
+import functools
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lbpwht_jax.models.blocks import DropPath, Mlp, Plan, check_images, dense, drop_path_rates, gelu
+from lbpwht_jax.models.conv_blocks import (
+    LayerScale,
+    attention_biases,
+    batch_counters,
+    batch_norm,
+    conv3x3,
+    layer_norm,
+    offset_index,
+    resample_attention_biases,
+    softmax,
+    widen,
+)
+from lbpwht_jax.models.info import ModelInfo
+
+
+class Stem(nn.Module):
+    """Two 3x3 convolutions of stride 2, each with batch normalisation and ReLU.
+
+    Attributes:
+      features: output channels.
+      frozen_batch_norm: keeps batch normalisation on its running statistics while training.
+      dtype: of the computation.
+    """
+
+    features: int
+    frozen_batch_norm: bool = False
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(self, images: jax.Array, train: bool) -> jax.Array:
+        """``[batch, height, width, channels]`` to a map of a quarter of the height and width, rounded up."""
+        x = conv3x3(self.features // 2, 2, dtype=self.dtype, name="conv1")(images)
+        x = nn.relu(batch_norm(self, "norm1", x, train))
+        x = conv3x3(self.features, 2, dtype=self.dtype, name="conv2")(x)
+        return nn.relu(batch_norm(self, "norm2", x, train))
+
+
+class Downsample(nn.Module):
+    """A 3x3 convolution of stride 2 with batch normalisation.
+
+    Attributes:
+      features: output channels.
+      frozen_batch_norm: keeps batch normalisation on its running statistics while training.
+      dtype: of the computation.
+    """
+
+    features: int
+    frozen_batch_norm: bool = False
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        """``[batch, height, width, channels]`` to a map of half the height and width, rounded up."""
+        x = conv3x3(self.features, 2, dtype=self.dtype, name="conv")(x)
+        return batch_norm(self, "norm", x, train)
+
+
+class ConvMlp(nn.Module):
+    """Two 1x1 convolutions, ``fc1`` and ``fc2``, each with batch normalisation, and GELU between them.
+
+    Attributes:
+      hidden: channels between the two.
+      frozen_batch_norm: keeps batch normalisation on its running statistics while training.
+      plan: which layers are low-rank.
+      dtype: of the computation.
+    """
+
+    hidden: int
+    frozen_batch_norm: bool = False
+    plan: Plan = Plan()
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        """``x`` of shape ``[batch, height, width, channels]``; the result has the same shape."""
+        channels = x.shape[-1]
+        x = gelu(batch_norm(self, "norm1", dense(self, "fc1", self.hidden)(x), train))
+        return batch_norm(self, "norm2", dense(self, "fc2", channels)(x), train)
+
+
+class Attention(nn.Module):
+    """Self-attention over a map, with a learned bias for each head and offset; values are four times as wide as keys.
+
+    Attributes:
+      heads: number of heads.
+      key_dim: channels of a head's queries and keys.
+      plan: which layers are low-rank.
+      dtype: of the computation.
+    """
+
+    heads: int = 8
+    key_dim: int = 32
+    plan: Plan = Plan()
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """``x`` of shape ``[batch, height, width, channels]``; the result has the same shape."""
+        batch, height, width, channels = x.shape
+        qkv = dense(self, "qkv", 6 * self.heads * self.key_dim)(x).reshape(batch, height * width, self.heads, -1)
+        query, key, value = jnp.split(qkv, [self.key_dim, 2 * self.key_dim], axis=-1)
+        logits = jnp.einsum("bqhc,bkhc->bqkh", query, key) * self.key_dim**-0.5
+        weights = softmax(logits + attention_biases(self, self.heads, height, width).astype(logits.dtype), axis=2)
+        x = jnp.einsum("bqkh,bkhc->bqhc", weights, value)
+        return dense(self, "proj", channels)(x.reshape(batch, height, width, -1))
+
+
+class PoolBlock(nn.Module):
+    """Mixes tokens by what 3x3 average pooling changes, then channels by a ``ConvMlp``.
+
+    Attributes:
+      mlp_ratio: hidden channels of the MLP over the map's channels.
+      drop_path: probability of dropping each residual branch while training.
+      frozen_batch_norm: keeps batch normalisation on its running statistics while training.
+      plan: which layers are low-rank.
+      dtype: of the computation.
+    """
+
+    mlp_ratio: int
+    drop_path: float = 0.0
+    frozen_batch_norm: bool = False
+    plan: Plan = Plan()
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        """``x`` of shape ``[batch, height, width, channels]``; the result has the same shape."""
+        y = nn.avg_pool(widen(x), (3, 3), padding="SAME", count_include_pad=False).astype(x.dtype) - x
+        x = x + DropPath(self.drop_path)(LayerScale(name="ls1")(y), train)
+        mlp = ConvMlp(self.mlp_ratio * x.shape[-1], self.frozen_batch_norm, self.plan, self.dtype, name="mlp")
+        return x + DropPath(self.drop_path)(LayerScale(name="ls2")(mlp(x, train)), train)
+
+
+class AttentionBlock(nn.Module):
+    """A pre-norm transformer block on a map, its residual branches scaled.
+
+    Attributes:
+      mlp_ratio: hidden channels of the MLP over the map's channels.
+      drop_path: probability of dropping each residual branch while training.
+      plan: which layers are low-rank.
+      dtype: of the computation.
+    """
+
+    mlp_ratio: int
+    drop_path: float = 0.0
+    plan: Plan = Plan()
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        """``x`` of shape ``[batch, height, width, channels]``; the result has the same shape."""
+        common = {"plan": self.plan, "dtype": self.dtype}
+        y = Attention(**common, name="token_mixer")(layer_norm(self, "norm1", x))
+        x = x + DropPath(self.drop_path)(LayerScale(name="ls1")(y), train)
+        y = Mlp(self.mlp_ratio * x.shape[-1], grid=None, **common, name="mlp")(layer_norm(self, "norm2", x))
+        return x + DropPath(self.drop_path)(LayerScale(name="ls2")(y), train)
+
+
+class Stage(nn.Module):
+    """Blocks on maps of one size, after the downsampling to it.
+
+    Attributes:
+      dim: channels.
+      mlp_ratio: hidden channels of the MLPs over ``dim``.
+      drop_path: probability of dropping each residual branch while training, a block; its length is the stage's depth.
+      attention: how many of the blocks, the last ones, have attention.
+      downsample: whether the stage begins by halving the map.
+      remat: recomputes each block in the backward pass instead of keeping its activations.
+      frozen_batch_norm: keeps batch normalisation on its running statistics while training.
+      plan: which layers are low-rank.
+      dtype: of the computation.
+    """
+
+    dim: int
+    mlp_ratio: int
+    drop_path: tuple[float, ...]
+    attention: int = 0
+    downsample: bool = True
+    remat: bool = False
+    frozen_batch_norm: bool = False
+    plan: Plan = Plan()
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        """``[batch, height, width, channels]`` to ``[batch, height', width', dim]``."""
+        checkpoint = functools.partial(nn.remat, static_argnums=(2,)) if self.remat else lambda block: block
+        common = {"plan": self.plan, "dtype": self.dtype}
+        if self.downsample:
+            x = Downsample(self.dim, self.frozen_batch_norm, self.dtype, name="downsample")(x, train)
+        poolings = len(self.drop_path) - self.attention
+        for i, rate in enumerate(self.drop_path[:poolings]):
+            block = checkpoint(PoolBlock)(self.mlp_ratio, rate, self.frozen_batch_norm, **common, name=f"blocks_{i}")
+            x = block(x, train)
+        # In the published weights the flattening of the map counts as a block.
+        for i, rate in enumerate(self.drop_path[poolings:], poolings + 1):
+            x = checkpoint(AttentionBlock)(self.mlp_ratio, rate, **common, name=f"blocks_{i}")(x, train)
+        return x
+
+
+class EfficientFormer(nn.Module):
+    """An EfficientFormer for image classification.
+
+    Attributes:
+      num_classes: outputs.
+      image_size: height and width of the images, in pixels.
+      dims: channels of the four stages.
+      depths: blocks of the four stages.
+      attention: how many blocks of the last stage, the last ones, have attention.
+      mlp_ratio: hidden channels of the MLPs over the stage's.
+      drop_path: probability of dropping the last block's residual branches; the earlier blocks' rise linearly to it.
+      remat: recomputes each block in the backward pass instead of keeping its activations.
+      frozen_batch_norm: keeps batch normalisation on its running statistics while training.
+      plan: which layers are low-rank.
+      dtype: of the computation.
+    """
+
+    num_classes: int
+    image_size: int
+    dims: tuple[int, ...]
+    depths: tuple[int, ...]
+    attention: int
+    mlp_ratio: int = 4
+    drop_path: float = 0.0
+    remat: bool = False
+    frozen_batch_norm: bool = False
+    plan: Plan = Plan()
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
+        """Classifies images.
+
+        Args:
+          images: ``[batch, image_size, image_size, channels]``, normalised.
+          train: whether drop path is on, and batch normalisation on the batch's statistics unless frozen.
+
+        Returns:
+          Logits, the average of the two heads', ``[batch, num_classes]``.
+
+        Raises:
+          ValueError: if the images are not of ``image_size``.
+        """
+        check_images(self, images, 1)
+        x = Stem(self.dims[0], self.frozen_batch_norm, self.dtype, name="stem")(images, train)
+        rates = drop_path_rates(self.drop_path, sum(self.depths))
+        for i, (dim, depth) in enumerate(zip(self.dims, self.depths, strict=True)):
+            begin = sum(self.depths[:i])
+            x = Stage(
+                dim,
+                self.mlp_ratio,
+                tuple(rates[begin : begin + depth]),
+                attention=self.attention if i == len(self.dims) - 1 else 0,
+                downsample=i > 0,
+                remat=self.remat,
+                frozen_batch_norm=self.frozen_batch_norm,
+                plan=self.plan,
+                dtype=self.dtype,
+                name=f"stages_{i}",
+            )(x, train)
+        x = layer_norm(self, "norm", x).mean(axis=(1, 2))
+        heads = [nn.Dense(self.num_classes, dtype=self.dtype, name=name)(x) for name in ("head", "head_dist")]
+        return (heads[0] + heads[1]) / 2
+
+
+def _map_size(module: Any) -> int:
+    return math.ceil(module.image_size / 2 ** (len(module.depths) + 1))
+
+
+def _make_buffers(module: Any) -> dict[str, np.ndarray]:
+    size, last = _map_size(module), len(module.depths) - 1
+    blocks = range(module.depths[last] - module.attention + 1, module.depths[last] + 1)
+    indices = {f"stages.{last}.blocks.{i}.token_mixer.attention_bias_idxs": offset_index(size, size) for i in blocks}
+    return {**batch_counters(module), **indices}
+
+
+def _resample(state_dict: Mapping[str, np.ndarray], module: Any) -> dict[str, np.ndarray]:
+    return resample_attention_biases(state_dict, r"attention_biases$", _map_size(module))
+
+
+def _info(dims: tuple[int, ...], depths: tuple[int, ...], attention: int) -> ModelInfo:
+    *earlier, last = range(len(depths))
+    poolings = [f"{last}/blocks_{i}" for i in range(depths[last] - attention)]
+    convolutional = "|".join([f"[{earlier[0]}-{earlier[-1]}]/blocks_\\d+", *poolings])
+    return ModelInfo(
+        EfficientFormer,
+        {"dims": dims, "depths": depths, "attention": attention},
+        image_size=224,
+        layers=r"mlp/fc[12]$|token_mixer/(qkv|proj)$",
+        crop=0.95,
+        pointwise=rf"stages_({convolutional})/mlp/fc[12]/kernel$",
+        buffers=r"\.(num_batches_tracked|attention_bias_idxs)$",
+        make_buffers=_make_buffers,
+        resample=_resample,
+    )
+
+
+MODELS = {
+    "efficientformer_l1": _info((48, 96, 224, 448), (3, 2, 6, 4), attention=1),
+    "efficientformer_l3": _info((64, 128, 320, 512), (4, 4, 12, 6), attention=4),
+    "efficientformer_l7": _info((96, 192, 384, 768), (6, 6, 18, 8), attention=8),
+}
