@@ -2,7 +2,9 @@
 
 from lbpwht_jax.layers import LowRankDense
 from lbpwht_jax.matmul import low_rank_matmul
+from lbpwht_jax.models import create_model, list_models
 from lbpwht_jax.nnx import LowRankLinear
+from lbpwht_jax.pretrained import load_pretrained
 from lbpwht_jax.spec import LowRankSpec, lp_l1, lp_linf
 from lbpwht_jax.wht import fast_walsh_hadamard, walsh_matrix
 
@@ -10,7 +12,10 @@ __all__ = [
     "LowRankDense",
     "LowRankLinear",
     "LowRankSpec",
+    "create_model",
     "fast_walsh_hadamard",
+    "list_models",
+    "load_pretrained",
     "low_rank_matmul",
     "lp_l1",
     "lp_linf",

@@ -1,6 +1,7 @@
 """Compares a model with timm's: logits, gradients, the way there and back, and low-rank backprop at full rank."""
 
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -83,20 +84,36 @@ def loss_and_gradients(module: Any, variables: Mapping[str, Any], images: np.nda
     return logits, gradients
 
 
-def check_gradients(name: str, reference: torch.nn.Module) -> None:
-    """Compares the gradients of every parameter, on frozen statistics."""
-    module = create_model(name, num_classes=CLASSES, frozen_batch_norm=True)
+def check_gradients(name: str, reference: torch.nn.Module, image_size: int | None = None, zero: str = "(?!)") -> None:
+    """Compares the gradients of every parameter, on frozen statistics.
+
+    Args:
+      name: of the model.
+      reference: timm's, with ``CLASSES`` classes.
+      image_size: in pixels; by default the model's.
+      zero: regular expression of the parameters whose gradient is mathematically zero, of which rounding leaves up to a
+        millionth of the largest gradient.
+    """
+    module = create_model(name, num_classes=CLASSES, image_size=image_size, frozen_batch_norm=True)
     variables = from_timm(name, module, state_of(reference))
     images, labels = images_for(name, module.image_size), np.array([1, 3])
     _, ours = loss_and_gradients(module, variables, images, labels)
     logits = reference(torch.from_numpy(images).permute(0, 3, 1, 2))
     torch.nn.functional.cross_entropy(logits, torch.from_numpy(labels)).backward()
     theirs = {key: parameter.grad.numpy() for key, parameter in reference.named_parameters()}
-    grads = {**state_of(reference), **theirs}
-    wanted = traverse_util.flatten_dict(from_timm(name, module, grads)["params"])
-    ours = traverse_util.flatten_dict(ours)
     assert {entry.key for entry in entries(name, module) if entry.path[0] == "params"} == theirs.keys()
-    errors = {"/".join(path): relative(ours[path], value) for path, value in wanted.items()}
+    wanted = from_timm(name, module, {**state_of(reference), **theirs})["params"]
+    _compare_gradients(ours, wanted, zero)
+
+
+def _compare_gradients(ours: Any, wanted: Any, zero: str) -> None:
+    flat = {"/".join(path): value for path, value in traverse_util.flatten_dict(ours).items()}
+    wanted = {"/".join(path): value for path, value in traverse_util.flatten_dict(wanted).items()}
+    assert flat.keys() == wanted.keys()
+    rounding = 1e-6 * max(float(np.max(np.abs(value))) for value in wanted.values())
+    vanishing = {path for path in wanted if re.search(zero, path)}
+    assert not [path for path in vanishing if max(np.max(np.abs(g[path])) for g in (flat, wanted)) > rounding]
+    errors = {path: relative(flat[path], value) for path, value in wanted.items() if path not in vanishing}
     assert not {path: error for path, error in errors.items() if error > GRADIENTS}
 
 
@@ -111,9 +128,9 @@ def check_round_trip(name: str, reference: torch.nn.Module, image_size: int | No
     reference.load_state_dict({key: torch.from_numpy(value) for key, value in after.items()}, strict=True)
 
 
-def check_low_rank(name: str, reference: torch.nn.Module) -> None:
+def check_low_rank(name: str, reference: torch.nn.Module, image_size: int | None = None, zero: str = "(?!)") -> None:
     """All Walsh functions on every layer give the exact gradients; some of them, finite ones; all the same logits."""
-    options = {"num_classes": CLASSES, "frozen_batch_norm": True}
+    options = {"num_classes": CLASSES, "image_size": image_size, "frozen_batch_norm": True}
     dense = create_model(name, **options)
     variables = from_timm(name, dense, state_of(reference))
     images, labels = images_for(name, dense.image_size), np.array([1, 3])
@@ -121,10 +138,10 @@ def check_low_rank(name: str, reference: torch.nn.Module) -> None:
     for r in (15, 4):
         module = create_model(name, **options, spec=lp_l1(r), layers="")
         ours, gradients = loss_and_gradients(module, variables, images, labels)
-        np.testing.assert_array_equal(ours, logits)
+        # the compiler may fuse the forward pass in another way beside another backward pass
+        assert relative(ours, logits) < LOGITS
         if r == 15:
-            errors = jax.tree.map(relative, gradients, exact)
-            assert max(jax.tree.leaves(errors)) < GRADIENTS
+            _compare_gradients(gradients, exact, zero)
         else:
             assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(gradients))
             assert any(relative(a, b) > 1e-2 for a, b in zip(*map(jax.tree.leaves, (gradients, exact)), strict=True))
