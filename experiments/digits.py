@@ -48,7 +48,7 @@ def table(results: dict) -> str:
 
 
 def main(
-    methods: tuple[str, ...] = ("full", "lp_l1-8", "lp_l1-6", "lp_l1-4", "lp_l1-2", "lp_linf-2"),
+    methods: tuple[str, ...] = ("full", "lp_l1-8", "lp_l1-4", "lp_l1-2"),
     projection: str = "fitted",
     seeds: tuple[int, ...] = (0, 1, 2),
     output: Path = RESULTS,

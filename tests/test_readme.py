@@ -1,0 +1,45 @@
+"""What the README says is so."""
+
+import importlib.util
+import json
+import re
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+
+
+def test_it_is_short():
+    assert len(README.splitlines()) <= 120
+
+
+def test_the_layer_example_runs():
+    names = {}
+    exec(BLOCKS[0], names)
+    x = jnp.ones((2, 1 + 14 * 14, 8))
+    model = names["Mlp"]()
+    variables = model.init(jax.random.key(0), x)
+    assert model.apply(variables, x).shape == x.shape
+    jax.grad(lambda v: model.apply(v, x).sum())(variables)
+
+
+def test_the_table_is_what_the_experiment_measured():
+    spec = importlib.util.spec_from_file_location("digits", ROOT / "experiments" / "digits.py")
+    digits = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(digits)
+    results = json.loads((ROOT / "experiments" / "results" / "digits.json").read_text())
+    assert digits.table(results) in README
+    # the claim beside it
+    means = {method: sum(run["test_accuracy"] for run in runs) / len(runs) for method, runs in results["runs"].items()}
+    assert means["full"] - means["lp_l1-4"] <= 0.015
+    assert len(results["runs"]["full"]) >= 3
+
+
+def test_the_test_command_is_the_one_ci_runs():
+    command = "pip install -e '.[test]' && pytest"
+    assert f"\n{command}\n" in README
+    assert f"\n{command}\n" in (ROOT / ".ci" / "run").read_text()
