@@ -16,6 +16,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from lbpwht_jax.adapt import adapt
 from lbpwht_jax.methods import parse_method
 from lbpwht_jax.models import create_model, model_info
 
@@ -23,10 +24,11 @@ from lbpwht_jax.models import create_model, model_info
 def measure(name: str, method: str, batch_size: int, steps: int) -> tuple[float, float, float]:
     """Seconds of tracing and lowering, of compiling, and the median of a step."""
     info = model_info(name)
-    model = create_model(name, num_classes=100, frozen_batch_norm=True, spec=parse_method(method))
+    base = create_model(name, num_classes=100, frozen_batch_norm=True)
     rng = np.random.default_rng(0)
     images = jnp.asarray(rng.normal(size=(batch_size, info.image_size, info.image_size, info.channels)), jnp.float32)
     labels = jnp.asarray(rng.integers(0, 100, batch_size), jnp.int32)
+    model = adapt(base, parse_method(method).rules(info), images)
     shapes = jax.eval_shape(model.init, jax.random.key(0), images)
     variables = jax.tree.map(lambda leaf: jnp.asarray(0.1 * rng.normal(size=leaf.shape), leaf.dtype) ** 2, shapes)
     params, others = variables["params"], {name: tree for name, tree in variables.items() if name != "params"}

@@ -15,13 +15,15 @@ import time
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import tyro
 
+from lbpwht_jax.adapt import adapt
 from lbpwht_jax.cli import main as lbpwht
 from lbpwht_jax.data import digits, training_batches
 from lbpwht_jax.methods import parse_method
 from lbpwht_jax.models import create_model, model_info
-from lbpwht_jax.train import Recipe, initialise, make_train_step
+from lbpwht_jax.train import Recipe, initialise, make_train_step, normalise
 from lbpwht_jax.weights import BUNDLED, load_bundled
 
 RESULTS = Path(__file__).parent / "results" / "digits.json"
@@ -43,11 +45,12 @@ def interleaved_steps(methods: tuple[str, ...], projection: str, batch_size: int
     optimizer = recipe.optimizer(rounds)
     batch = next(training_batches(dataset.train, batch_size, 0, 1))
     steps, states, seconds = {}, {}, {method: [] for method in methods}
+    base = create_model(BUNDLED, num_classes=len(dataset.classes))
     for method in methods:
-        spec = None if method == "full" else parse_method(method, projection=projection)
-        model = create_model(BUNDLED, num_classes=len(dataset.classes), spec=spec)
+        model = adapt(base, parse_method(method, projection=projection).rules(info), normalise(jnp.asarray(batch.images), info))
+        variables = model.with_branches(jax.random.key(0), load_bundled()[0])
         steps[method] = make_train_step(model, info, optimizer, recipe)
-        states[method] = initialise(load_bundled()[0], optimizer)
+        states[method] = initialise(variables, optimizer, model.trainable)
     for _ in range(rounds + 1):
         for method, step in steps.items():
             started = time.perf_counter()

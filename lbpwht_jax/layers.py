@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
 
-from lbpwht_jax.matmul import low_rank_matmul
 from lbpwht_jax.spec import Grid, LowRankSpec, lp_l1
 
 
@@ -31,6 +30,7 @@ class LowRankDense(nn.Module):
       bias_init: initializer of the bias.
       promote_dtype: brings input, kernel and bias to one dtype.
       preferred_element_type: dtype of the product, as for ``jax.lax.dot_general``.
+      dot_general: makes the product in place of what ``spec`` says, with the signature of ``jax.lax.dot_general``.
     """
 
     features: int
@@ -45,6 +45,7 @@ class LowRankDense(nn.Module):
     bias_init: Any = nn.initializers.zeros_init()
     promote_dtype: Any = promote_dtype
     preferred_element_type: Any = None
+    dot_general: Any = None
 
     @nn.compact
     def __call__(self, inputs: jax.Array) -> jax.Array:
@@ -62,23 +63,19 @@ class LowRankDense(nn.Module):
         kernel = self.param("kernel", self.kernel_init, (jnp.shape(inputs)[-1], self.features), self.param_dtype)
         bias = self.param("bias", self.bias_init, (self.features,), self.param_dtype) if self.use_bias else None
         inputs, kernel, bias = self.promote_dtype(inputs, kernel, bias, dtype=self.dtype)
-        if self.spec is None:
-            y = jax.lax.dot_general(
-                inputs,
-                kernel,
-                (((inputs.ndim - 1,), (0,)), ((), ())),
-                precision=self.precision,
-                preferred_element_type=self.preferred_element_type,
-            )
-        else:
-            y = low_rank_matmul(
-                inputs,
-                kernel,
-                self.spec,
-                self.grid,
-                self.prefix_tokens,
-                precision=self.precision,
-                preferred_element_type=self.preferred_element_type,
-                name=f"LowRankDense {'/'.join(self.path) or '(top level)'}",
-            )
+        y = self._product()(
+            inputs,
+            kernel,
+            (((inputs.ndim - 1,), (0,)), ((), ())),
+            precision=self.precision,
+            preferred_element_type=self.preferred_element_type,
+        )
         return y if bias is None else y + bias.reshape((1,) * (y.ndim - 1) + (-1,))
+
+    def _product(self) -> Any:
+        if self.dot_general is not None:
+            return self.dot_general
+        if self.spec is None:
+            return jax.lax.dot_general
+        name = f"LowRankDense {'/'.join(self.path) or '(top level)'}"
+        return self.spec.dot_general(grid=self.grid, prefix_tokens=self.prefix_tokens, name=name)

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from lbpwht_jax.train import Epoch, Step
 
 CONFIG, METRICS, RESULT = "config.json", "metrics.jsonl", "result.json"
-WEIGHTS, PLOT = "weights.safetensors", "curves.png"
+WEIGHTS, ADAPTER, PLOT = "weights.safetensors", "adapter", "curves.png"
 
 
 def create(path: Path) -> Path:

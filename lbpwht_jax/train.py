@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +13,7 @@ import optax
 
 from lbpwht_jax.data import Split, evaluation_batches, training_batches
 from lbpwht_jax.models.info import ModelInfo
+from lbpwht_jax.partition import join_params, split_params
 
 Augment = Callable[[jax.Array, jax.Array], jax.Array]
 
@@ -52,12 +52,26 @@ class Recipe:
 
 
 class TrainState(NamedTuple):
-    """What a step reads and writes: parameters, the model's other variables, optimiser state, the steps done (int32)."""
+    """What a step reads and writes.
+
+    Attributes:
+      params: the parameters trained.
+      frozen: the parameters that stay as they are.
+      others: the model's other variables.
+      optimizer: optimiser state, of ``params`` alone.
+      step: the steps done, int32.
+    """
 
     params: Any
+    frozen: Any
     others: Any
     optimizer: Any
     step: jax.Array
+
+    @property
+    def variables(self) -> dict[str, Any]:
+        """All of the model's variables."""
+        return {"params": join_params(self.params, self.frozen), **self.others}
 
 
 class Step(NamedTuple):
@@ -84,10 +98,8 @@ def normalise(images: jax.Array, info: ModelInfo) -> jax.Array:
     return (images.astype(jnp.float32) / 255 - mean) / std
 
 
-def make_train_step(
-    model: nn.Module, info: ModelInfo, optimizer: Any, recipe: Recipe, augment: Augment | None = None
-) -> Callable:
-    """The jitted training step.
+def make_train_step(model: Any, info: ModelInfo, optimizer: Any, recipe: Recipe, augment: Augment | None = None) -> Callable:
+    """The jitted training step, which computes no gradients of frozen parameters.
 
     Returns:
       ``step(state, images, labels) -> (state, loss, accuracy)`` for uint8 images and int32 labels; ``state`` is donated.
@@ -100,7 +112,7 @@ def make_train_step(
 
         def loss_of(params):
             logits, others = model.apply(
-                {"params": params, **state.others},
+                state._replace(params=params).variables,
                 normalise(images, info),
                 train=True,
                 rngs={"dropout": dropout},
@@ -114,12 +126,12 @@ def make_train_step(
         with jax.numpy_dtype_promotion("standard"):  # optax raises floats to integer powers, which strict promotion forbids
             updates, opt_state = optimizer.update(grads, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
-        return TrainState(params, others, opt_state, state.step + 1), loss, accuracy
+        return TrainState(params, state.frozen, others, opt_state, state.step + 1), loss, accuracy
 
     return jax.jit(step, donate_argnums=0)
 
 
-def make_eval_step(model: nn.Module, info: ModelInfo) -> Callable:
+def make_eval_step(model: Any, info: ModelInfo) -> Callable:
     """The jitted evaluation step.
 
     Returns:
@@ -151,45 +163,61 @@ def evaluate(step: Callable, variables: Any, split: Split, batch_size: int) -> t
     return correct, loss
 
 
-def initialise(variables: Any, optimizer: Any) -> TrainState:
-    """The state before the first step, on copies of the variables."""
-    params = jax.tree.map(jnp.array, variables["params"])
+def everything(path: str) -> bool:
+    """Trains every parameter."""
+    return True
+
+
+def initialise(variables: Any, optimizer: Any, trainable: Callable[[str], bool] = everything) -> TrainState:
+    """The state before the first step, on copies of the variables.
+
+    Args:
+      variables: of the model.
+      optimizer: of the parameters that are trained.
+      trainable: whether the parameter at a path, such as ``"blocks_0/mlp/fc1/kernel"``, is trained.
+
+    Raises:
+      ValueError: if nothing is trained.
+    """
+    params, frozen = split_params(jax.tree.map(jnp.array, variables["params"]), trainable)
     others = {name: jax.tree.map(jnp.array, tree) for name, tree in variables.items() if name != "params"}
-    return TrainState(params, others, optimizer.init(params), jnp.zeros((), jnp.int32))
+    return TrainState(params, frozen, others, optimizer.init(params), jnp.zeros((), jnp.int32))
 
 
 def fit(
-    model: nn.Module,
+    model: Any,
     info: ModelInfo,
     variables: Any,
     train: Split,
     test: Split,
     recipe: Recipe,
     augment: Augment | None = None,
+    trainable: Callable[[str], bool] = everything,
 ) -> Iterator[Step | Epoch | TrainState]:
     """Trains, reporting as it goes.
 
     Args:
-      model: called as ``model.apply(variables, images, train=...)``.
+      model: called as ``model.apply(variables, images, train=...)``: a Linen module, or an adapted one.
       info: how its images are normalised.
       variables: to start from; not changed.
       train: training images.
       test: test images, evaluated after every epoch.
       recipe: how to train.
       augment: ``augment(key, images) -> images``, applied to each batch on the device.
+      trainable: whether the parameter at a path is trained, such as ``AdaptedModule.trainable``.
 
     Yields:
       A ``Step`` after every step, an ``Epoch`` after every epoch, and the last ``TrainState`` at the end.
 
     Raises:
-      ValueError: if there are fewer training images than a batch takes.
+      ValueError: if there are fewer training images than a batch takes, or nothing is trained.
       FloatingPointError: when the loss is no longer finite, naming the step.
     """
     if len(train) < recipe.batch_size:
         raise ValueError(f"batch size {recipe.batch_size} is larger than the {len(train)} training images; lower it")
     optimizer = recipe.optimizer(recipe.epochs * (len(train) // recipe.batch_size))
     train_step, eval_step = make_train_step(model, info, optimizer, recipe, augment), make_eval_step(model, info)
-    state = initialise(variables, optimizer)
+    state = initialise(variables, optimizer, trainable)
     number = 0
     for epoch in range(1, recipe.epochs + 1):
         for batch in training_batches(train, recipe.batch_size, recipe.seed, epoch):
@@ -200,6 +228,6 @@ def fit(
             if not math.isfinite(loss):
                 raise FloatingPointError(f"the loss is {loss} at step {number}; lower the learning rate")
             yield Step(number, loss, accuracy, time.perf_counter() - started)
-        test_accuracy, test_loss = evaluate(eval_step, {"params": state.params, **state.others}, test, recipe.batch_size)
+        test_accuracy, test_loss = evaluate(eval_step, state.variables, test, recipe.batch_size)
         yield Epoch(epoch, test_accuracy, test_loss)
     yield state

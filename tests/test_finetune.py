@@ -2,15 +2,19 @@ import contextlib
 import io
 import json
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 
+from lbpwht_jax import adapt
+from lbpwht_jax.adapter_file import load_adapter
 from lbpwht_jax.cli import main
 from lbpwht_jax.data import digits
+from lbpwht_jax.methods import parse_method
 from lbpwht_jax.models import create_model, model_info
 from lbpwht_jax.train import evaluate, make_eval_step
-from lbpwht_jax.weights import load_weights
+from lbpwht_jax.weights import BUNDLED, load_bundled, load_weights
 
 
 @pytest.fixture(scope="module")
@@ -72,12 +76,34 @@ def test_low_rank_is_cheaper_than_full(compared):
         assert results["lp_l1-2"][key] < results["lp_l1-4"][key] < results["full"][key]
 
 
+def test_a_sum_on_the_last_stage(tmp_path):
+    method = "lp_l1-2+lora-4"
+    arguments = ["--method", method, "--train", "last_stage", "--epochs", "1", "--output", str(tmp_path)]
+    assert main(["finetune", *arguments]) == 0
+    config, result = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("config", "result"))
+    assert (config["method"], config["train"]) == (method, "last_stage")
+    # the last block but for its attention layers, their branches of rank 12 and 4, the last norm and the head
+    block = 4 * 96 + 96 * 384 + 384 + 384 * 96 + 96 + 12 * (96 + 3 * 96) + 4 * (96 + 96)
+    assert result["trainable_parameters"] == block + 2 * 96 + 96 * 10 + 10
+    saved, start = load_weights(tmp_path / "weights.safetensors")[0]["params"], load_bundled()[0]["params"]
+    for name in ("patch_embed", "pos_embed", *(f"blocks_{i}" for i in range(5))):
+        jax.tree.map(np.testing.assert_array_equal, saved[name], start[name])
+    # the adapter, on the pretrained weights, is the same model
+    info, base = model_info(BUNDLED), create_model(BUNDLED, num_classes=10)
+    images = np.random.default_rng(0).normal(size=(2, 28, 28, 1)).astype(np.float32)
+    adapted = adapt(base, parse_method(method).rules(info, "last_stage"), images)
+    loaded = load_adapter(tmp_path / "adapter", adapted, load_bundled()[0], BUNDLED)
+    np.testing.assert_allclose(adapted.apply(loaded, images), base.apply({"params": saved}, images), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--method", "lp_l1"], "unknown method 'lp_l1'; write full, lp_l1-R or lp_linf-R"),
         (["--method", "lp_l1-0"], "lp_l1: r must be from 1 to 15"),
         (["--method", "lp_linf-9"], "lp_linf: r must be from 1 to 8"),
+        (["--method", "lora-8+lora_all-8"], "method 'lora-8+lora_all-8' names two of a kind; write full, lp_l1-R"),
+        (["--train", "head"], "training the head alone leaves low-rank backpropagation no layer"),
         (["--epochs", "0"], "--epochs must be positive, got 0"),
         (["--lr", "-1"], "--lr must be positive, got -1.0"),
         (["--batch-size", "0"], "--batch-size must be positive, got 0"),
@@ -111,6 +137,6 @@ def test_help_explains_every_option(capsys):
     with pytest.raises(SystemExit, match="0"):
         main(["finetune", "--help"])
     text = capsys.readouterr().out
-    for option in ("method", "projection", "epochs", "batch-size", "lr", "seed", "output", "compare"):
+    for option in ("method", "projection", "epochs", "batch-size", "lr", "seed", "output", "compare", "train"):
         assert f"--{option}" in text
     assert "lp_linf-R" in text and "Run folder" not in text

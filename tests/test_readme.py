@@ -8,6 +8,8 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
+from lbpwht_jax import create_model
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
@@ -25,6 +27,19 @@ def test_the_layer_example_runs():
     variables = model.init(jax.random.key(0), x)
     assert model.apply(variables, x).shape == x.shape
     jax.grad(lambda v: model.apply(v, x).sum())(variables)
+
+
+def test_the_rules_fit_a_model():
+    model = create_model("vit_micro_patch4_28", num_classes=10, image_size=56)
+    images = jnp.ones((1, 56, 56, 1))
+    variables = model.init(jax.random.key(0), images)
+    block = next(block for block in BLOCKS if "Freeze" in block).replace("print(", "table = str(")
+    names = {"jax": jax, "model": model, "variables": variables, "images": images}
+    exec(block, names)
+    assert "LoRA + LowRank" in names["table"] and "14x14" in names["table"]
+    assert names["logits"].shape == (1, 10)
+    plain = model.apply(names["adapted"].merge(names["variables"]), images)
+    assert float(jnp.abs(names["logits"] - plain).max()) < 1e-5
 
 
 def test_the_table_is_what_the_experiment_measured():

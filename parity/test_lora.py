@@ -1,0 +1,115 @@
+"""LoRA beside PEFT's own: one layer on the same numbers, and adapter files read by the other."""
+
+import copy
+import warnings
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+import torch
+from flax import traverse_util
+from timm.models.vision_transformer import VisionTransformer
+
+from lbpwht_jax import Freeze, LoRA, adapt, create_model
+from lbpwht_jax.adapter_file import load_adapter, save_adapter
+from lbpwht_jax.keys import from_timm
+from parity.util import images_for, randomise, relative, state_of
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # transformers' own, of being imported
+    peft = pytest.importorskip("peft")
+
+NAME = "vit_micro_patch4_28"
+
+
+class Layer(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = torch.nn.Linear(6, 7)
+
+    def forward(self, x):
+        return self.fc(x)
+
+
+def test_one_layer():
+    rng = np.random.default_rng(0)
+    x, w, bias, a, b, g = (
+        rng.standard_normal(size, np.float32) for size in [(2, 9, 6), (6, 7), (7,), (6, 3), (3, 7), (2, 9, 7)]
+    )
+    theirs = peft.get_peft_model(Layer(), peft.LoraConfig(r=3, lora_alpha=5, target_modules=["fc"]))
+    layer = theirs.base_model.model.fc
+    tensors = {"base": layer.base_layer.weight, "a": layer.lora_A["default"].weight, "b": layer.lora_B["default"].weight}
+    with torch.no_grad():
+        for tensor, value in zip(tensors.values(), (w, a, b), strict=True):
+            tensor.copy_(torch.from_numpy(value.T.copy()))
+        layer.base_layer.bias.copy_(torch.from_numpy(bias))
+    inputs = torch.from_numpy(x).requires_grad_()
+    y = theirs(inputs)
+    y.backward(torch.from_numpy(g))
+
+    adapted = adapt(nn.Dense(7), [LoRA("^$", rank=3, alpha=5)], jnp.asarray(x))
+    params = {"kernel": jnp.asarray(w), "bias": jnp.asarray(bias), "lora_a": jnp.asarray(a), "lora_b": jnp.asarray(b)}
+    ours, pullback = jax.vjp(lambda p, x: adapted.apply({"params": p}, x), params, jnp.asarray(x))
+    grads, dx = pullback(jnp.asarray(g))
+    # float32 rounding of sums over at most 18 terms
+    assert relative(ours, y.detach().numpy()) < 1e-5
+    assert relative(dx, inputs.grad.numpy()) < 1e-5
+    assert relative(grads["lora_a"], tensors["a"].grad.numpy().T) < 1e-5
+    assert relative(grads["lora_b"], tensors["b"].grad.numpy().T) < 1e-5
+    assert layer.base_layer.weight.grad is None and not grads["kernel"].any() and not grads["bias"].any()
+    layer.merge()
+    merged = adapted.merge({"params": params})["params"]["kernel"]
+    assert relative(merged, layer.base_layer.weight.detach().numpy().T) < 1e-6
+
+
+def pair():
+    """timm's model and ours under rules, with the same random variables, and images."""
+    theirs = randomise(VisionTransformer(28, 4, 1, num_classes=10, embed_dim=96, depth=6, num_heads=4))
+    model = create_model(NAME, num_classes=10)
+    images = images_for(NAME, 28)
+    adapted = adapt(model, [LoRA("attn/(qkv|proj)|fc1", rank=4, fused="qkv"), Freeze("^(?!head)")], images)
+    return theirs, adapted, from_timm(NAME, model, state_of(theirs)), images
+
+
+def outputs(theirs, adapted, variables, images):
+    with torch.no_grad():
+        reference = theirs.eval()(torch.from_numpy(images.transpose(0, 3, 1, 2).copy())).numpy()
+    return adapted.apply(variables, images), reference
+
+
+def test_peft_reads_our_adapter(tmp_path):
+    theirs, adapted, variables, images = pair()
+    trained = traverse_util.flatten_dict(adapted.with_branches(jax.random.key(1), variables), sep="/")
+    for i, path in enumerate(path for path in trained if "/lora_" in path or path.startswith("params/head/")):
+        trained[path] = 0.1 * jax.random.normal(jax.random.key(i), trained[path].shape)
+    trained = traverse_util.unflatten_dict(trained, sep="/")
+    save_adapter(tmp_path, adapted, trained, NAME)
+    loaded = peft.PeftModel.from_pretrained(copy.deepcopy(theirs), tmp_path)
+    ours, reference = outputs(loaded, adapted, trained, images)
+    assert relative(ours, reference) < 2e-5
+    # the adapter matters
+    assert relative(adapted.module.apply(variables, images), reference) > 0.1
+
+
+def test_we_read_peft_s_adapter(tmp_path):
+    theirs, adapted, variables, images = pair()
+    config = peft.LoraConfig(
+        r=4,
+        lora_alpha=8,
+        target_modules=["qkv", "attn.proj", "fc1"],
+        rank_pattern={"qkv": 12},
+        alpha_pattern={"qkv": 24},
+        modules_to_save=["head"],
+        init_lora_weights=False,
+    )
+    torch.manual_seed(0)
+    wrapped = peft.get_peft_model(copy.deepcopy(theirs), config)
+    wrapped.save_pretrained(tmp_path)
+    tensors = safetensors.numpy.load_file(tmp_path / "adapter_model.safetensors")
+    assert len(tensors) == 6 * 3 * 2 + 2
+    ours, reference = outputs(wrapped, adapted, load_adapter(tmp_path, adapted, variables, NAME), images)
+    assert relative(ours, reference) < 2e-5
+    assert relative(adapted.module.apply(variables, images), reference) > 0.1
