@@ -101,7 +101,8 @@ def _vary_alike(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Inside ``shard_map``, casts both to vary over the same mesh axes, so that a replicated kernel's cotangent is summed."""
     axes = [jax.typeof(a).manual_axis_type.varying for a in (x, kernel)]
     missing = [tuple(sorted((axes[0] | axes[1]) - own)) for own in axes]
-    return tuple(lax.pcast(a, names, to="varying") if names else a for a, names in zip((x, kernel), missing, strict=True))  # pyright: ignore[reportReturnType]
+    x, kernel = (lax.pcast(a, names, to="varying") if names else a for a, names in zip((x, kernel), missing, strict=True))
+    return x, kernel
 
 
 def check_grid(shape: tuple[int, ...], spec: LowRankSpec, grid: Grid | None, prefix_tokens: int, name: str) -> Grid:
