@@ -4,7 +4,7 @@ For ``y = x W`` and a cotangent ``g``, with ``A`` and ``E`` the projection and t
 
     dW = (A x)^T (A g)        dx = E ((A g) W^T)        (LBP-WHT, section 3 and figure 2)
 
-so that only ``A x`` and ``W`` are kept for the backward pass.
+so that only ``A x`` and ``W`` are kept for the backward pass: ``A x`` where the kernel is differentiated, ``W`` where x is.
 """
 
 import dataclasses
@@ -16,7 +16,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import AxisType
+from jax.custom_derivatives import SymbolicZero
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from lbpwht_jax.projection import accumulation_dtype, coefficient_count, expand, project
 from lbpwht_jax.spec import Grid, LowRankSpec
@@ -33,6 +34,10 @@ class _Static:
     accumulate: Any
     output: Any
     out_sharding: Any
+    x_dtype: Any
+    kernel_dtype: Any
+    x_sharding: Any
+    kernel_sharding: Any
 
 
 def _product(a: jax.Array, b: jax.Array, contract: tuple, static: _Static, out_sharding: Any = None) -> jax.Array:
@@ -53,27 +58,37 @@ def _matmul(x: jax.Array, kernel: jax.Array, static: _Static) -> jax.Array:
 
 
 def _forward(x, kernel, static):
-    saved = x
-    if static.spec.dw == "low_rank":
-        saved = project(x, static.spec, static.grid, static.prefix_tokens, static.precision)
-    return _matmul(x, kernel, static), (saved, kernel)
+    saved = None
+    if kernel.perturbed:
+        saved = x.value
+        if static.spec.dw == "low_rank":
+            saved = project(x.value, static.spec, static.grid, static.prefix_tokens, static.precision)
+    return _matmul(x.value, kernel.value, static), (saved, kernel.value if x.perturbed else None)
 
 
 def _backward(static, residuals, g):
     saved, kernel = residuals
+    if isinstance(g, SymbolicZero):
+        return None, None
     spec, at = static.spec, (static.spec, static.grid, static.prefix_tokens, static.precision)
-    coefficients = project(g, *at) if "low_rank" in (spec.dx, spec.dw) else g
-    channels, rows = (g.ndim - 1,), tuple(range(g.ndim - 1))
-    dx = coefficients if spec.dx == "low_rank" else g
-    dx = _product(dx, kernel, (channels, (1,)), static, _sharding(saved)).astype(saved.dtype)
-    if spec.dx == "low_rank":
-        dx = expand(dx, *at)
-    dw = coefficients if spec.dw == "low_rank" else g
-    dw = _product(saved, dw, (rows, rows), static, _sharding(kernel)).astype(kernel.dtype)
+    wanted = ((kernel, spec.dx), (saved, spec.dw))
+    coefficients = project(g, *at) if any(a is not None and kind == "low_rank" for a, kind in wanted) else g
+    dx = dw = None
+    if kernel is not None:
+        dx, sharding = coefficients if spec.dx == "low_rank" else g, static.x_sharding
+        if spec.dx == "low_rank" and sharding is not None:
+            sharding = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[:-2], None, sharding.spec[-1]))
+        dx = _product(dx, kernel, ((g.ndim - 1,), (1,)), static, sharding).astype(static.x_dtype)
+        if spec.dx == "low_rank":
+            dx = expand(dx, *at)
+    if saved is not None:
+        rows = tuple(range(g.ndim - 1))
+        dw = coefficients if spec.dw == "low_rank" else g
+        dw = _product(saved, dw, (rows, rows), static, static.kernel_sharding).astype(static.kernel_dtype)
     return dx, dw
 
 
-_matmul.defvjp(_forward, _backward)
+_matmul.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
 def _sharding(like: jax.Array) -> Any:
@@ -184,7 +199,8 @@ def low_rank_matmul(
     """``x @ kernel``, exact, with a low-rank backward pass along the token grid (LBP-WHT, section 3).
 
     Only the coefficients of ``x`` (and its prefix tokens) and the kernel are kept for the backward pass; with
-    ``spec.dw == "exact"`` all of ``x`` is. Reverse-mode differentiation only, once.
+    ``spec.dw == "exact"`` all of ``x`` is. Nothing of ``x`` is kept, and no cotangent computed, for a kernel that is not
+    differentiated, nor the other way round. Reverse-mode differentiation only, once.
 
     Args:
       x: ``[..., prefix_tokens + tokens, in]`` with ``grid``; ``[batch, ..., *grid, in]`` (channels-last maps, at least one
@@ -210,6 +226,8 @@ def low_rank_matmul(
     x, kernel = jnp.asarray(x), jnp.asarray(kernel)
     flat_grid = _check(x, kernel, spec, grid, prefix_tokens, name)
     output = jnp.result_type(x, kernel) if preferred_element_type is None else jnp.dtype(preferred_element_type)
+    x, kernel = _vary_alike(x, kernel)
+    tokens = x if grid is not None else x.reshape(*x.shape[: -1 - spec.ndim], math.prod(flat_grid), x.shape[-1])
     static = _Static(
         spec,
         flat_grid,
@@ -218,10 +236,10 @@ def low_rank_matmul(
         accumulation_dtype(x.dtype, kernel.dtype),
         output,
         out_sharding,
+        x.dtype,
+        kernel.dtype,
+        _sharding(tokens),
+        _sharding(kernel),
     )
-    x, kernel = _vary_alike(x, kernel)
-    if grid is not None:
-        return _matmul(x, kernel, static)
-    tokens = x.reshape(*x.shape[: -1 - spec.ndim], math.prod(flat_grid), x.shape[-1])
     y: Any = _matmul(tokens, kernel, static)
-    return y.reshape(*x.shape[:-1], kernel.shape[1])
+    return y if grid is not None else y.reshape(*x.shape[:-1], kernel.shape[1])
