@@ -22,6 +22,10 @@ class ModelInfo:
       image_size: height and width it was trained at, in pixels.
       layers: regular expression of the layers low-rank backprop adapts by default, searched in module paths; the paper's
         choice where the paper has the family.
+      attention: regular expression of the attention layers among these, searched in module paths.
+      fused: regular expression of the layers that make query, key and value at once, searched in module paths.
+      last_stage: regular expression of what training the last stage trains, the head with it, searched in module paths.
+      head: regular expression of the head, searched in module paths.
       channels: of the input images.
       mean, std: subtracted from and divided into images in [0, 1], a channel.
       interpolation: of the evaluation resize.
@@ -39,6 +43,10 @@ class ModelInfo:
     arguments: Mapping[str, Any]
     image_size: int
     layers: str
+    attention: str = r"(^|/)(attn|token_mixer)/"
+    fused: str = r"(^|/)qkv$"
+    last_stage: str = r"^(layers_3|stages_3|norm|head(_dist)?)(/|$)"
+    head: str = r"^head(_dist)?(/|$)"
     channels: int = 3
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD

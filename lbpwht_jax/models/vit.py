@@ -209,7 +209,12 @@ def resample_positions(state: Mapping[str, np.ndarray], module: nn.Module) -> di
 def _info(patch_size: int, dim: int, depth: int, heads: int, *, image_size: int = 224, distilled: bool = False, **fields):
     arguments = {"patch_size": patch_size, "dim": dim, "depth": depth, "heads": heads, "distilled": distilled}
     layers = r"blocks_\d+/(attn/(qkv|proj)|mlp/fc[12])$"
-    return ModelInfo(VisionTransformer, arguments, image_size, layers, resample=resample_positions, **fields)
+    # A plain transformer has no stages; the last quarter of its blocks stands in for the last one.
+    last = "|".join(str(i) for i in range(depth - max(depth // 4, 1), depth))
+    last_stage = rf"^(blocks_({last})|norm|head(_dist)?)(/|$)"
+    return ModelInfo(
+        VisionTransformer, arguments, image_size, layers, last_stage=last_stage, resample=resample_positions, **fields
+    )
 
 
 _VIT = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5), "crop": 0.9}
