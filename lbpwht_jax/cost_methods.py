@@ -1,6 +1,7 @@
 """A model under a method, for counting: which layers are low-rank, which have a LoRA branch, what is trained."""
 
 import dataclasses
+import functools
 import re
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -58,6 +59,10 @@ class TreatedModel:
                 params[f"{path}/lora_a"] = jnp.zeros((inputs, treatment.rank))
                 params[f"{path}/lora_b"] = jnp.zeros((treatment.rank, outputs))
         return {**variables, "params": unflatten_dict(params, sep="/")}
+
+    def variables(self, image_shape: tuple[int, int, int]) -> Any:
+        """Shapes and dtypes of the variables, for images of a height, width and number of channels."""
+        return jax.eval_shape(self.init, jax.random.key(0), jax.ShapeDtypeStruct((1, *image_shape), jnp.float32))
 
     def apply(self, variables: Mapping[str, Any], *arguments: Any, **keywords: Any) -> Any:
         """What the model returns; gradients reach the trained parameters alone."""
@@ -123,10 +128,8 @@ def treated_model(
         raise ValueError(f"train must be one of {', '.join(scopes)}, got {train!r}")
     spec, branches, rank = _parse(method)
     module = create_model(name, num_classes=num_classes, image_size=image_size, frozen_batch_norm=True)
-    images = jax.ShapeDtypeStruct((1, module.image_size, module.image_size, info.channels), jnp.float32)
-    params = flatten_dict(jax.eval_shape(module.init, jax.random.key(0), images)["params"], sep="/")
     treatments = {}
-    for path in (key.removesuffix("/kernel") for key in params if key.endswith("/kernel")):
+    for path in _layers(name, module.image_size):
         adapted = re.search(layers, path) and (train != "last_stage" or re.search(info.last_stage, path))
         branch = adapted and branches and (branches == "all" or re.search(info.attention, path))
         if branch:
@@ -139,6 +142,14 @@ def treated_model(
             name, num_classes=num_classes, image_size=image_size, frozen_batch_norm=True, spec=spec, layers=low_rank
         )
     return TreatedModel(module, treatments, scopes[train])
+
+
+@functools.lru_cache(maxsize=64)
+def _layers(name: str, image_size: int) -> tuple[str, ...]:
+    """Paths of the modules that have a kernel."""
+    images = jax.ShapeDtypeStruct((1, image_size, image_size, model_info(name).channels), jnp.float32)
+    params = jax.eval_shape(create_model(name, image_size=image_size).init, jax.random.key(0), images)["params"]
+    return tuple(path.removesuffix("/kernel") for path in flatten_dict(params, sep="/") if path.endswith("/kernel"))
 
 
 def _parse(method: str) -> tuple[LowRankSpec | None, Literal["", "attention", "all"], int]:

@@ -84,15 +84,18 @@ Record = Product | Elementwise
 
 
 def layer_records(
-    model: Any, image_shape: tuple[int, int, int], trained: Callable[[str], bool] = lambda path: True
+    model: Any,
+    variables: Mapping[str, Any],
+    image_shape: tuple[int, int, int],
+    trained: Callable[[str], bool] = lambda path: True,
 ) -> list[Record]:
     """The products and the element-wise work of one image's forward pass in training, in order.
 
     Nothing is computed or allocated.
 
     Args:
-      model: a Linen module, or what stands for one: called as ``model.init(key, images)`` and
-        ``model.apply(variables, images, train=True)``.
+      model: a Linen module, or what stands for one: called as ``model.apply(variables, images, train=True)``.
+      variables: its variables, arrays or ``jax.ShapeDtypeStruct``.
       image_shape: height, width and channels.
       trained: whether the parameter at a path, such as ``"blocks_0/mlp/fc1/kernel"``, is trained.
 
@@ -100,7 +103,6 @@ def layer_records(
       Every product; and element-wise work on what depends on a trained parameter.
     """
     images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
-    variables = jax.eval_shape(model.init, jax.random.key(0), images)
     params = flatten_dict(variables["params"], sep="/")
     others = {name: tree for name, tree in variables.items() if name != "params"}
     modules = _Modules()

@@ -2,9 +2,9 @@
 
 import dataclasses
 import math
+from collections.abc import Mapping
+from typing import Any
 
-import jax
-import jax.numpy as jnp
 from flax.traverse_util import flatten_dict
 
 from lbpwht_jax.cost import saved_bytes
@@ -91,12 +91,12 @@ def model_cost(
     """
     treated = treated_model(model, method, train, num_classes, image_size)
     shape = (treated.module.image_size, treated.module.image_size, model_info(model).channels)
-    layers = layer_costs(treated, shape)
+    variables = treated.variables(shape)
+    layers = layer_costs(treated, variables, shape)
     paper = sum(layer.backward_flops_paper for layer in layers)
     baseline = treated_model(model, "full", "last_stage" if train == "last_stage" else "all", num_classes, image_size)
-    full = sum(paper_flops(record) for record in layer_records(baseline, shape, baseline.trainable))
+    full = sum(paper_flops(record) for record in layer_records(baseline, baseline.variables(shape), shape, baseline.trainable))
     parameters = sum(layer.trainable_parameters for layer in layers)
-    variables = jax.eval_shape(treated.init, jax.random.key(0), jax.ShapeDtypeStruct((1, *shape), jnp.float32))
     return ModelCost(
         model=model,
         method=method,
@@ -113,22 +113,23 @@ def model_cost(
     )
 
 
-def layer_costs(treated: TreatedModel, image_shape: tuple[int, int, int]) -> tuple[LayerCost, ...]:
+def layer_costs(
+    treated: TreatedModel, variables: Mapping[str, Any], image_shape: tuple[int, int, int]
+) -> tuple[LayerCost, ...]:
     """The costs by module, in the order of the forward pass.
 
     Args:
       treated: the model.
+      variables: its variables, arrays or ``jax.ShapeDtypeStruct``.
       image_shape: height, width and channels.
     """
     rows: dict[tuple[str, str], LayerCost] = {}
-    for record in layer_records(treated, image_shape, treated.trainable):
+    for record in layer_records(treated, variables, image_shape, treated.trainable):
         row = _record_cost(treated, record)
         before = rows.get((row.path, row.kind))
         rows[row.path, row.kind] = row if before is None else _sum(before, row)
-    images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
-    params = jax.eval_shape(treated.init, jax.random.key(0), images)["params"]
     kinds = dict(reversed(rows))
-    for path, leaf in flatten_dict(params, sep="/").items():
+    for path, leaf in flatten_dict(variables["params"], sep="/").items():
         if treated.trainable(path):
             module = path.rpartition("/")[0]
             kind = kinds.get(module, "other")
