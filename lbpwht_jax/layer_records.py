@@ -101,6 +101,9 @@ def layer_records(
 
     Returns:
       Every product; and element-wise work on what depends on a trained parameter.
+
+    Raises:
+      ValueError: if the model has a loop or a branch of JAX's, such as ``nn.scan`` makes.
     """
     images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
     params = flatten_dict(variables["params"], sep="/")
@@ -181,6 +184,8 @@ class _Walk:
         inner = inner_program(equation)
         if inner is not None:
             return self(inner, operands)
+        if name in ("scan", "while", "cond"):
+            raise ValueError(f"{self.path[-1] or 'the model'}: the layers inside a {name} cannot be told apart; unroll it")
         active = name != "stop_gradient" and any(operand.active for operand in operands)
         constant = all(operand.constant for operand in operands)
         if name in ("dot_general", "conv_general_dilated") and not constant:

@@ -196,3 +196,15 @@ def test_paper_flops_by_hand():
     # 5 classes round up to 16
     assert paper_flops(records["head"]) == 4 * 16 * 16 + 5
     assert paper_flops(Elementwise("", "gelu", 7)) == 120 * 7
+
+
+class Powers(nn.Module):
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        kernel = self.param("kernel", nn.initializers.ones, (3, 3))
+        return jax.lax.scan(lambda x, _: (x @ kernel, None), x, length=2)[0]
+
+
+def test_loops_are_refused():
+    with pytest.raises(ValueError, match="inside a scan cannot be told apart"):
+        records_of(Powers(), (4, 4, 3))
