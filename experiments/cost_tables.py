@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import json
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -65,7 +66,7 @@ def _rows(model: str, full: float, lora_all: float, low_rank: dict[int, float], 
 
 
 def _swin() -> list[Row]:
-    adapted = {"layers": SWIN_LAYERS}
+    adapted: dict[str, Any] = {"layers": SWIN_LAYERS}
     low_rank = {4: 19341.06, 6: 25894.42, 8: 34860.07}
     frozen = f"LoRA on all layers but qkv, the rest frozen; {DENSE_QKV}"
     others = f"LoRA on all layers but qkv, which is frozen; the rest is trained; {DENSE_QKV}"

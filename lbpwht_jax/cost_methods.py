@@ -52,7 +52,7 @@ class TreatedModel:
     def init(self, key: jax.Array, images: jax.Array) -> dict[str, Any]:
         """The model's variables, with the branches'."""
         variables = self.module.init(key, images)
-        params = flatten_dict(variables["params"], sep="/")
+        params: dict[str, Any] = flatten_dict(variables["params"], sep="/")
         for path, treatment in self.treatments.items():
             if treatment.rank:
                 inputs, outputs = params[f"{path}/kernel"].shape

@@ -235,6 +235,8 @@ class _Walk:
         kind = _ELEMENTWISE_MODULES.get(module) or _ELEMENTWISE_EQUATIONS.get(equation.primitive.name)
         if kind is None or (kind == "add" and not all(operand.active and not operand.parameter for operand in operands)):
             return
-        if module in _ELEMENTWISE_MODULES and self.records and self.records[-1].path == path:
-            elements = max(elements, self.records.pop().elements)
+        before = self.records[-1] if self.records else None
+        if module in _ELEMENTWISE_MODULES and isinstance(before, Elementwise) and before.path == path:
+            elements = max(elements, before.elements)
+            self.records.pop()
         self.records.append(Elementwise(path, kind, elements))

@@ -129,7 +129,8 @@ def layer_costs(
         before = rows.get((row.path, row.kind))
         rows[row.path, row.kind] = row if before is None else _sum(before, row)
     kinds = dict(reversed(rows))
-    for path, leaf in flatten_dict(variables["params"], sep="/").items():
+    params: dict[str, Any] = flatten_dict(variables["params"], sep="/")
+    for path, leaf in params.items():
         if treated.trainable(path):
             module = path.rpartition("/")[0]
             kind = kinds.get(module, "other")
