@@ -1,38 +1,95 @@
 """What a training step costs: backward FLOPs and bytes kept for the backward pass, read off JAX's own program.
 
 FLOPs are those of matrix products and convolutions, Walsh transforms included (they are products here), 2 a multiply-add.
-Element-wise work is not counted. The projection of the inputs, which low-rank layers do in the forward pass, is charged to
-the backward pass.
+Multiplications with the zeros of a convolution's padding and dilation are left out, as XLA counts, and so is element-wise
+work. The projection of the inputs, which low-rank layers do in the forward pass, is charged to the backward pass.
 """
 
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
 Variables = Mapping[str, Any]
 
 
-def product_flops(function: Callable, *arguments: Any) -> int:
+def product_flops(function: Callable, *arguments: Any, padding: bool = False) -> int:
     """FLOPs of the matrix products and convolutions that ``function``'s results depend on.
 
     Args:
       function: of arrays.
       *arguments: arrays or ``jax.ShapeDtypeStruct``; nothing is computed.
+      padding: counts multiplications with the zeros of convolutions' padding and dilation too, as the literature does for
+        forward passes.
 
     Returns:
       FLOPs, 2 a multiply-add. A scan's body counts once a step, a while loop's once, a conditional's dearest branch.
     """
     program = jax.make_jaxpr(function)(*arguments)
-    return _flops(program.jaxpr, [True] * len(program.jaxpr.outvars))[0]
+    return _flops(program.jaxpr, [True] * len(program.jaxpr.outvars), padding)[0]
 
 
-def _flops(jaxpr: Jaxpr, wanted: list[bool]) -> tuple[int, list[bool]]:
+def equation_macs(equation: Any, padding: bool = False) -> int:
+    """Multiply-accumulates of one equation of a program, 0 unless it is a product or convolution; as ``product_flops``."""
+    shapes = [v.aval.shape for v in equation.invars if hasattr(v.aval, "shape")]
+    if equation.primitive.name == "dot_general":
+        (contracted, _), _ = equation.params["dimension_numbers"]
+        return math.prod(equation.outvars[0].aval.shape) * math.prod(shapes[0][d] for d in contracted)
+    if equation.primitive.name != "conv_general_dilated":
+        return 0
+    params, output = equation.params, equation.outvars[0].aval.shape
+    numbers = params["dimension_numbers"]
+    axes = zip(
+        (shapes[0][d] for d in numbers.lhs_spec[2:]),
+        (shapes[1][d] for d in numbers.rhs_spec[2:]),
+        (output[d] for d in numbers.out_spec[2:]),
+        params["window_strides"],
+        params["padding"],
+        params["lhs_dilation"],
+        params["rhs_dilation"],
+        strict=True,
+    )
+    pairs = [outputs * kernel if padding else _pairs(size, kernel, outputs, *rest) for size, kernel, outputs, *rest in axes]
+    return math.prod(output[d] for d in numbers.out_spec[:2]) * shapes[1][numbers.rhs_spec[1]] * math.prod(pairs)
+
+
+def _pairs(size: int, kernel: int, outputs: int, stride: int, padding: tuple[int, int], dilation: int, spread: int) -> int:
+    """How many pairs of an output and a kernel's entry meet an input, along one axis of a convolution.
+
+    Args:
+      size, kernel, outputs: of input, kernel and output along the axis.
+      stride, padding: of the windows.
+      dilation: of the input, ``lhs_dilation``.
+      spread: of the kernel, ``rhs_dilation``.
+    """
+    at = stride * np.arange(outputs)[:, None] + spread * np.arange(kernel) - padding[0]
+    return int(np.sum((at >= 0) & (at <= (size - 1) * dilation) & (at % dilation == 0)))
+
+
+def inner_program(equation: Any) -> Jaxpr | None:
+    """The program that an equation runs once, on its operands, as calls and functions with their own derivatives do."""
+    inner = _inner_programs(equation)
+    if len(inner) != 1 or equation.primitive.name in ("scan", "while", "cond"):
+        return None
+    same = len(inner[0].invars) == len(equation.invars) and len(inner[0].outvars) == len(equation.outvars)
+    return inner[0] if same else None
+
+
+def _inner_programs(equation: Any) -> list[Jaxpr]:
+    return [
+        item.jaxpr if isinstance(item, ClosedJaxpr) else item
+        for value in equation.params.values()
+        for item in (value if isinstance(value, (tuple, list)) else (value,))
+        if isinstance(item, (ClosedJaxpr, Jaxpr))
+    ]
+
+
+def _flops(jaxpr: Jaxpr, wanted: list[bool], padding: bool) -> tuple[int, list[bool]]:
     """FLOPs that the wanted outputs need, and which inputs they need."""
     live = {v for v, want in zip(jaxpr.outvars, wanted, strict=True) if want and not isinstance(v, Literal)}
     total = 0
@@ -40,38 +97,24 @@ def _flops(jaxpr: Jaxpr, wanted: list[bool]) -> tuple[int, list[bool]]:
         outputs = [v in live for v in equation.outvars]
         if not any(outputs) and not equation.effects:
             continue
-        count, inputs = _equation_flops(equation, outputs)
+        count, inputs = _equation_flops(equation, outputs, padding)
         total += count
         live |= {v for v, need in zip(equation.invars, inputs, strict=True) if need and not isinstance(v, Literal)}
     return total, [v in live for v in jaxpr.invars]
 
 
-def _equation_flops(equation: Any, outputs: list[bool]) -> tuple[int, list[bool]]:
+def _equation_flops(equation: Any, outputs: list[bool], padding: bool) -> tuple[int, list[bool]]:
     every_input = [True] * len(equation.invars)
-    shapes = [v.aval.shape for v in equation.invars if hasattr(v.aval, "shape")]
-    if equation.primitive.name == "dot_general":
-        (contracted, _), _ = equation.params["dimension_numbers"]
-        return 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(shapes[0][d] for d in contracted), every_input
-    if equation.primitive.name == "conv_general_dilated":
-        kernel = equation.params["dimension_numbers"].rhs_spec
-        window = math.prod(shapes[1][d] for d in kernel[1:])
-        return 2 * math.prod(equation.outvars[0].aval.shape) * window, every_input
-    inner = [
-        item.jaxpr if isinstance(item, ClosedJaxpr) else item
-        for value in equation.params.values()
-        for item in (value if isinstance(value, (tuple, list)) else (value,))
-        if isinstance(item, (ClosedJaxpr, Jaxpr))
-    ]
-    calls_once = len(inner) == 1 and equation.primitive.name not in ("scan", "while")
-    if calls_once and len(inner[0].invars) == len(equation.invars) and len(inner[0].outvars) == len(outputs):
-        return _flops(inner[0], outputs)
-    counts = [_flops(jaxpr, [True] * len(jaxpr.outvars))[0] for jaxpr in inner]
+    called = inner_program(equation)
+    if called is not None:
+        return _flops(called, outputs, padding)
+    counts = [_flops(jaxpr, [True] * len(jaxpr.outvars), padding)[0] for jaxpr in _inner_programs(equation)]
     if equation.primitive.name == "cond":
         return max(counts), every_input
-    return sum(counts) * equation.params.get("length", 1), every_input
+    return 2 * equation_macs(equation, padding) + sum(counts) * equation.params.get("length", 1), every_input
 
 
-def _loss(model: nn.Module, variables: Variables, images: jax.Array) -> jax.Array:
+def _loss(model: Any, variables: Variables, images: jax.Array) -> jax.Array:
     rngs = {"dropout": jax.random.key(0)}
     mutable = [name for name in variables if name != "params"]
     logits, _ = model.apply(variables, images, train=True, rngs=rngs, mutable=mutable)
@@ -83,11 +126,11 @@ def _split(variables: Variables) -> tuple[Any, dict[str, Any]]:
     return variables["params"], {name: tree for name, tree in variables.items() if name != "params"}
 
 
-def backward_flops(model: nn.Module, variables: Variables, image_shape: tuple[int, int, int]) -> int:
+def backward_flops(model: Any, variables: Variables, image_shape: tuple[int, int, int]) -> int:
     """Backward FLOPs an image of training every parameter on a cross-entropy loss.
 
     Args:
-      model: called as ``model.apply(variables, images, train=True)``, returning logits.
+      model: a Linen module, or what stands for one: called as ``model.apply(variables, images, train=True)``, returning logits.
       variables: its variables, arrays or ``jax.ShapeDtypeStruct``.
       image_shape: height, width and channels.
 
@@ -96,21 +139,21 @@ def backward_flops(model: nn.Module, variables: Variables, image_shape: tuple[in
     """
     params, others = _split(variables)
 
-    def loss(params, images):
+    def loss(params, others, images):
         return _loss(model, {"params": params, **others}, images)
 
-    images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
-    return product_flops(jax.value_and_grad(loss), params, images) - product_flops(loss, params, images)
+    arguments = (params, others, jax.ShapeDtypeStruct((1, *image_shape), jnp.float32))
+    return product_flops(jax.value_and_grad(loss), *arguments) - product_flops(loss, *arguments)
 
 
-def saved_bytes(model: nn.Module, variables: Variables, image_shape: tuple[int, int, int]) -> int:
+def saved_bytes(model: Any, variables: Variables, image_shape: tuple[int, int, int]) -> int:
     """Bytes an image that the backward pass of a cross-entropy loss keeps from the forward pass.
 
     These are all the residuals of ``jax.vjp`` that grow with the batch, of every layer, low-rank or not; parameters are not
     among them. A compiler may keep fewer.
 
     Args:
-      model: called as ``model.apply(variables, images, train=True)``, returning logits.
+      model: a Linen module, or what stands for one: called as ``model.apply(variables, images, train=True)``, returning logits.
       variables: its variables, arrays or ``jax.ShapeDtypeStruct``.
       image_shape: height, width and channels.
 
@@ -119,11 +162,13 @@ def saved_bytes(model: nn.Module, variables: Variables, image_shape: tuple[int, 
     """
     params, others = _split(variables)
 
-    def residuals(params, images):
+    def residuals(params, others, images):
         return jax.vjp(lambda params: _loss(model, {"params": params, **others}, images), params)[1]
 
     def size(batch: int) -> int:
         images = jax.ShapeDtypeStruct((batch, *image_shape), jnp.float32)
-        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(jax.eval_shape(residuals, params, images)))
+        return sum(
+            leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(jax.eval_shape(residuals, params, others, images))
+        )
 
     return size(3) - size(2)

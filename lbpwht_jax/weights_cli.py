@@ -127,7 +127,7 @@ def describe(name: str) -> Description:
     kernels = [path.removesuffix("/kernel") for path in leaves if path.endswith("/kernel")]
     return Description(
         parameters=sum(math.prod(leaf.shape) for leaf in leaves.values()),
-        macs=product_flops(functools.partial(module.apply, train=False), variables, images) // 2,
+        macs=product_flops(functools.partial(module.apply, train=False), variables, images, padding=True) // 2,
         low_rank_layers=sum(re.search(info.layers, path) is not None for path in kernels),
     )
 

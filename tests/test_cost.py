@@ -21,7 +21,10 @@ def test_products_and_convolutions():
             x, k, (2, 2), "SAME", feature_group_count=2, dimension_numbers=("NHWC", "HWIO", "NHWC")
         )
 
-    assert product_flops(conv, shape(1, 8, 8, 4), shape(3, 3, 2, 6)) == 2 * (4 * 4 * 6) * (3 * 3 * 2)
+    arguments = (shape(1, 8, 8, 4), shape(3, 3, 2, 6))
+    assert product_flops(conv, *arguments, padding=True) == 2 * (4 * 4 * 6) * (3 * 3 * 2)
+    # the last of the four windows along each axis hangs over the edge by one
+    assert product_flops(conv, *arguments) == 2 * (11 * 11 * 6) * 2
 
 
 def test_calls_scans_and_branches():

@@ -1,0 +1,67 @@
+"""Bytes kept for the backward pass and FLOPs of its products, by method, with and without ``jax.checkpoint`` on the blocks.
+
+    python experiments/saved_bytes.py
+
+reproduces results/saved_bytes.json and prints it as Markdown. With recomputation the bytes are those kept between the blocks;
+what a block keeps comes back while that block is backpropagated, and the forward pass is charged once more.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import tyro
+
+from lbpwht_jax.cost import backward_flops, saved_bytes
+from lbpwht_jax.cost_methods import treated_model
+from lbpwht_jax.model_cost import layer_costs
+from lbpwht_jax.models import model_info
+
+RESULTS = Path(__file__).parent / "results" / "saved_bytes.json"
+
+
+def count(model: str, method: str, classes: int = 100) -> dict:
+    """Both counts of a method, an image, in float32."""
+    info = model_info(model)
+    shape = (info.image_size, info.image_size, info.channels)
+    treated = treated_model(model, method, num_classes=classes)
+    recomputed = dataclasses.replace(treated, module=treated.module.clone(remat=True))
+    variables = treated.variables(shape)
+    return {
+        "model": model,
+        "method": method,
+        "layers_mb": sum(layer.saved_activation_bytes for layer in layer_costs(treated, variables, shape)) / 1e6,
+        "model_mb": saved_bytes(treated, variables, shape) / 1e6,
+        "backward_mflops": backward_flops(treated, variables, shape) / 1e6,
+        "remat_model_mb": saved_bytes(recomputed, variables, shape) / 1e6,
+        "remat_backward_mflops": backward_flops(recomputed, variables, shape) / 1e6,
+    }
+
+
+def main(
+    models: tuple[str, ...] = ("efficientformer_l1", "vit_tiny_patch16_224"),
+    methods: tuple[str, ...] = ("full", "lp_l1-2", "lp_l1-4", "lp_l1-8", "lora_all-8", "lp_l1-4+lora_all-8"),
+    output: Path = RESULTS,
+) -> None:
+    """Counts every method on every model.
+
+    Args:
+      models: their names.
+      methods: short names, as for lbpwht cost.
+      output: JSON file to write.
+    """
+    rows = [count(model, method) for model in models for method in methods]
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps({"command": "python experiments/saved_bytes.py", "rows": rows}, indent=2) + "\n")
+    print("| model | method | MB kept: layers | whole model | + remat | backward MFLOPs | + remat |")
+    print("|---|---|--:|--:|--:|--:|--:|")
+    for row in rows:
+        print(
+            f"| {row['model']} | {row['method']} "
+            f"| {row['layers_mb']:.2f} | {row['model_mb']:.2f} | {row['remat_model_mb']:.2f} "
+            f"| {row['backward_mflops']:.1f} | {row['remat_backward_mflops']:.1f} |"
+        )
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
