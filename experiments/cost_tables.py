@@ -9,19 +9,24 @@ shapes: no weights, no accelerator.
 import dataclasses
 import functools
 import json
+import re
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import tyro
 
-from lbpwht_jax import lp_l1
-from lbpwht_jax.cost_methods import Train, TreatedModel, treated_model
+from lbpwht_jax import Freeze, adapt, create_model, list_models, lp_l1
+from lbpwht_jax.adapt import AdaptedModule
+from lbpwht_jax.cost import abstract_variables
 from lbpwht_jax.layer_records import Product, Record, layer_records
-from lbpwht_jax.models import list_models, model_info
+from lbpwht_jax.methods import Train, adapted_model, parse_method
+from lbpwht_jax.models import model_info
 from lbpwht_jax.paper_cost import paper_flops
 
 RESULTS = Path(__file__).parent / "results"
@@ -29,7 +34,7 @@ RESULTS = Path(__file__).parent / "results"
 L1, L7 = "efficientformer_l1", "efficientformer_l7"
 S0, L, SWIN = "efficientformerv2_s0", "efficientformerv2_l", "swinv2_small_window8_256"
 SWIN_LAYERS = r"attn/proj$|mlp/fc[12]$|downsample/reduction$"
-SWIN_SCOPE = r"^(?!.*attn/qkv/)"
+SWIN_FROZEN = r"attn/qkv$"
 DENSE_QKV = "qkv runs dense: the authors' forward pass goes past their qkv layer"
 
 
@@ -44,7 +49,7 @@ class Row:
       method: the same for ``lbpwht cost``.
       train: likewise.
       layers: regular expression of the layers adapted, where it is not the family's default.
-      scope: regular expression of the parameters trained, where it is not ``train``'s.
+      frozen: regular expression of modules that are frozen besides what ``train`` freezes.
       quirk: what the authors' setting has of its own.
     """
 
@@ -54,7 +59,7 @@ class Row:
     method: str
     train: Train = "all"
     layers: str | None = None
-    scope: str | None = None
+    frozen: str | None = None
     quirk: str = ""
 
 
@@ -73,7 +78,7 @@ def _swin() -> list[Row]:
     return [
         Row(SWIN, "Full BP", 48318.40, "full"),
         Row(SWIN, "LoRA", 27202.90, "lora_all-8", "head", **adapted, quirk=frozen),
-        Row(SWIN, "LoRA-all", 27929.60, "lora_all-8", **adapted, scope=SWIN_SCOPE, quirk=others),
+        Row(SWIN, "LoRA-all", 27929.60, "lora_all-8", **adapted, frozen=SWIN_FROZEN, quirk=others),
         *(Row(SWIN, f"LP_L1-{r}", value, f"lp_l1-{r}", **adapted, quirk=DENSE_QKV) for r, value in low_rank.items()),
     ]
 
@@ -122,27 +127,28 @@ def image_shape(model: str) -> tuple[int, int, int]:
 @functools.cache
 def plain_records(model: str, train: Train, classes: int) -> tuple[Record, ...]:
     """Records of a model without branches, whatever is low-rank."""
-    treated = treated_model(model, "full", train, classes)
-    return tuple(_trace(treated, model))
+    return tuple(_trace(adapted_model(model, "full", train, classes), model))
 
 
-def _trace(treated: TreatedModel, model: str) -> list[Record]:
+def _trace(adapted: AdaptedModule, model: str) -> list[Record]:
     shape = image_shape(model)
-    return layer_records(treated, treated.variables(shape), shape, treated.trainable)
+    return layer_records(adapted, abstract_variables(adapted, shape), shape, adapted.trainable)
 
 
 def row_mflops(row: Row, classes: int) -> float:
     """Our count of a row, an image."""
-    treated = treated_model(row.model, row.method, row.train, classes, layers=row.layers)
-    if row.scope is not None:
-        treated = dataclasses.replace(treated, scope=row.scope)
-    return sum(paper_flops(record, treated.spec(record.path)) for record in _records(row, treated, classes)) / 1e6
-
-
-def _records(row: Row, treated: TreatedModel, classes: int) -> tuple[Record, ...] | list[Record]:
-    if any(treatment.rank for treatment in treated.treatments.values()):
-        return _trace(treated, row.model)
-    return plain_records(row.model, row.train, classes)
+    info = model_info(row.model)
+    info = info if row.layers is None else dataclasses.replace(info, layers=row.layers)
+    method = parse_method(row.method)
+    if method.branches == "none":
+        records, adapted = plain_records(row.model, row.train, classes), re.compile(info.layers)
+        return sum(paper_flops(r, method.spec if adapted.search(r.path) else None) for r in records) / 1e6
+    rules = method.rules(info, row.train)
+    if row.frozen is not None:
+        rules = (Freeze(row.frozen), *rules)
+    module = create_model(row.model, num_classes=classes, frozen_batch_norm=True)
+    model = adapt(module, rules, jax.ShapeDtypeStruct((1, *image_shape(row.model)), jnp.float32))
+    return sum(paper_flops(record, model.spec(record.path)) for record in _trace(model, row.model)) / 1e6
 
 
 def compare(table: tuple[Row, ...], classes: int) -> list[dict]:
@@ -202,11 +208,11 @@ def table_6() -> dict[str, tuple[float, float, float]]:
 def by_rank(model: str) -> dict:
     """Backward MFLOPs of a model at 100 classes: of full backpropagation, and by the number of functions kept."""
     records = plain_records(model, "all", 100)
-    adapted = treated_model(model, "lp_l1-1", "all", 100).treatments
+    adapted = re.compile(model_info(model).layers)
     curve = []
     for r in range(1, 16):
         spec = lp_l1(r)
-        flops = sum(paper_flops(record, spec if record.path in adapted else None) for record in records)
+        flops = sum(paper_flops(record, spec if adapted.search(record.path) else None) for record in records)
         curve.append((spec.rank, flops / 1e6))
     return {"full": sum(paper_flops(record) for record in records) / 1e6, "lp_l1": curve}
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import tyro
 
-from lbpwht_jax.cost import backward_flops, saved_bytes
-from lbpwht_jax.cost_methods import treated_model
+from lbpwht_jax.cost import abstract_variables, backward_flops, saved_bytes
+from lbpwht_jax.methods import adapted_model
 from lbpwht_jax.model_cost import layer_costs
 from lbpwht_jax.models import model_info
 
@@ -24,15 +24,15 @@ def count(model: str, method: str, classes: int = 100) -> dict:
     """Both counts of a method, an image, in float32."""
     info = model_info(model)
     shape = (info.image_size, info.image_size, info.channels)
-    treated = treated_model(model, method, num_classes=classes)
-    recomputed = dataclasses.replace(treated, module=treated.module.clone(remat=True))
-    variables = treated.variables(shape)
+    adapted = adapted_model(model, method, num_classes=classes)
+    recomputed = dataclasses.replace(adapted, module=adapted.module.clone(remat=True))
+    variables = abstract_variables(adapted, shape)
     return {
         "model": model,
         "method": method,
-        "layers_mb": sum(layer.saved_activation_bytes for layer in layer_costs(treated, variables, shape)) / 1e6,
-        "model_mb": saved_bytes(treated, variables, shape) / 1e6,
-        "backward_mflops": backward_flops(treated, variables, shape) / 1e6,
+        "layers_mb": sum(layer.saved_activation_bytes for layer in layer_costs(adapted, variables, shape)) / 1e6,
+        "model_mb": saved_bytes(adapted, variables, shape) / 1e6,
+        "backward_mflops": backward_flops(adapted, variables, shape) / 1e6,
         "remat_model_mb": saved_bytes(recomputed, variables, shape) / 1e6,
         "remat_backward_mflops": backward_flops(recomputed, variables, shape) / 1e6,
     }

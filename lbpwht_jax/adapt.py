@@ -16,6 +16,7 @@ from lbpwht_jax.adapt_nnx import adapt_nnx, find_nnx_layers
 from lbpwht_jax.layers import LowRankDense
 from lbpwht_jax.rules import Adaptation, Layer, Resolution, Rule, resolve_rules
 from lbpwht_jax.shapes import abstract_call
+from lbpwht_jax.spec import LowRankSpec
 
 _DENSE = (nn.Dense, nn.DenseGeneral, LowRankDense)
 
@@ -54,6 +55,14 @@ class AdaptedModule:
         """Whether the parameter at ``path``, such as ``"blocks_0/mlp/fc1/kernel"``, is trained."""
         module, _, leaf = path.rpartition("/")
         return module not in self.resolution.frozen or (leaf in (lora.A, lora.B) and module in self._branches)
+
+    def spec(self, path: str) -> LowRankSpec | None:
+        """The spec the rules gave the layer at ``path``; ``None`` for an exact backward pass."""
+        return self._by_path[path].spec if path in self._by_path else None
+
+    def rank(self, path: str) -> int:
+        """Rank of the LoRA branch of the layer at ``path``, 0 without one."""
+        return self._by_path[path].rank if path in self._by_path else 0
 
     def with_branches(self, key: jax.Array, variables: Mapping[str, Any]) -> dict[str, Any]:
         """Variables of ``module`` with fresh LoRA branches, which leave its output as it is.

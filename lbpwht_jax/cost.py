@@ -126,6 +126,11 @@ def _split(variables: Variables) -> tuple[Any, dict[str, Any]]:
     return variables["params"], {name: tree for name, tree in variables.items() if name != "params"}
 
 
+def abstract_variables(model: Any, image_shape: tuple[int, int, int]) -> Any:
+    """Shapes and dtypes of a model's variables, for images of a height, width and number of channels."""
+    return jax.eval_shape(model.init, jax.random.key(0), jax.ShapeDtypeStruct((1, *image_shape), jnp.float32))
+
+
 def backward_flops(model: Any, variables: Variables, image_shape: tuple[int, int, int]) -> int:
     """Backward FLOPs an image of training every parameter on a cross-entropy loss.
 

@@ -8,7 +8,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from lbpwht_jax.cost_methods import Train
+from lbpwht_jax.methods import Train
 from lbpwht_jax.model_cost import ModelCost, model_cost
 
 

@@ -63,7 +63,7 @@ class LowRankDense(nn.Module):
         kernel = self.param("kernel", self.kernel_init, (jnp.shape(inputs)[-1], self.features), self.param_dtype)
         bias = self.param("bias", self.bias_init, (self.features,), self.param_dtype) if self.use_bias else None
         inputs, kernel, bias = self.promote_dtype(inputs, kernel, bias, dtype=self.dtype)
-        y = self._product()(
+        y = _product(self)(
             inputs,
             kernel,
             (((inputs.ndim - 1,), (0,)), ((), ())),
@@ -72,10 +72,12 @@ class LowRankDense(nn.Module):
         )
         return y if bias is None else y + bias.reshape((1,) * (y.ndim - 1) + (-1,))
 
-    def _product(self) -> Any:
-        if self.dot_general is not None:
-            return self.dot_general
-        if self.spec is None:
-            return jax.lax.dot_general
-        name = f"LowRankDense {'/'.join(self.path) or '(top level)'}"
-        return self.spec.dot_general(grid=self.grid, prefix_tokens=self.prefix_tokens, name=name)
+
+def _product(layer: LowRankDense) -> Any:
+    """The ``dot_general`` of a layer."""
+    if layer.dot_general is not None:
+        return layer.dot_general
+    if layer.spec is None:
+        return jax.lax.dot_general
+    name = f"LowRankDense {'/'.join(layer.path) or '(top level)'}"
+    return layer.spec.dot_general(grid=layer.grid, prefix_tokens=layer.prefix_tokens, name=name)

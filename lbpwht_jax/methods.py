@@ -4,6 +4,11 @@ import dataclasses
 import re
 from typing import Any, Literal, get_args
 
+import jax
+import jax.numpy as jnp
+
+from lbpwht_jax.adapt import AdaptedModule, adapt
+from lbpwht_jax.models import create_model, model_info
 from lbpwht_jax.models.info import ModelInfo
 from lbpwht_jax.rules import Freeze, LoRA, LowRank, Rule
 from lbpwht_jax.spec import LowRankSpec, lp_l1, lp_linf
@@ -104,3 +109,25 @@ def parse_method(method: str, **fields: Any) -> Method:
             raise ValueError(f"method {method!r}: LoRA's rank must be at least 1")
         found |= new
     return Method(**found)
+
+
+def adapted_model(
+    name: str, method: str = "full", train: Train = "all", num_classes: int = 1000, image_size: int | None = None
+) -> AdaptedModule:
+    """A model of the registry under a method, batch normalisation on its running statistics.
+
+    Args:
+      name: of the model.
+      method: a short name, as for ``parse_method``.
+      train: what is trained, as for ``Method.rules``.
+      num_classes: outputs of the head.
+      image_size: height and width of the images, in pixels; by default the model's.
+
+    Raises:
+      ValueError: if a name is unknown, or as ``Method.rules`` does.
+    """
+    info = model_info(name)
+    rules = parse_method(method).rules(info, train)
+    module = create_model(name, num_classes=num_classes, image_size=image_size, frozen_batch_norm=True)
+    images = jax.ShapeDtypeStruct((1, module.image_size, module.image_size, info.channels), jnp.float32)
+    return adapt(module, rules, images)

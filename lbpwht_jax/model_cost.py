@@ -7,10 +7,11 @@ from typing import Any
 
 from flax.traverse_util import flatten_dict
 
-from lbpwht_jax.cost import saved_bytes
-from lbpwht_jax.cost_methods import Train, TreatedModel, treated_model
+from lbpwht_jax.adapt import AdaptedModule
+from lbpwht_jax.cost import abstract_variables, saved_bytes
 from lbpwht_jax.layer_costs import matmul_flops, saved_elements
 from lbpwht_jax.layer_records import Product, Record, layer_records
+from lbpwht_jax.methods import Train, adapted_model
 from lbpwht_jax.models import model_info
 from lbpwht_jax.paper_cost import paper_flops
 
@@ -81,21 +82,22 @@ def model_cost(
 
     Args:
       model: its name.
-      method: ``"full"``, ``"lp_l1-R"``, ``"lp_linf-R"``, ``"lora-R"``, ``"lora_all-R"``, or a sum, as for ``treated_model``.
-      train: ``"all"``, ``"last_stage"`` or ``"head"``, as for ``treated_model``.
+      method: ``"full"``, ``"lp_l1-R"``, ``"lp_linf-R"``, ``"lora-R"``, ``"lora_all-R"``, or a sum, as for ``adapted_model``.
+      train: ``"all"``, ``"last_stage"`` or ``"head"``, as for ``adapted_model``.
       num_classes: outputs of the head.
       image_size: height and width of the images, in pixels; by default the model's.
 
     Raises:
       ValueError: if a name is unknown, or the image size does not suit the model.
     """
-    treated = treated_model(model, method, train, num_classes, image_size)
-    shape = (treated.module.image_size, treated.module.image_size, model_info(model).channels)
-    variables = treated.variables(shape)
-    layers = layer_costs(treated, variables, shape)
+    adapted = adapted_model(model, method, train, num_classes, image_size)
+    shape = (adapted.module.image_size, adapted.module.image_size, model_info(model).channels)
+    variables = abstract_variables(adapted, shape)
+    layers = layer_costs(adapted, variables, shape)
     paper = sum(layer.backward_flops_paper for layer in layers)
-    baseline = treated_model(model, "full", "last_stage" if train == "last_stage" else "all", num_classes, image_size)
-    full = sum(paper_flops(record) for record in layer_records(baseline, baseline.variables(shape), shape, baseline.trainable))
+    baseline = adapted_model(model, "full", "last_stage" if train == "last_stage" else "all", num_classes, image_size)
+    records = layer_records(baseline, abstract_variables(baseline, shape), shape, baseline.trainable)
+    full = sum(paper_flops(record) for record in records)
     parameters = sum(layer.trainable_parameters for layer in layers)
     return ModelCost(
         model=model,
@@ -105,7 +107,7 @@ def model_cost(
         image_size=shape[0],
         backward_flops_paper=paper,
         backward_flops_matmul=sum(layer.backward_flops_matmul for layer in layers),
-        saved_activation_bytes=saved_bytes(treated, variables, shape),
+        saved_activation_bytes=saved_bytes(adapted, variables, shape),
         gradient_bytes=_FLOAT32 * parameters,
         trainable_parameters=parameters,
         speedup_vs_full_paper=full / paper,
@@ -114,24 +116,24 @@ def model_cost(
 
 
 def layer_costs(
-    treated: TreatedModel, variables: Mapping[str, Any], image_shape: tuple[int, int, int]
+    adapted: AdaptedModule, variables: Mapping[str, Any], image_shape: tuple[int, int, int]
 ) -> tuple[LayerCost, ...]:
     """The costs by module, in the order of the forward pass.
 
     Args:
-      treated: the model.
+      adapted: the model, as ``adapt`` returns it.
       variables: its variables, arrays or ``jax.ShapeDtypeStruct``.
       image_shape: height, width and channels.
     """
     rows: dict[tuple[str, str], LayerCost] = {}
-    for record in layer_records(treated, variables, image_shape, treated.trainable):
-        row = _record_cost(treated, record)
+    for record in layer_records(adapted, variables, image_shape, adapted.trainable):
+        row = _record_cost(adapted, record)
         before = rows.get((row.path, row.kind))
         rows[row.path, row.kind] = row if before is None else _sum(before, row)
     kinds = dict(reversed(rows))
     params: dict[str, Any] = flatten_dict(variables["params"], sep="/")
     for path, leaf in params.items():
-        if treated.trainable(path):
+        if adapted.trainable(path):
             module = path.rpartition("/")[0]
             kind = kinds.get(module, "other")
             own = LayerCost(module, kind, trainable_parameters=math.prod(leaf.shape))
@@ -139,12 +141,12 @@ def layer_costs(
     return tuple(rows.values())
 
 
-def _record_cost(treated: TreatedModel, record: Record) -> LayerCost:
-    spec = treated.spec(record.path)
+def _record_cost(adapted: AdaptedModule, record: Record) -> LayerCost:
+    spec = adapted.spec(record.path)
     if not isinstance(record, Product):
         return LayerCost(record.path, record.kind, backward_flops_paper=paper_flops(record))
-    trained = treated.trainable(f"{record.path}/kernel")
-    parts = ["low-rank"] * (spec is not None) + ["LoRA"] * (treated.rank(record.path) > 0)
+    trained = adapted.trainable(f"{record.path}/kernel")
+    parts = ["low-rank"] * (spec is not None) + ["LoRA"] * (adapted.rank(record.path) > 0)
     return LayerCost(
         record.path,
         record.kind,

@@ -41,6 +41,8 @@ def paper_flops(record: Record, spec: LowRankSpec | None = None) -> int:
     gradients = record.needs_dx + record.needs_dw
     inputs, outputs = record.channels
     bias = record.tokens * outputs * record.needs_db
+    if not gradients:
+        return bias
     if record.kind != "dense":
         return 2 * record.inside_macs * gradients + bias
     wide = _round_up(inputs) * _round_up(outputs)

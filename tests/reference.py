@@ -42,7 +42,7 @@ def fitted_projector(spec, grid):
                 column = np.kron(column, functions[k, places])
             span.append(column)
         span = np.array(span).T
-        projector[np.ix_(index, index)] = span @ np.linalg.pinv(span)
+        projector[np.ix_(index, index)] = span @ np.linalg.pinv(span, rcond=1e-10)
     return projector
 
 

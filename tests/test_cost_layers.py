@@ -8,8 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from lbpwht_jax import LowRankDense, lp_l1
-from lbpwht_jax.cost_methods import TreatedModel, Treatment
+from lbpwht_jax import LoRA, LowRankDense, adapt, lp_l1
 from lbpwht_jax.layer_costs import matmul_flops, saved_elements
 from lbpwht_jax.layer_records import Elementwise, Product, layer_records
 from lbpwht_jax.paper_cost import paper_flops
@@ -136,7 +135,8 @@ def test_saved_elements_equal_jax_s_residuals(grid, tokens, prefix_tokens, shape
 @pytest.mark.parametrize("rank", [None, 4])
 def test_saved_elements_of_a_branch_equal_jax_s_residuals(rank):
     spec = rank and lp_l1(rank)
-    model = TreatedModel(Single(dense(None, rank)), {"layer": Treatment(spec, rank=8)}, scope="")
+    example = jax.ShapeDtypeStruct((1, 7, 7, 12), jnp.float32)
+    model = adapt(Single(dense(None, rank)), [LoRA("layer", rank=8, spec=spec)], example)
     records = [r for r in records_of(model, (7, 7, 12), model.trainable) if isinstance(r, Product)]
     assert [(r.parameter, r.needs_dw) for r in records] == [("kernel", False), ("lora_a", True), ("lora_b", True)]
     tokens = 10 if rank else 49
