@@ -160,6 +160,10 @@ def _run(config: Finetune, dataset: data.Dataset, folder: Path, console: Console
     events = train.fit(model, info, variables, dataset.train, dataset.test, recipe, trainable=model.trainable)
     total = recipe.epochs * (len(dataset.train) // recipe.batch_size)
     steps, epochs, state = _follow(events, total, recipe, folder, console)
+    metadata = {"model": BUNDLED, "classes": dataset.classes}
+    save_weights(folder / run_folder.WEIGHTS, model.merge(state.variables), metadata)
+    if method.branches != "none":
+        save_adapter(folder / run_folder.ADAPTER, model, state.variables, BUNDLED)
     result = Result(
         config.method,
         epochs[-1].test_accuracy,
@@ -168,10 +172,6 @@ def _run(config: Finetune, dataset: data.Dataset, folder: Path, console: Console
         saved_bytes(model, variables, image_shape),
         statistics.median(step.seconds for step in steps[1:] or steps),
     )
-    metadata = {"model": BUNDLED, "classes": dataset.classes}
-    save_weights(folder / run_folder.WEIGHTS, model.merge(state.variables), metadata)
-    if method.branches != "none":
-        save_adapter(folder / run_folder.ADAPTER, model, state.variables, BUNDLED)
     run_folder.plot_curves(folder, steps, epochs, f"{BUNDLED} on {dataset.name}, {config.method}")
     run_folder.write_json(folder / run_folder.RESULT, dataclasses.asdict(result))
     return result
