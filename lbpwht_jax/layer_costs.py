@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 
 from lbpwht_jax.cost import product_flops
+from lbpwht_jax.grid_functions import coefficient_count
 from lbpwht_jax.layer_records import Product
-from lbpwht_jax.projection import coefficient_count, expand, project
+from lbpwht_jax.projection import expand, project
 from lbpwht_jax.spec import Grid, LowRankSpec
 
 

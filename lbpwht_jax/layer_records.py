@@ -21,11 +21,16 @@ from lbpwht_jax.layers import LowRankDense
 from lbpwht_jax.spec import Grid
 
 # What a module that does element-wise work alone counts as, all its equations together.
-_ELEMENTWISE_MODULES = {"BatchNorm": "batch_norm", "LayerNorm": "layer_norm", "LayerScale": "layer_scale"}
+_ELEMENTWISE_MODULES = {
+    "BatchNorm": "batch_norm",
+    "LayerNorm": "layer_norm",
+    "LayerScale": "layer_scale",
+    "AveragePool": "pooling",
+}
 # What single equations count as elsewhere.
-_ELEMENTWISE_EQUATIONS = {"erf": "gelu", "erfc": "gelu", "exp": "softmax", "reduce_window_sum": "pooling", "add": "add"}
-# Equations through which a parameter stays recognisable.
-_VIEWS = ("reshape", "transpose", "convert_element_type", "squeeze", "broadcast_in_dim", "stop_gradient")
+_ELEMENTWISE_EQUATIONS = {"erf": "gelu", "erfc": "gelu", "exp": "softmax", "add": "add"}
+# Equations through which a parameter stays recognisable (a stem pads its kernel to four channels).
+_VIEWS = ("reshape", "transpose", "pad", "convert_element_type", "squeeze", "broadcast_in_dim", "stop_gradient")
 _ENTER, _LEAVE = "enter ", "leave"
 
 
@@ -38,8 +43,9 @@ class Product:
       kind: ``"dense"``, of a kernel ``[in, out]``; ``"conv"``; ``"depthwise"``; ``"attention"``, of two activations; or
         ``"constant"``, of an activation and numbers known beforehand, such as an interpolation's.
       parameter: name of the kernel within the module, such as ``"kernel"``; empty for attention and constants.
-      macs: multiply-accumulates, as usually counted: those of a convolution with its padding included.
-      inside_macs: the same without the padding.
+      macs: multiply-accumulates, as usually counted: those of a convolution with its padding included, but not those of
+        channels of zeros that it is given.
+      inside_macs: as computed, without the padding.
       tokens: rows of the input of a dense layer; positions of a convolution's output.
       channels: of input and output; zeros for attention and constants.
       input_elements: of the left operand.
@@ -118,7 +124,7 @@ def layer_records(
     program = jax.make_jaxpr(forward)(params, others, images).jaxpr
     names = sorted(params)  # JAX flattens dictionaries in this order
     values = [_Value(name, trained(name)) for name in names]
-    walk = _Walk(modules, {name for name in names if trained(name)})
+    walk = _Walk(modules, {name for name in names if trained(name)}, {name: math.prod(params[name].shape) for name in names})
     walk(program, values + [_Value()] * (len(program.invars) - len(values)))
     return walk.records
 
@@ -156,8 +162,8 @@ class _Value:
 class _Walk:
     """Goes through a program in order and collects the records."""
 
-    def __init__(self, modules: _Modules, trained: set[str]):
-        self.modules, self.trained = modules, trained
+    def __init__(self, modules: _Modules, trained: set[str], sizes: Mapping[str, int]):
+        self.modules, self.trained, self.sizes = modules, trained, sizes
         self.path = [""]
         self.records: list[Record] = []
 
@@ -213,11 +219,12 @@ class _Walk:
             tokens = math.prod(output) // channels[1]
         grid, prefix_tokens = self.modules.grids.get(path, (None, 0)) if kind == "dense" else (None, 0)
         module, _, parameter = kernel.parameter.rpartition("/")
+        stored = self.sizes.get(kernel.parameter, math.prod(shapes[1])) if layer else math.prod(shapes[1])
         return Product(
             path=path,
             kind=kind,
             parameter=parameter if layer else "",
-            macs=equation_macs(equation, padding=True),
+            macs=equation_macs(equation, padding=True) * stored // math.prod(shapes[1]),
             inside_macs=equation_macs(equation),
             tokens=tokens,
             channels=channels,
@@ -237,6 +244,5 @@ class _Walk:
             return
         before = self.records[-1] if self.records else None
         if module in _ELEMENTWISE_MODULES and isinstance(before, Elementwise) and before.path == path:
-            elements = max(elements, before.elements)
             self.records.pop()
         self.records.append(Elementwise(path, kind, elements))

@@ -13,9 +13,7 @@ Blocks are laid over the grid centred, the odd missing token first at the top or
 - ``"official"``: the grid is reflected out to whole blocks, analysed, expanded and cropped: ``E A`` is no projector.
 """
 
-import dataclasses
 import functools
-import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -25,107 +23,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, PartitionSpec
 
+from lbpwht_jax.dtypes import accumulation_dtype
+from lbpwht_jax.grid_functions import coefficient_count, coefficient_indices, grid_axis, projection_matrices
+from lbpwht_jax.pieces import aligned_pieces, block_matrices, join_pieces, piece_sizes, split_pieces
 from lbpwht_jax.spec import Grid, LowRankSpec
-from lbpwht_jax.wht import walsh_matrix
+
+__all__ = ["coefficient_count", "expand", "project", "projection_matrices"]
 
 # Up to this many tokens one matrix a grid is the faster form; above it one product an axis (measured on CPU, float32).
 _MATRIX_TOKENS = 256
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Axis:
-    """One grid axis: ``analysis[b, k]`` and ``synthesis[b, k]`` are function k of block b on the axis's tokens."""
-
-    analysis: np.ndarray
-    synthesis: np.ndarray
-    kept: np.ndarray
-    whole: bool
-
-
-def _orthonormalise(rows: np.ndarray) -> np.ndarray:
-    """Gram-Schmidt over the rows in order; rows that depend on earlier ones become zero."""
-    result = np.zeros_like(rows)
-    for k, row in enumerate(rows):
-        for _ in range(2):
-            row = row - result[:k].T @ (result[:k] @ row)
-        norm = np.linalg.norm(row)
-        if norm > 1e-6 * math.sqrt(len(row)):
-            result[k] = row / norm
-    return result
-
-
-@functools.cache
-def _axis(length: int, block: int, projection: str) -> _Axis:
-    walsh = walsh_matrix(block, np.float64)
-    blocks = -(-length // block)
-    padding = blocks * block - length
-    before = -(-padding // 2)
-    tokens = np.zeros((blocks * block, length))
-    tokens[np.arange(length) + before, np.arange(length)] = 1.0
-    tokens = tokens.reshape(blocks, block, length)
-    if projection == "fitted":
-        present = np.any(tokens, axis=-1)
-        analysis = np.stack([_orthonormalise(walsh * present[b]) @ tokens[b] for b in range(blocks)])
-        synthesis = analysis
-    else:
-        walsh = walsh / math.sqrt(block)
-        source = np.pad(np.arange(length), (before, padding - before), mode="reflect")
-        reflected = np.eye(length)[source].reshape(blocks, block, length)
-        analysis, synthesis = walsh @ reflected, walsh @ tokens
-    return _Axis(analysis, synthesis, np.any(analysis, axis=-1), padding == 0)
-
-
-@functools.cache
-def _coefficients(spec: LowRankSpec, grid: Grid) -> np.ndarray:
-    """``[coefficients, axes, 2]``: the block and the function of each coefficient along each grid axis."""
-    axes = [_axis(length, spec.block, spec.projection) for length in grid]
-    return np.array(
-        [
-            tuple(zip(block, basis, strict=True))
-            for block in itertools.product(*(range(len(axis.kept)) for axis in axes))
-            for basis in spec.bases
-            if all(axis.kept[b, k] for axis, b, k in zip(axes, block, basis, strict=True))
-        ],
-        dtype=np.int64,
-    ).reshape(-1, len(grid), 2)
-
-
-def coefficient_count(spec: LowRankSpec, grid: Grid) -> int:
-    """Number of coefficients kept for a whole grid, prefix tokens not counted; at most the number of tokens if fitted."""
-    return len(_coefficients(spec, grid))
-
-
-@functools.cache
-def projection_matrices(spec: LowRankSpec, grid: Grid, prefix_tokens: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """The matrices behind ``project`` and ``expand``, tokens flattened in row-major order.
-
-    Args:
-      spec: the functions and the kind of projection.
-      grid: tokens along each axis.
-      prefix_tokens: leading tokens outside the grid, passed through unchanged.
-
-    Returns:
-      ``(analysis, synthesis)``: float64 arrays ``[prefix_tokens + coefficients, prefix_tokens + tokens]`` and its transpose's
-      shape.
-    """
-    index = _coefficients(spec, grid)
-    axes = [_axis(length, spec.block, spec.projection) for length in grid]
-    matrices = []
-    for name in ("analysis", "synthesis"):
-        rows = np.ones((len(index), 1))
-        for n, axis in enumerate(axes):
-            factor = getattr(axis, name)[index[:, n, 0], index[:, n, 1]]
-            rows = (rows[:, :, None] * factor[:, None, :]).reshape(len(index), math.prod(grid[: n + 1]))
-        matrix = np.zeros((prefix_tokens + rows.shape[0], prefix_tokens + rows.shape[1]))
-        matrix[:prefix_tokens, :prefix_tokens] = np.eye(prefix_tokens)
-        matrix[prefix_tokens:, prefix_tokens:] = rows
-        matrices.append(matrix)
-    return matrices[0], matrices[1].T
-
-
-def accumulation_dtype(*dtypes: Any) -> Any:
-    """What products of these floating-point dtypes accumulate in: float64 if one of them is that, else float32."""
-    return jnp.float64 if jnp.float64 in dtypes else jnp.float32
 
 
 def _apply(matrix: np.ndarray, x: jax.Array, precision: Any) -> jax.Array:
@@ -135,7 +41,7 @@ def _apply(matrix: np.ndarray, x: jax.Array, precision: Any) -> jax.Array:
     a plain matrix product an image, which is 3 to 6 times faster there.
     """
     batch = x.shape[:-2]
-    repeated = jnp.broadcast_to(jnp.asarray(matrix, x.dtype), (*batch, *matrix.shape))
+    repeated = jnp.broadcast_to(jnp.asarray(matrix, x.dtype), (*batch, *matrix.shape[-2:]))
     axes = tuple(range(len(batch)))
     product = jax.lax.dot_general(
         repeated,
@@ -153,11 +59,11 @@ def _factors(spec: LowRankSpec, grid: Grid) -> tuple[list[np.ndarray], list[np.n
 
     The matrices cover one block on axes that consist of whole blocks, all blocks together on the others.
     """
-    index = _coefficients(spec, grid)
+    index = coefficient_indices(spec, grid)
     analyses, syntheses = [], []
     position = np.zeros(len(index), np.int64)
     for n, length in enumerate(grid):
-        axis = _axis(length, spec.block, spec.projection)
+        axis = grid_axis(length, spec.block, spec.projection)
         functions = sorted({basis[n] for basis in spec.bases})
         blocks = slice(0, 1) if axis.whole else slice(None)
         columns = slice(0, spec.block) if axis.whole else slice(None)
@@ -166,6 +72,16 @@ def _factors(spec: LowRankSpec, grid: Grid) -> tuple[list[np.ndarray], list[np.n
         position = position * len(axis.kept) * len(functions)
         position += index[:, n, 0] * len(functions) + np.searchsorted(functions, index[:, n, 1])
     return analyses, syntheses, position
+
+
+def _scatter(x: jax.Array, position: np.ndarray, total: int) -> jax.Array:
+    """``[..., total, channels]`` with the rows of x at ``position`` and zeros elsewhere."""
+    if np.array_equal(position, np.arange(total)):
+        return x
+    source = np.full(total, len(position))
+    source[position] = np.arange(len(position))
+    zero = jnp.zeros_like(x, shape=(*x.shape[:-2], 1, x.shape[-1]))
+    return jnp.take(jnp.concatenate([x, zero], axis=-2), source, axis=-2)
 
 
 def _project_by_axis(x: jax.Array, spec: LowRankSpec, grid: Grid, precision: Any) -> jax.Array:
@@ -186,17 +102,29 @@ def _expand_by_axis(coefficients: jax.Array, spec: LowRankSpec, grid: Grid, prec
     batch, channels = coefficients.shape[:-2], coefficients.shape[-1]
     repeats = [length // len(matrix) for length, matrix in zip(grid, syntheses, strict=True)]
     total = math.prod(n * matrix.shape[1] for n, matrix in zip(repeats, syntheses, strict=True))
-    x = coefficients
-    if not np.array_equal(position, np.arange(total)):
-        source = np.full(total, len(position))
-        source[position] = np.arange(len(position))
-        x = jnp.take(jnp.concatenate([x, jnp.zeros_like(x, shape=(*batch, 1, channels))], axis=-2), source, axis=-2)
+    x = _scatter(coefficients, position, total)
     before, after = total, channels
     for matrix, n in reversed(list(zip(syntheses, repeats, strict=True))):
         before //= n * matrix.shape[1]
         x = _apply(matrix, x.reshape(*batch, before * n, matrix.shape[1], after), precision)
         after *= n * len(matrix)
     return x.reshape(*batch, math.prod(grid), channels)
+
+
+def _project_by_block(x: jax.Array, spec: LowRankSpec, grid: Grid, precision: Any) -> jax.Array:
+    matrices, kept = block_matrices(spec, grid, "analysis")
+    batch, channels = x.shape[:-2], x.shape[-1]
+    pieces = split_pieces(x.reshape(*batch, *grid, channels), spec, grid)
+    x = _apply(matrices, pieces, precision).reshape(*batch, -1, channels)
+    return x if len(kept) == x.shape[-2] else jnp.take(x, kept, axis=-2)
+
+
+def _expand_by_block(coefficients: jax.Array, spec: LowRankSpec, grid: Grid, precision: Any) -> jax.Array:
+    matrices, kept = block_matrices(spec, grid, "synthesis")
+    batch, channels = coefficients.shape[:-2], coefficients.shape[-1]
+    blocks = math.prod(len(grid_axis(n, spec.block, spec.projection).kept) for n in grid)
+    x = _scatter(coefficients, kept, blocks * spec.rank).reshape(*batch, blocks, spec.rank, channels)
+    return join_pieces(_apply(matrices, x, precision), spec, grid).reshape(*batch, math.prod(grid), channels)
 
 
 def _keeping_sharding(function: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
@@ -223,9 +151,11 @@ def project(x: jax.Array, spec: LowRankSpec, grid: Grid, prefix_tokens: int = 0,
     """
 
     def coefficients(x: jax.Array) -> jax.Array:
-        if math.prod(grid) <= _MATRIX_TOKENS:
+        by_block = max(aligned_pieces(spec, grid)) > 1
+        if not by_block and math.prod(grid) <= _MATRIX_TOKENS:
             return _apply(projection_matrices(spec, grid, prefix_tokens)[0], x, precision)
-        of_grid = _project_by_axis(x[..., prefix_tokens:, :], spec, grid, precision)
+        form = _project_by_block if by_block else _project_by_axis
+        of_grid = form(x[..., prefix_tokens:, :], spec, grid, precision)
         return jnp.concatenate([x[..., :prefix_tokens, :], of_grid], axis=-2) if prefix_tokens else of_grid
 
     return _keeping_sharding(coefficients, x)
@@ -246,9 +176,11 @@ def expand(coefficients: jax.Array, spec: LowRankSpec, grid: Grid, prefix_tokens
     """
 
     def tokens(coefficients: jax.Array) -> jax.Array:
-        if math.prod(grid) <= _MATRIX_TOKENS:
+        by_block = max(piece_sizes(spec, grid)) > 1 and max(grid) > spec.block
+        if not by_block and math.prod(grid) <= _MATRIX_TOKENS:
             return _apply(projection_matrices(spec, grid, prefix_tokens)[1], coefficients, precision)
-        of_grid = _expand_by_axis(coefficients[..., prefix_tokens:, :], spec, grid, precision)
+        form = _expand_by_block if by_block else _expand_by_axis
+        of_grid = form(coefficients[..., prefix_tokens:, :], spec, grid, precision)
         return jnp.concatenate([coefficients[..., :prefix_tokens, :], of_grid], axis=-2) if prefix_tokens else of_grid
 
     return _keeping_sharding(tokens, coefficients)

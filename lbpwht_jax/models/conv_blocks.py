@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
+from jax import lax
 
+from lbpwht_jax.dtypes import accumulation_dtype
 from lbpwht_jax.models.blocks import Plan, dense
-from lbpwht_jax.projection import accumulation_dtype
 
 
 def batch_norm(parent: Any, name: str, x: jax.Array, train: bool) -> jax.Array:
@@ -60,7 +61,45 @@ def conv3x3(features: int, stride: int = 1, *, depthwise: bool = False, dtype: A
       name: of the layer.
     """
     groups = features if depthwise else 1
-    return nn.Conv(features, (3, 3), stride, padding=1, feature_group_count=groups, dtype=dtype, name=name)
+    fields = {"feature_group_count": groups, "dtype": dtype, "name": name, "conv_general_dilated": _convolve}
+    return nn.Conv(features, (3, 3), stride, padding=1, **fields)
+
+
+def _convolve(images: jax.Array, kernel: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
+    """``lax.conv_general_dilated`` on channels-last maps; colour images get a fourth channel of zeros.
+
+    XLA's CPU backend convolves four channels 4 to 5 times faster than three, and GPUs want a multiple of four too.
+    """
+    if kernel.shape[2] == 3:
+        images = jnp.pad(images, ((0, 0), (0, 0), (0, 0), (0, 1)))
+        kernel = jnp.pad(kernel, ((0, 0), (0, 0), (0, 1), (0, 0)))
+    return lax.conv_general_dilated(images, kernel, *args, **kwargs)
+
+
+class AveragePool(nn.Module):
+    """3x3 average pooling of stride 1; at the border, of the tokens that exist."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """``[batch, height, width, channels]`` to the same shape; sums are taken in at least float32."""
+        rows, columns = (np.add(1, np.arange(n) > 0) + (np.arange(n) < n - 1) for n in x.shape[1:3])
+        share = jnp.asarray(1 / np.outer(rows, columns), accumulation_dtype(x.dtype))
+        return (_neighbour_sums(widen(x)) * share.reshape(1, *share.shape, 1)).astype(x.dtype)
+
+
+@jax.custom_vjp
+def _neighbour_sums(x: jax.Array) -> jax.Array:
+    """Sums over 3x3 neighbourhoods of ``[batch, height, width, channels]``; linear and its own transpose.
+
+    One pass over shifted views, twice to three times as fast on CPU as XLA's windowed sums.
+    """
+    height, width = x.shape[1:3]
+    padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    shifted = [padded[:, i : i + height, j : j + width] for i in range(3) for j in range(3)]
+    return functools.reduce(jnp.add, shifted)
+
+
+_neighbour_sums.defvjp(lambda x: (_neighbour_sums(x), None), lambda _, g: (_neighbour_sums(g),))
 
 
 class ConvNorm(nn.Module):

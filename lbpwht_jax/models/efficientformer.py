@@ -12,6 +12,7 @@ import numpy as np
 
 from lbpwht_jax.models.blocks import DropPath, Mlp, Plan, check_images, dense, drop_path_rates, gelu
 from lbpwht_jax.models.conv_blocks import (
+    AveragePool,
     LayerScale,
     attention_biases,
     batch_counters,
@@ -21,7 +22,6 @@ from lbpwht_jax.models.conv_blocks import (
     offset_index,
     resample_attention_biases,
     softmax,
-    widen,
 )
 from lbpwht_jax.models.info import ModelInfo
 
@@ -138,7 +138,7 @@ class PoolBlock(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         """``x`` of shape ``[batch, height, width, channels]``; the result has the same shape."""
-        y = nn.avg_pool(widen(x), (3, 3), padding="SAME", count_include_pad=False).astype(x.dtype) - x
+        y = AveragePool()(x) - x
         x = x + DropPath(self.drop_path)(LayerScale(name="ls1")(y), train)
         mlp = ConvMlp(self.mlp_ratio * x.shape[-1], self.frozen_batch_norm, self.plan, self.dtype, name="mlp")
         return x + DropPath(self.drop_path)(LayerScale(name="ls2")(mlp(x, train)), train)
