@@ -120,7 +120,7 @@ class AdaptedModule:
 
     def _intercept(self, call: Any, args: Any, kwargs: Any, context: Any) -> Any:
         adaptation = self._by_path.get("/".join(context.module.path))
-        if adaptation is None or not _is_layer_call(context) or _is_adapted(context.module):
+        if adaptation is None or not _is_layer_call(context) or _is_adapted(context.module, adaptation):
             return call(*args, **kwargs)
         return _twin(context.module, adaptation)(*args, **kwargs)
 
@@ -227,7 +227,10 @@ def _describe(module: Any, shape: tuple[int, ...]) -> Layer:
     return layer
 
 
-def _is_adapted(module: Any) -> bool:
+def _is_adapted(module: Any, adaptation: Adaptation) -> bool:
+    if isinstance(module, LowRankDense) and not adaptation.rank:
+        own = (module.dot_general, module.spec, module.grid, module.prefix_tokens)
+        return own == (None, adaptation.spec, adaptation.grid, adaptation.prefix_tokens)
     field = "conv_general_dilated" if isinstance(module, nn.Conv) else "dot_general"
     return isinstance(getattr(module, field), lora.AdaptedProduct)
 
@@ -253,6 +256,9 @@ def _twin(module: Any, adaptation: Adaptation) -> Any:
         a = scope.param(lora.A, lora.init_a, shapes[lora.A], module.param_dtype)
         return a, scope.param(lora.B, lora.init_b, shapes[lora.B], module.param_dtype)
 
+    if isinstance(module, LowRankDense) and not adaptation.rank:
+        at = {"grid": adaptation.grid, "prefix_tokens": adaptation.prefix_tokens}
+        return module.clone(parent=scope, dot_general=None, spec=adaptation.spec, **at)
     dense = lora.convolution(adaptation) if isinstance(module, nn.Conv) else lora.dense_product(adaptation)
     replaced: dict[str, Any] = {field: lora.AdaptedProduct(adaptation, dense, branch)}
     return module.clone(parent=scope, **replaced)

@@ -90,6 +90,29 @@ def coefficient_count(spec: LowRankSpec, grid: Grid) -> int:
 
 
 @functools.cache
+def token_sum_weights(spec: LowRankSpec, grid: Grid, prefix_tokens: int = 0) -> np.ndarray | None:
+    """What coefficients and prefix tokens are multiplied by to give the sum over all tokens, which constants being kept allow.
+
+    A projector that keeps constants is symmetric, so ``1^T x = 1^T (E A) x``, where ``1^T E`` is zero but for the means.
+
+    Returns:
+      float64 array ``[prefix_tokens + coefficients]``; ``None`` where constants are not kept or the projection, official on
+      partial blocks, is no projector.
+    """
+    exact = spec.projection == "fitted" or all(grid_axis(n, spec.block, spec.projection).whole for n in grid)
+    if not exact or (0,) * spec.ndim not in spec.bases:
+        return None
+    means = coefficient_indices(spec, grid)
+    weights = [
+        math.prod(
+            grid_axis(n, spec.block, spec.projection).synthesis[b, k].sum() for n, (b, k) in zip(grid, index, strict=True)
+        )
+        for index in means
+    ]
+    return np.concatenate([np.ones(prefix_tokens), np.where(np.any(means[..., 1], axis=-1), 0.0, weights)])
+
+
+@functools.cache
 def projection_matrices(spec: LowRankSpec, grid: Grid, prefix_tokens: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """The matrices behind ``project`` and ``expand``, tokens flattened in row-major order.
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
 
+from lbpwht_jax.matmul import low_rank_matmul
 from lbpwht_jax.spec import Grid, LowRankSpec, lp_l1
 
 
@@ -63,7 +64,19 @@ class LowRankDense(nn.Module):
         kernel = self.param("kernel", self.kernel_init, (jnp.shape(inputs)[-1], self.features), self.param_dtype)
         bias = self.param("bias", self.bias_init, (self.features,), self.param_dtype) if self.use_bias else None
         inputs, kernel, bias = self.promote_dtype(inputs, kernel, bias, dtype=self.dtype)
-        y = _product(self)(
+        if self.dot_general is None and self.spec is not None:
+            return low_rank_matmul(
+                inputs,
+                kernel,
+                self.spec,
+                self.grid,
+                self.prefix_tokens,
+                precision=self.precision,
+                preferred_element_type=self.preferred_element_type,
+                bias=bias,
+                name=f"LowRankDense {'/'.join(self.path) or '(top level)'}",
+            )
+        y = (self.dot_general or jax.lax.dot_general)(
             inputs,
             kernel,
             (((inputs.ndim - 1,), (0,)), ((), ())),
@@ -71,13 +84,3 @@ class LowRankDense(nn.Module):
             preferred_element_type=self.preferred_element_type,
         )
         return y if bias is None else y + bias.reshape((1,) * (y.ndim - 1) + (-1,))
-
-
-def _product(layer: LowRankDense) -> Any:
-    """The ``dot_general`` of a layer."""
-    if layer.dot_general is not None:
-        return layer.dot_general
-    if layer.spec is None:
-        return jax.lax.dot_general
-    name = f"LowRankDense {'/'.join(layer.path) or '(top level)'}"
-    return layer.spec.dot_general(grid=layer.grid, prefix_tokens=layer.prefix_tokens, name=name)

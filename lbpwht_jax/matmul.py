@@ -15,12 +15,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from lbpwht_jax.choice import chosen
 from lbpwht_jax.dtypes import accumulation_dtype
-from lbpwht_jax.grid_functions import coefficient_count
+from lbpwht_jax.grid_functions import coefficient_count, token_sum_weights
 from lbpwht_jax.projection import expand, project
 from lbpwht_jax.spec import Grid, LowRankSpec
 
@@ -54,28 +56,31 @@ def _product(a: jax.Array, b: jax.Array, contract: tuple, static: _Static, out_s
     )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _matmul(x: jax.Array, kernel: jax.Array, static: _Static) -> jax.Array:
-    return _product(x, kernel, ((x.ndim - 1,), (0,)), static, static.out_sharding).astype(static.output)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _matmul(x: jax.Array, kernel: jax.Array, bias: jax.Array | None, static: _Static) -> jax.Array:
+    y = _product(x, kernel, ((x.ndim - 1,), (0,)), static, static.out_sharding).astype(static.output)
+    return y if bias is None else y + bias.reshape((1,) * (y.ndim - 1) + (-1,))
 
 
-def _forward(x, kernel, static):
+def _forward(x, kernel, bias, static):
     saved = None
     if kernel.perturbed:
         saved = x.value
         if static.spec.dw == "low_rank":
             saved = project(x.value, static.spec, static.grid, static.prefix_tokens, static.precision)
-    return _matmul(x.value, kernel.value, static), (saved, kernel.value if x.perturbed else None)
+    y = _matmul(x.value, kernel.value, None if bias is None else bias.value, static)
+    wanted = None if bias is None or not bias.perturbed else jnp.zeros((), bias.value.dtype)
+    return y, (saved, kernel.value if x.perturbed else None, wanted)
 
 
 def _backward(static, residuals, g):
-    saved, kernel = residuals
+    saved, kernel, bias = residuals
     if isinstance(g, SymbolicZero):
-        return None, None
+        return None, None, None
     spec, at = static.spec, (static.spec, static.grid, static.prefix_tokens, static.precision)
     wanted = ((kernel, spec.dx), (saved, spec.dw))
     coefficients = project(g, *at) if any(a is not None and kind == "low_rank" for a, kind in wanted) else g
-    dx = dw = None
+    dx = dw = db = None
     if kernel is not None:
         dx, sharding = coefficients if spec.dx == "low_rank" else g, static.x_sharding
         if spec.dx == "low_rank" and sharding is not None:
@@ -89,7 +94,19 @@ def _backward(static, residuals, g):
             saved, dw = (a.reshape(math.prod(a.shape[:-1]), a.shape[-1]) for a in (saved, dw))
         rows = tuple(range(saved.ndim - 1))
         dw = _product(saved, dw, (rows, rows), static, static.kernel_sharding).astype(static.kernel_dtype)
-    return dx, dw
+    if bias is not None:
+        db = _token_sum(coefficients, token_sum_weights(*at[:3]) if coefficients is not g else None).astype(bias.dtype)
+    return dx, dw, db
+
+
+def _token_sum(x: jax.Array, weights: np.ndarray | None) -> jax.Array:
+    """Sum over batch and tokens of ``[..., tokens, channels]``, or of coefficients, weighted."""
+    x = x.reshape(math.prod(x.shape[:-2]), *x.shape[-2:])
+    if weights is not None:
+        rows = np.flatnonzero(weights)
+        dtype = accumulation_dtype(x.dtype)
+        x = x[:, rows].astype(dtype) * jnp.asarray(weights[rows], dtype).reshape(1, -1, 1)
+    return jnp.sum(x, (0, 1), dtype=accumulation_dtype(x.dtype))
 
 
 _matmul.defvjp(_forward, _backward, symbolic_zeros=True)
@@ -101,12 +118,11 @@ def _sharding(like: jax.Array) -> Any:
     return sharding if AxisType.Explicit in sharding.mesh.axis_types else None
 
 
-def _vary_alike(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Inside ``shard_map``, casts both to vary over the same mesh axes, so that a replicated kernel's cotangent is summed."""
-    axes = [jax.typeof(a).manual_axis_type.varying for a in (x, kernel)]
-    missing = [tuple(sorted((axes[0] | axes[1]) - own)) for own in axes]
-    x, kernel = (lax.pcast(a, names, to="varying") if names else a for a, names in zip((x, kernel), missing, strict=True))
-    return x, kernel
+def _vary_alike(*arrays: jax.Array) -> list[jax.Array]:
+    """Inside ``shard_map``, casts all to vary over the same mesh axes, so that a replicated kernel's cotangent is summed."""
+    axes = [jax.typeof(a).manual_axis_type.varying for a in arrays]
+    missing = [tuple(sorted(frozenset().union(*axes) - own)) for own in axes]
+    return [lax.pcast(a, names, to="varying") if names else a for a, names in zip(arrays, missing, strict=True)]
 
 
 def check_grid(shape: tuple[int, ...], spec: LowRankSpec, grid: Grid | None, prefix_tokens: int, name: str) -> Grid:
@@ -199,13 +215,15 @@ def low_rank_matmul(
     precision: Any = None,
     preferred_element_type: Any = None,
     out_sharding: Any = None,
+    bias: jax.Array | None = None,
     name: str = "low_rank_matmul",
 ) -> jax.Array:
-    """``x @ kernel``, exact, with a low-rank backward pass along the token grid (LBP-WHT, section 3).
+    """``x @ kernel``, or ``x @ kernel + bias``, exact, with a low-rank backward pass along the token grid (LBP-WHT, section 3).
 
     Only the coefficients of ``x`` (and its prefix tokens) and the kernel are kept for the backward pass; with
-    ``spec.dw == "exact"`` all of ``x`` is. Nothing of ``x`` is kept, and no cotangent computed, for a kernel that is not
-    differentiated, nor the other way round. Reverse-mode differentiation only, once.
+    ``spec.dw == "exact"``, or ``spec.when == "faster"`` and a shape that makes low rank slower, all of ``x`` is. Nothing of
+    ``x`` is kept, and no cotangent computed, for a kernel that is not differentiated, nor the other way round. Reverse-mode
+    differentiation only, once.
 
     Args:
       x: ``[..., prefix_tokens + tokens, in]`` with ``grid``; ``[batch, ..., *grid, in]`` (channels-last maps, at least one
@@ -217,6 +235,7 @@ def low_rank_matmul(
       precision: of all products, forward and backward, as for ``jax.lax.dot_general``.
       preferred_element_type: dtype of the result, as for ``jax.lax.dot_general``; by default what ``x @ kernel`` has.
       out_sharding: of the result, on a mesh with explicit axes, as for ``jax.lax.dot_general``.
+      bias: ``[out]``, of the result's dtype; its cotangent, always exact, is taken from the coefficients where they hold it.
       name: where the operation stands, opening the error messages.
 
     Returns:
@@ -231,10 +250,13 @@ def low_rank_matmul(
     x, kernel = jnp.asarray(x), jnp.asarray(kernel)
     flat_grid = _check(x, kernel, spec, grid, prefix_tokens, name)
     output = jnp.result_type(x, kernel) if preferred_element_type is None else jnp.dtype(preferred_element_type)
-    x, kernel = _vary_alike(x, kernel)
+    if bias is not None and bias.shape != kernel.shape[1:]:
+        raise ValueError(f"{name}: the bias must be [{kernel.shape[1]}], one a channel of the output, got {list(bias.shape)}")
+    folds = bias is not None and _sharding(x) is None and token_sum_weights(spec, flat_grid) is not None
+    x, kernel, *folded = _vary_alike(x, kernel, *([bias] if folds else []))
     tokens = x if grid is not None else x.reshape(*x.shape[: -1 - spec.ndim], math.prod(flat_grid), x.shape[-1])
     static = _Static(
-        spec,
+        chosen(spec, flat_grid, operator.index(prefix_tokens), *kernel.shape),
         flat_grid,
         operator.index(prefix_tokens),
         precision if isinstance(precision, (str, lax.Precision, type(None))) else tuple(precision),
@@ -246,5 +268,6 @@ def low_rank_matmul(
         _sharding(tokens),
         _sharding(kernel),
     )
-    y: Any = _matmul(tokens, kernel, static)
-    return y if grid is not None else y.reshape(*x.shape[:-1], kernel.shape[1])
+    y: Any = _matmul(tokens, kernel, folded[0] if folded else None, static)
+    y = y if grid is not None else y.reshape(*x.shape[:-1], kernel.shape[1])
+    return y if folds or bias is None else y + bias.reshape((1,) * (y.ndim - 1) + (-1,))

@@ -112,7 +112,13 @@ def parse_method(method: str, **fields: Any) -> Method:
 
 
 def adapted_model(
-    name: str, method: str = "full", train: Train = "all", num_classes: int = 1000, image_size: int | None = None
+    name: str,
+    method: str = "full",
+    train: Train = "all",
+    num_classes: int = 1000,
+    image_size: int | None = None,
+    when: Literal["always", "faster"] = "always",
+    **fields: Any,
 ) -> AdaptedModule:
     """A model of the registry under a method, batch normalisation on its running statistics.
 
@@ -122,12 +128,14 @@ def adapted_model(
       train: what is trained, as for ``Method.rules``.
       num_classes: outputs of the head.
       image_size: height and width of the images, in pixels; by default the model's.
+      when: whether layers that low rank would make slower stay exact, as in ``LowRankSpec``.
+      **fields: of ``create_model``, such as ``dtype`` and ``remat``.
 
     Raises:
       ValueError: if a name is unknown, or as ``Method.rules`` does.
     """
     info = model_info(name)
-    rules = parse_method(method).rules(info, train)
-    module = create_model(name, num_classes=num_classes, image_size=image_size, frozen_batch_norm=True)
+    rules = parse_method(method, when=when).rules(info, train)
+    module = create_model(name, num_classes=num_classes, image_size=image_size, frozen_batch_norm=True, **fields)
     images = jax.ShapeDtypeStruct((1, module.image_size, module.image_size, info.channels), jnp.float32)
     return adapt(module, rules, images)

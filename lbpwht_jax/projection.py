@@ -127,6 +127,11 @@ def _expand_by_block(coefficients: jax.Array, spec: LowRankSpec, grid: Grid, pre
     return join_pieces(_apply(matrices, x, precision), spec, grid).reshape(*batch, math.prod(grid), channels)
 
 
+def goes_by_axis(spec: LowRankSpec, grid: Grid) -> bool:
+    """Whether ``project`` goes axis by axis: large grids whose functions allow no pieces."""
+    return max(aligned_pieces(spec, grid)) == 1 and math.prod(grid) > _MATRIX_TOKENS
+
+
 def _keeping_sharding(function: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
     """``function(x)``; on a mesh with explicit axes the result is sharded as x is, but for the token axis, which is whole."""
     sharding = jax.typeof(x).sharding

@@ -14,6 +14,7 @@ from typing import Any
 from rich.console import Console, RenderableType
 from rich.table import Table
 
+from lbpwht_jax.choice import chosen
 from lbpwht_jax.matmul import check_grid
 from lbpwht_jax.spec import Grid, LowRankSpec
 
@@ -160,6 +161,7 @@ class Adaptation:
       shown_grid: tokens along each axis, known for maps too.
       rank: of the LoRA branch, 0 without one.
       alpha: of the LoRA branch.
+      slower: whether the rule's spec, whose ``when`` is ``"faster"``, was left out because low rank is predicted to be slower.
     """
 
     layer: Layer
@@ -169,6 +171,7 @@ class Adaptation:
     shown_grid: Grid | None = None
     rank: int = 0
     alpha: float = 0.0
+    slower: bool = False
 
     @property
     def scale(self) -> float:
@@ -211,6 +214,7 @@ class Resolution:
             else:
                 parts = [("LoRA", adaptation.rank)] * bool(adaptation.rank)
                 parts += [("LowRank", adaptation.spec.rank)] if adaptation.spec else []
+                parts += [("full: LowRank is slower", "")] * adaptation.slower
                 method, rank = (" + ".join(str(part[i]) for part in parts) for i in (0, 1))
                 grid = "x".join(map(str, adaptation.shown_grid or ()))
                 trainable += adaptation.branch_parameters if adaptation.rank else 0
@@ -301,4 +305,6 @@ def _adaptation(layer: Layer, rule: LowRank | LoRA) -> Adaptation:
             f"{name}: grid {shown} with {prefix_tokens} prefix tokens makes {tokens} tokens, but the input "
             f"{list(layer.input_shape)} has {layer.input_shape[-2]}; change the rule {type(rule).__name__}({rule.pattern!r})"
         )
+    if chosen(rule.spec, shown, prefix_tokens, layer.inputs, layer.outputs) != rule.spec:
+        return Adaptation(layer, None, shown_grid=shown, slower=True, **branch)
     return Adaptation(layer, rule.spec, grid if grid is None else shown, prefix_tokens, shown, **branch)

@@ -13,6 +13,7 @@ Grid = tuple[int, ...]
 
 _PROJECTIONS = ("fitted", "official")
 _PRODUCTS = ("low_rank", "exact")
+_TIMES = ("always", "faster")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,10 +29,12 @@ class LowRankSpec:
         the grid out to whole blocks, as the authors' code does.
       dx: ``"low_rank"`` or ``"exact"``, how the input's cotangent is computed.
       dw: ``"low_rank"`` or ``"exact"``, how the kernel's cotangent is computed. Only ``"low_rank"`` saves activations.
+      when: ``"always"``; or ``"faster"``, which leaves exact the layers whose shape makes low rank slower
+        (``lbpwht_jax.choice``), and their activations whole.
 
     Raises:
       ValueError: a block that is no power of two, an empty or repeated selection, a function outside the block,
-        functions of unequal numbers of axes, or an unknown ``projection``, ``dx`` or ``dw``.
+        functions of unequal numbers of axes, or an unknown ``projection``, ``dx``, ``dw`` or ``when``.
       TypeError: a selection that does not consist of tuples of integers.
     """
 
@@ -40,6 +43,7 @@ class LowRankSpec:
     projection: Literal["fitted", "official"] = "fitted"
     dx: Literal["low_rank", "exact"] = "low_rank"
     dw: Literal["low_rank", "exact"] = "low_rank"
+    when: Literal["always", "faster"] = "always"
 
     def __post_init__(self):
         try:
@@ -69,7 +73,7 @@ class LowRankSpec:
             raise ValueError(
                 f"LowRankSpec: functions {outside} are outside the block: with block={block} every index is 0 to {block - 1}"
             )
-        for field, allowed in (("projection", _PROJECTIONS), ("dx", _PRODUCTS), ("dw", _PRODUCTS)):
+        for field, allowed in (("projection", _PROJECTIONS), ("dx", _PRODUCTS), ("dw", _PRODUCTS), ("when", _TIMES)):
             value = getattr(self, field)
             if value not in allowed:
                 raise ValueError(f"LowRankSpec: {field} must be one of {allowed}, got {value!r}")

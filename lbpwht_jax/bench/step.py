@@ -1,0 +1,198 @@
+"""``lbpwht bench step``: whole training steps, of full backpropagation and of the methods that save."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+
+from lbpwht_jax.bench.timing import interleaved, machine
+from lbpwht_jax.cost import backward_flops, saved_bytes
+from lbpwht_jax.data import Batch
+from lbpwht_jax.methods import Train, adapted_model
+from lbpwht_jax.models import model_info
+from lbpwht_jax.run_folder import write_json
+from lbpwht_jax.train import Recipe, initial_state, make_train_step
+
+_MODELS = ("efficientformer_l1", "vit_small_patch16_224", "swinv2_tiny_window8_256")
+_METHODS = ("full", "lp_l1-2", "lp_l1-4", "lp_l1-6", "lp_l1-8", "lora_all-8", "full+remat")
+_CLASSES = 100
+# The forward pass is exact: losses before the first step differ by rounding alone.
+_TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2}
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One method on one model.
+
+    Attributes:
+      model: its name.
+      method: its short name, with "+remat" where each block is computed again in the backward pass.
+      train: what is trained.
+      batch: images a step.
+      seconds: of a step: forward, backward, optimiser.
+      images_per_second: of training.
+      speedup: over the first method.
+      backward_flops: of matrix products, an image.
+      saved_bytes: kept for the backward pass, an image.
+      peak_bytes: device memory at most, as the compiler plans it; ``None`` where the backend does not report it.
+    """
+
+    model: str
+    method: str
+    train: str
+    batch: int
+    seconds: float
+    images_per_second: float
+    speedup: float
+    backward_flops: int
+    saved_bytes: int
+    peak_bytes: int | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """Times whole jitted training steps (forward, backward, clipping, AdamW), methods in turn in one process.
+
+    Images are random, batch normalisation is on its running statistics, and every method's first loss is compared with the
+    first method's before the clock starts. Writes step.json and step.png.
+    """
+
+    models: tuple[str, ...] = _MODELS
+    """Names of the models; "lbpwht models" lists them."""
+    methods: tuple[str, ...] = _METHODS
+    """As for "lbpwht finetune"; "+remat" computes each block again in the backward pass. The first is what others are compared
+    with."""
+    train: Train = "all"
+    """all; last_stage, with the head; or head, with LoRA's branches."""
+    batch_size: int = 16
+    """Images a step."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the computation; parameters and the optimiser's state are float32."""
+    rounds: int = 7
+    """Samples of each time; the median counts."""
+    output: Path = Path("bench")
+    """Folder for the results."""
+
+    def prepare(self) -> Callable[[], None]:
+        """Checks the arguments.
+
+        Raises:
+          ValueError: if a number is out of range, or a model or method is unknown.
+        """
+        for name in ("batch_size", "rounds"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} must be positive, got {getattr(self, name)}")
+        if not (self.models and self.methods):
+            raise ValueError("--models and --methods need at least one each")
+        for model in self.models:
+            for method in self.methods:
+                self._model(model, method)
+        return self._run
+
+    def _model(self, model: str, method: str) -> Any:
+        fields = {"dtype": None if self.dtype == "float32" else jnp.dtype(self.dtype), "remat": method.endswith("+remat")}
+        return adapted_model(model, method.removesuffix("+remat"), self.train, _CLASSES, when="faster", **fields)
+
+    def _run(self) -> None:
+        self.output.mkdir(parents=True, exist_ok=True)
+        console = Console()
+        rows = [row for model in self.models for row in self._measure(model, console)]
+        result = {"machine": machine(), "dtype": self.dtype, "rounds": self.rounds}
+        write_json(self.output / "step.json", {**result, "rows": [dataclasses.asdict(row) for row in rows]})
+        _plot(rows, self.output / "step.png", f"{result['machine']['device']}, {self.dtype}, {self.train}")
+        console.print(_table(rows))
+        console.print(f"Written to {self.output}/step.json and step.png", soft_wrap=True)
+
+    def _measure(self, name: str, console: Console) -> list[Row]:
+        info = model_info(name)
+        recipe = Recipe(1, self.batch_size)
+        optimizer = recipe.optimizer(1000)
+        models = {method: self._model(name, method) for method in self.methods}
+        base = next(iter(models.values())).module
+        shape = (base.image_size, base.image_size, info.channels)
+        variables = jax.jit(base.init)(jax.random.key(0), jnp.zeros((1, *shape)))
+        batch = _batch(self.batch_size, shape)
+        functions, peaks, losses, saved, flops = {}, {}, {}, {}, {}
+        for method, model in models.items():
+            own = model.with_branches(jax.random.key(1), variables)
+            saved[method], flops[method] = saved_bytes(model, own, shape), backward_flops(model, own, shape)
+            step = make_train_step(model, info, optimizer, recipe, base.image_size, _CLASSES)
+            held = [initial_state(own, optimizer, model.trainable)]
+            compiled = jax.jit(step, donate_argnums=0).lower(held[0], batch).compile()
+            memory = compiled.memory_analysis()
+            peaks[method] = getattr(memory, "peak_memory_in_bytes", 0) if jax.default_backend() != "cpu" else 0
+
+            def run(held: list = held, compiled: Any = compiled) -> Any:
+                held[0], metrics = compiled(held[0], batch)
+                return metrics
+
+            functions[method], losses[method] = run, float(run().loss)
+            console.print(f"{name} {method}: compiled, first loss {losses[method]:.4f}", highlight=False)
+        first = losses[self.methods[0]]
+        for method, loss in losses.items():
+            if not abs(loss - first) <= _TOLERANCE[self.dtype] * abs(first):
+                raise ValueError(
+                    f"{name}: the first loss of {method} is {loss}, of {self.methods[0]} {first}; nothing was timed"
+                )
+        seconds = interleaved(functions, self.rounds)
+        return [
+            Row(
+                name,
+                method,
+                self.train,
+                self.batch_size,
+                seconds[method],
+                self.batch_size / seconds[method],
+                seconds[self.methods[0]] / seconds[method],
+                flops[method],
+                saved[method],
+                peaks[method] or None,
+            )
+            for method in self.methods
+        ]
+
+
+def _batch(size: int, shape: tuple[int, int, int]) -> Batch:
+    rng = np.random.default_rng(0)
+    images = jnp.asarray(rng.integers(0, 256, (size, *shape), dtype=np.uint8))
+    labels = jnp.asarray(rng.integers(0, _CLASSES, size).astype(np.int32))
+    return Batch(images, labels, jnp.ones(size, bool), jnp.ones(size, jnp.float32))
+
+
+def _table(rows: list[Row]) -> Table:
+    table = Table(title="A training step")
+    table.add_column("model")
+    table.add_column("method")
+    for heading in ("ms", "images/s", "speed-up", "backward MFLOPs/image", "saved MB/image", "peak GB"):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        peak = "" if row.peak_bytes is None else f"{row.peak_bytes / 1e9:.2f}"
+        counts = (f"{row.backward_flops / 1e6:.0f}", f"{row.saved_bytes / 1e6:.1f}", peak)
+        times = (f"{row.seconds * 1e3:.0f}", f"{row.images_per_second:.1f}", f"{row.speedup:.2f}")
+        table.add_row(row.model, row.method, *times, *counts)
+    return table
+
+
+def _plot(rows: list[Row], file: Path, title: str) -> None:
+    """Speed-up of every method, models side by side."""
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    axes = figure.subplots()
+    models = list(dict.fromkeys(row.model for row in rows))
+    methods = list(dict.fromkeys(row.method for row in rows))
+    width = 0.8 / len(models)
+    for n, model in enumerate(models):
+        heights = [row.speedup for row in rows if row.model == model]
+        bars = axes.bar(np.arange(len(methods)) + n * width, heights, width, label=model)
+        axes.bar_label(bars, fmt="%.2f", fontsize=6)
+    axes.axhline(1, color="black", linewidth=0.8)
+    axes.set_xticks(np.arange(len(methods)) + 0.4 - width / 2, methods, rotation=20)
+    axes.set(ylabel=f"speed-up over {methods[0]}", title=title)
+    axes.legend(fontsize=7)
+    figure.savefig(file, dpi=120)

@@ -1,0 +1,24 @@
+"""The command ``lbpwht bench``."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Annotated
+
+import tyro
+
+from lbpwht_jax.bench.layers import Layers
+from lbpwht_jax.bench.step import Step
+
+
+@dataclasses.dataclass(frozen=True)
+class Bench:
+    """Times low-rank backpropagation against exact backpropagation on this machine."""
+
+    what: tyro.conf.OmitArgPrefixes[
+        Annotated[Layers, tyro.conf.subcommand("layers", prefix_name=False)]
+        | Annotated[Step, tyro.conf.subcommand("step", prefix_name=False)]
+    ]
+
+    def prepare(self) -> Callable[[], None]:
+        """As of the command that was chosen."""
+        return self.what.prepare()
