@@ -1,5 +1,6 @@
 """Interleaved timing, and what the machine at hand can do at most."""
 
+import ctypes
 import importlib.metadata
 import os
 import platform
@@ -13,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 _SAMPLE_SECONDS = 0.004
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of <malloc.h>
 _PEAK_SIZE, _COPY_BYTES = 4096, 1 << 26
 
 
@@ -34,10 +36,21 @@ def interleaved(functions: Mapping[str, Callable[[], Any]], rounds: int) -> dict
         for name, function in functions.items():
             started = time.perf_counter()
             for _ in range(repeats[name]):
-                output = function()
-            jax.block_until_ready(output)
+                jax.block_until_ready(function())  # results are freed at once, so that no two of them are held
             samples[name].append((time.perf_counter() - started) / repeats[name])
     return {name: statistics.median(values) for name, values in samples.items()}
+
+
+def keep_freed_memory() -> bool:
+    """Has glibc keep freed memory instead of handing it back to the kernel; returns whether it does.
+
+    Results of over 32 MB otherwise come in fresh pages at every call, and on a CPU the kernel's clearing of them is what one
+    measures: a third of the low-rank backward pass of a large layer.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    libc = ctypes.CDLL(None)
+    return all(libc.mallopt(parameter, 2**31 - 1) for parameter in (_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD))
 
 
 def peak_flops(dtype: Any, rounds: int = 9) -> float:
