@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -15,7 +16,8 @@ from rich.console import Console
 from rich.table import Table
 
 from lbpwht_jax.bench import authors_form
-from lbpwht_jax.bench.timing import bandwidth, interleaved, machine, peak_flops
+from lbpwht_jax.bench.timing import bandwidth, interleaved, keep_freed_memory, machine, peak_flops
+from lbpwht_jax.choice import predicted_speedup
 from lbpwht_jax.cost import product_flops
 from lbpwht_jax.grid_functions import projection_matrices
 from lbpwht_jax.matmul import low_rank_matmul
@@ -49,6 +51,7 @@ class Row:
         each once, at the measured bandwidth, whichever is more.
       over_floor: ``seconds`` over ``floor_seconds``.
       authors_seconds: of the authors' form, where asked for.
+      predicted: the speed-up that the automatic choice (``lbpwht_jax.choice``) goes by.
       error: largest difference of a cotangent from the reference, over its largest value.
     """
 
@@ -65,6 +68,7 @@ class Row:
     floor_seconds: float
     over_floor: float
     authors_seconds: float | None
+    predicted: float
     error: float
 
 
@@ -107,18 +111,19 @@ class Layers:
 
     def _run(self, specs: dict[int, LowRankSpec]) -> None:
         self.output.mkdir(parents=True, exist_ok=True)
+        kept = keep_freed_memory()
         limits = {"peak_flops": peak_flops(jnp.dtype(self.dtype)), "bandwidth": bandwidth()}
         cases = [(layer, self.batch or _BATCHES) for layer in TABLE_8] * (self.only != "stages")
         cases += [(layer, self.batch or _STAGE_BATCHES) for layer in STAGES] * (self.only != "table8")
         rows: list[Row] = []
-        console = Console()
+        console = Console(width=None if sys.stdout.isatty() else 140)
         for layer, batches in cases:
             for batch in batches:
                 new = self._measure(*layer, batch, specs, limits)
                 rows += new
                 for row in new:
                     console.print(_line(row), highlight=False)
-        result = {"machine": machine(), "dtype": self.dtype, "rounds": self.rounds, **limits}
+        result = {"machine": machine(), "dtype": self.dtype, "rounds": self.rounds, "keeps_freed_memory": kept, **limits}
         write_json(self.output / "layers.json", {**result, "rows": [dataclasses.asdict(row) for row in rows]})
         _plot(rows, self.output / "layers.png", f"{result['machine']['device']}, {self.dtype}")
         console.print(_table(rows))
@@ -156,7 +161,19 @@ class Layers:
             floor = max(flops[r] / limits["peak_flops"], moved / limits["bandwidth"])
             speedup, ratio = seconds["0"] / seconds[str(r)], flops[0] / flops[r]
             times = (seconds["0"], seconds[str(r)], speedup, ratio, speedup / ratio, floor, seconds[str(r)] / floor)
-            rows.append(Row(inputs, outputs, grid, batch, r, *times, slow.get(str(r)), errors[r]))
+            rows.append(
+                Row(
+                    inputs,
+                    outputs,
+                    grid,
+                    batch,
+                    r,
+                    *times,
+                    slow.get(str(r)),
+                    predicted_speedup(specs[r], grid, 0, inputs, outputs),
+                    errors[r],
+                )
+            )
         return rows
 
 
@@ -199,12 +216,18 @@ def _table(rows: list[Row]) -> Table:
         "floor ms",
         "over floor",
     )
-    for heading in (*headings, "authors' form ms"):
+    for heading in (*headings, "predicted", "authors' form ms"):
         table.add_column(heading, justify="right")
     for row in rows:
         authors = "" if row.authors_seconds is None else f"{row.authors_seconds * 1e3:.1f}"
         numbers = (f"{row.dense_seconds * 1e3:.2f}", f"{row.seconds * 1e3:.2f}", f"{row.speedup:.2f}", f"{row.flop_ratio:.1f}")
-        limits = (f"{row.efficiency:.0%}", f"{row.floor_seconds * 1e3:.2f}", f"{row.over_floor:.1f}", authors)
+        limits = (
+            f"{row.efficiency:.0%}",
+            f"{row.floor_seconds * 1e3:.2f}",
+            f"{row.over_floor:.1f}",
+            f"{row.predicted:.2f}",
+            authors,
+        )
         grid = "x".join(map(str, row.grid))
         table.add_row(f"{row.inputs}->{row.outputs}", grid, str(row.batch), str(row.r), *numbers, *limits)
     return table

@@ -1,6 +1,7 @@
 """``lbpwht bench step``: whole training steps, of full backpropagation and of the methods that save."""
 
 import dataclasses
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -12,7 +13,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from lbpwht_jax.bench.timing import interleaved, machine
+from lbpwht_jax.bench.timing import interleaved, keep_freed_memory, machine
 from lbpwht_jax.cost import backward_flops, saved_bytes
 from lbpwht_jax.data import Batch
 from lbpwht_jax.methods import Train, adapted_model
@@ -102,9 +103,10 @@ class Step:
 
     def _run(self) -> None:
         self.output.mkdir(parents=True, exist_ok=True)
-        console = Console()
+        kept = keep_freed_memory()
+        console = Console(width=None if sys.stdout.isatty() else 140)
         rows = [row for model in self.models for row in self._measure(model, console)]
-        result = {"machine": machine(), "dtype": self.dtype, "rounds": self.rounds}
+        result = {"machine": machine(), "dtype": self.dtype, "rounds": self.rounds, "keeps_freed_memory": kept}
         write_json(self.output / "step.json", {**result, "rows": [dataclasses.asdict(row) for row in rows]})
         _plot(rows, self.output / "step.png", f"{result['machine']['device']}, {self.dtype}, {self.train}")
         console.print(_table(rows))

@@ -34,9 +34,11 @@ def interleaved(functions: Mapping[str, Callable[[], Any]], rounds: int) -> dict
     samples: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(rounds):
         for name, function in functions.items():
+            output = None  # the results before are freed first
             started = time.perf_counter()
             for _ in range(repeats[name]):
-                jax.block_until_ready(function())  # results are freed at once, so that no two of them are held
+                output = function()
+            jax.block_until_ready(output)
             samples[name].append((time.perf_counter() - started) / repeats[name])
     return {name: statistics.median(values) for name, values in samples.items()}
 
