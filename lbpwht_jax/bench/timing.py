@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 _SAMPLE_SECONDS = 0.004
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of <malloc.h>
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # of <malloc.h>
 _PEAK_SIZE, _COPY_BYTES = 4096, 1 << 26
 
 
@@ -47,12 +47,13 @@ def keep_freed_memory() -> bool:
     """Has glibc keep freed memory instead of handing it back to the kernel; returns whether it does.
 
     Results of over 32 MB otherwise come in fresh pages at every call, and on a CPU the kernel's clearing of them is what one
-    measures: a third of the low-rank backward pass of a large layer.
+    measures: a third of the low-rank backward pass of a large layer. To be called before JAX's first computation.
     """
     if platform.libc_ver()[0] != "glibc":
         return False
     libc = ctypes.CDLL(None)
-    return all(libc.mallopt(parameter, 2**31 - 1) for parameter in (_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD))
+    settings = ((_M_TRIM_THRESHOLD, 2**31 - 1), (_M_MMAP_THRESHOLD, 2**31 - 1), (_M_ARENA_MAX, 1))
+    return all(libc.mallopt(*setting) for setting in settings)
 
 
 def peak_flops(dtype: Any, rounds: int = 9) -> float:
