@@ -1,6 +1,7 @@
 """LoRA's branch beside a dense layer (Hu et al., 2021): its arithmetic, its start, merging it into the kernel."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -8,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from lbpwht_jax.matmul import is_explicit
 from lbpwht_jax.rules import Adaptation
 
 A, B = "lora_a", "lora_b"
@@ -62,6 +64,8 @@ class AdaptedProduct:
             return self.dense(lhs, rhs, *args, **kwargs)
         y = self.dense(lhs, lax.stop_gradient(rhs), *args, **kwargs)
         lead = lhs.shape[: lhs.ndim - self.adaptation.layer.contracted]
+        if self.adaptation.spec is None and not is_explicit(lhs):  # XLA on CPU contracts one axis faster than several
+            lead = (math.prod(lead),)
         x = lhs.reshape(*lead, self.adaptation.layer.inputs)
         a, b = (matrix.astype(x.dtype) for matrix in self.branch())
         product = dense_product(self.adaptation)

@@ -112,10 +112,14 @@ def _token_sum(x: jax.Array, weights: np.ndarray | None) -> jax.Array:
 _matmul.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
+def is_explicit(array: jax.Array) -> bool:
+    """Whether the array is on a mesh with explicit axes."""
+    return AxisType.Explicit in jax.typeof(array).sharding.mesh.axis_types
+
+
 def _sharding(like: jax.Array) -> Any:
     """An array's sharding on a mesh with explicit axes, where a product over a sharded dimension must be told its own."""
-    sharding = jax.typeof(like).sharding
-    return sharding if AxisType.Explicit in sharding.mesh.axis_types else None
+    return jax.typeof(like).sharding if is_explicit(like) else None
 
 
 def _vary_alike(*arrays: jax.Array) -> list[jax.Array]:
