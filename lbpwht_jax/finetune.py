@@ -16,10 +16,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from lbpwht_jax import data, run_folder, train
+from lbpwht_jax import run_folder, train
 from lbpwht_jax.adapt import adapt
 from lbpwht_jax.adapter_file import save_adapter
 from lbpwht_jax.cost import backward_flops, saved_bytes
+from lbpwht_jax.data import arrays as data
 from lbpwht_jax.methods import Train, parse_method
 from lbpwht_jax.models import create_model, model_info
 from lbpwht_jax.weights import BUNDLED, count_parameters, load_bundled, replace_head, save_weights

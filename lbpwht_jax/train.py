@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from lbpwht_jax.data import Split, evaluation_batches, training_batches
+from lbpwht_jax.data.arrays import Split, evaluation_batches, training_batches
 from lbpwht_jax.models.info import ModelInfo
 from lbpwht_jax.partition import join_params, split_params
 

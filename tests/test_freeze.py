@@ -9,7 +9,7 @@ from flax import traverse_util
 
 from lbpwht_jax import Freeze, LoRA, LowRank, adapt, low_rank_matmul, lp_l1
 from lbpwht_jax.cost import backward_flops, product_flops, saved_bytes
-from lbpwht_jax.data import Split
+from lbpwht_jax.data.arrays import Split
 from lbpwht_jax.methods import parse_method
 from lbpwht_jax.models import model_info
 from lbpwht_jax.models.efficientformer import EfficientFormer

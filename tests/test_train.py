@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lbpwht_jax import LowRankDense, lp_l1
-from lbpwht_jax.data import Split
+from lbpwht_jax.data.arrays import Split
 from lbpwht_jax.models.info import ModelInfo
 from lbpwht_jax.train import Epoch, Recipe, Step, TrainState, evaluate, fit, make_eval_step, normalise
 

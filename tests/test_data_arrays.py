@@ -1,6 +1,6 @@
 import numpy as np
 
-from lbpwht_jax.data import Split, digits, evaluation_batches, training_batches
+from lbpwht_jax.data.arrays import Split, digits, evaluation_batches, training_batches
 
 
 def indexed(count):
