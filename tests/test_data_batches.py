@@ -19,8 +19,10 @@ from lbpwht_jax.data.batches import PATIENCE
 
 
 def indexed(count):
-    """Blank images whose grey is their number, which is their label too; wider ones have larger numbers."""
-    return ArraySplit(np.broadcast_to(np.arange(count, dtype=np.uint8).reshape(-1, 1, 1, 1), (count, 3, 6, 1)), np.arange(count))
+    """Blank images whose grey is their number, which is their label too."""
+    return ArraySplit(
+        np.broadcast_to(np.arange(count, dtype=np.uint8).reshape(-1, 1, 1, 1), (count, 3, 6, 1)), np.arange(count)
+    )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -146,7 +148,9 @@ def test_what_cannot_be_read_counts_in_no_evaluation():
 def test_when_nothing_can_be_read(count):
     split = damaged(count, range(count))
     tried = min(count, PATIENCE)
-    with pytest.raises(ValueError, match=rf"{tried} training images in a row cannot be read; the first, image \d+: disk on fire"):
+    with pytest.raises(
+        ValueError, match=rf"{tried} training images in a row cannot be read; the first, image \d+: disk on fire"
+    ):
         take(split, 1)
     with (
         evaluation_batches(split, LOADING, crop=1.0) as batches,

@@ -49,9 +49,7 @@ CMYK = RNG.integers(0, 256, (6, 9, 4)).astype(np.uint8)
         pytest.param(Image.fromarray(np.dstack([RGB, ALPHA])), "PNG", over_white(RGB, ALPHA), 1, id="RGBA"),
         pytest.param(Image.fromarray(np.dstack([GREY, ALPHA])), "PNG", over_white(THREE, ALPHA), 1, id="greyscale and alpha"),
         # ink covers what light there is
-        pytest.param(
-            Image.fromarray(CMYK, "CMYK"), "TIFF", (255 - CMYK[..., :3]) * (1 - CMYK[..., 3:] / 255), 1, id="CMYK"
-        ),
+        pytest.param(Image.fromarray(CMYK, "CMYK"), "TIFF", (255 - CMYK[..., :3]) * (1 - CMYK[..., 3:] / 255), 1, id="CMYK"),
         pytest.param(Image.fromarray(GREY.astype(np.uint16) * 257), "PNG", THREE, 0, id="16 bit"),
         pytest.param(Image.fromarray(GREY.astype(np.uint16) * 256 + 255), "TIFF", THREE, 0, id="16 bit, rounded down"),
         pytest.param(Image.fromarray(GREY.astype(np.int32) * 257), "TIFF", THREE, 0, id="32 bit"),
@@ -122,7 +120,9 @@ def test_squash_and_crop():
     assert squash(image, 4).shape == (4, 4, 3) and squash(image.convert("L"), 4).shape == (4, 4, 1)
     # the shorter side has its size already: the centre as it is
     np.testing.assert_array_equal(resize_and_crop(image, 6, 1.0), RGB[:, 2:8])
-    np.testing.assert_array_equal(resize_and_crop(image.transpose(Image.Transpose.TRANSPOSE), 3, 0.5), RGB[2:5, 3:6].swapaxes(0, 1))
+    np.testing.assert_array_equal(
+        resize_and_crop(image.transpose(Image.Transpose.TRANSPOSE), 3, 0.5), RGB[2:5, 3:6].swapaxes(0, 1)
+    )
 
 
 def test_one_file(tmp_path):
