@@ -131,6 +131,15 @@ def test_shares_are_drawn_from_the_beta_distribution():
     assert stats.kstest(np.asarray(kept), stats.beta(alpha, alpha).cdf).pvalue > 1e-3
 
 
+def test_boxes_are_as_large_as_their_shares():
+    targets = jax.nn.one_hot(jnp.arange(3000) * 2 // 3000, 2)
+    _, mixed = MIX(KEY, jnp.zeros((3000, 20, 20, 1)), targets, 0.0, 1.0)
+    given = 1 - jnp.sum(mixed * targets, 1)
+    # a box of edge e round a place drawn evenly shows e - e^2 / 4 of each edge, and e^2 is even in [0, 1]: the mean area is the
+    # integral of (e - e^2 / 4)^2; four standard errors
+    assert given.mean() == pytest.approx(1 / 2 - 1 / 5 + 1 / 48, abs=4 * float(given.std()) / 3000**0.5)
+
+
 ALL = Augmentation((0.2, 1.0), flip=True, shift=1, randaugment=(2, 9.0), mixup=0.8, cutmix=1.0)
 
 
