@@ -122,6 +122,11 @@ def test_an_evaluation_sees_every_image_once(count, shards):
     assert lengths == {-(-count // 4)}
 
 
+def test_a_single_image():
+    (batch,) = take(indexed(1), 1, batch_size=1)
+    assert batch.labels.tolist() == [0]
+
+
 def test_a_larger_canvas_is_for_training_alone():
     assert take(indexed(4), 1, canvas=7)[0].images.shape == (4, 7, 7, 1)
     with evaluation_batches(indexed(4), dataclasses.replace(LOADING, canvas=7), crop=1.0) as batches:
@@ -148,9 +153,7 @@ def test_what_cannot_be_read_counts_in_no_evaluation():
 def test_when_nothing_can_be_read(count):
     split = damaged(count, range(count))
     tried = min(count, PATIENCE)
-    with pytest.raises(
-        ValueError, match=rf"{tried} training images in a row cannot be read; the first, image \d+: disk on fire"
-    ):
+    with pytest.raises(ValueError, match=rf"{tried} training images in a row cannot be read, such as image \d+: disk on fire"):
         take(split, 1)
     with (
         evaluation_batches(split, LOADING, crop=1.0) as batches,
