@@ -72,6 +72,11 @@ class Placement:
             return self.everywhere
         return NamedSharding(self._mesh, PartitionSpec(*(None,) * -axis, "data"))
 
+    def abstract(self, state: TrainState) -> TrainState:
+        """Shapes, dtypes and shardings of a state, from those or from arrays."""
+        shardings = self.of_state(state)
+        return jax.tree.map(lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at), state, shardings)
+
     def put(self, tree: Any, shardings: Any) -> Any:
         """Host arrays, the same in every process, on the devices."""
 

@@ -8,14 +8,14 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 
-from lbpwht_jax.data import Batches, Dataset, Loading, Split, evaluation_batches, steps_per_epoch, training_batches
+from lbpwht_jax.data import Dataset, Loading, steps_per_epoch, training_batches
 from lbpwht_jax.models.info import ModelInfo
+from lbpwht_jax.train.evaluation import Evaluator, loading
 from lbpwht_jax.train.placement import Placement
 from lbpwht_jax.train.recipe import Recipe
 from lbpwht_jax.train.state import TrainState, everything, initial_state
-from lbpwht_jax.train.step import Metrics, make_eval_step, make_train_step
+from lbpwht_jax.train.step import Metrics, make_train_step
 
 
 class Step(NamedTuple):
@@ -51,18 +51,11 @@ class Snapshot(NamedTuple):
     Attributes:
       state: after its last step.
       epoch: the epoch that ended with it, if one did.
+      skipped: why the images that could not be read so far could not, by name.
     """
 
     state: TrainState
     epoch: Epoch | None
-
-
-class Evaluation(NamedTuple):
-    """What an evaluation found: accuracy in [0, 1], mean loss, how many images were read, why others were not, by name."""
-
-    accuracy: float
-    loss: float
-    images: int
     skipped: Mapping[str, str]
 
 
@@ -95,6 +88,7 @@ class Trainer:
       image_size: height and width of the images the model takes, in pixels.
       trainable: whether the parameter at a path is trained, such as ``AdaptedModule.trainable``.
       placement: where the arrays live.
+      workers: threads that load images; by default as many as there are cores, up to 16.
 
     Raises:
       ValueError: if the training images do not make one batch, or the devices cannot share a batch equally.
@@ -107,6 +101,7 @@ class Trainer:
     image_size: int
     trainable: Callable[[str], bool] = everything
     placement: Placement = dataclasses.field(default_factory=Placement)
+    workers: int | None = None
 
     def __post_init__(self):
         self.placement.check(self.recipe.batch_size, self.recipe.accumulate)
@@ -126,31 +121,14 @@ class Trainer:
     def _optimizer(self) -> Any:
         return self.recipe.optimizer(self.steps)
 
-    @functools.cached_property
-    def _loading(self) -> Loading:
-        process = {"shard_index": jax.process_index(), "shard_count": jax.process_count()}
-        return Loading(self.recipe.batch_size, self.image_size, self.info.channels, self.recipe.seed, **process)
-
-    def _initial_state(self, variables: Any) -> TrainState:
-        return initial_state(variables, self._optimizer, self.trainable, ema=self.recipe.ema > 0)
-
-    def abstract_state(self, variables: Any) -> TrainState:
-        """Shapes, dtypes and shardings of a state, from the variables or from their shapes.
-
-        Raises:
-          ValueError: if nothing is trained.
-        """
-        state = jax.eval_shape(self._initial_state, variables)
-        shardings = self.placement.of_state(state)
-        return jax.tree.map(lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at), state, shardings)
-
     def initial_state(self, variables: Any) -> TrainState:
         """The state before the first step, on the devices; the variables stay as they are.
 
         Raises:
           ValueError: if nothing is trained.
         """
-        return self.placement.put(self._initial_state(variables), self.placement.of_state(self.abstract_state(variables)))
+        state = initial_state(variables, self._optimizer, self.trainable, ema=self.recipe.ema > 0)
+        return self.placement.put(state, self.placement.of_state(state))
 
     @functools.cached_property
     def train_step(self) -> Callable[[TrainState, Any], tuple[TrainState, Metrics]]:
@@ -165,30 +143,14 @@ class Trainer:
         return jax.jit(placed, donate_argnums=0)
 
     @functools.cached_property
-    def _eval_step(self) -> Callable:
-        return jax.jit(make_eval_step(self.model, self.info), out_shardings=self.placement.everywhere)
+    def loading(self) -> Loading:
+        """How this process loads its share of the images."""
+        return loading(self.info, self.image_size, self.recipe.batch_size, self.recipe.seed, self.workers)
 
-    def evaluate(self, variables: Any, split: Split | None = None) -> Evaluation:
-        """Accuracy and mean loss, every image counted once; those that cannot be read count nowhere.
-
-        Args:
-          variables: of the model, on the devices.
-          split: the images, by default the test images.
-
-        Raises:
-          ValueError: if no image can be read.
-        """
-        split = self.dataset.test if split is None else split
-        sums, waiting = np.zeros(3), []
-        with evaluation_batches(split, self._loading, self.info.crop, self.info.interpolation) as batches:
-            for batch in batches:
-                waiting.append(self._eval_step(variables, self.placement.put_batch(batch)))
-                if len(waiting) > 1:
-                    sums += jax.device_get(waiting.pop(0))
-            for counted in waiting:
-                sums += jax.device_get(counted)
-            correct, loss, images = sums
-            return Evaluation(float(correct / images), float(loss / images), int(images), dict(batches.skipped))
+    @functools.cached_property
+    def evaluator(self) -> Evaluator:
+        """Evaluates the model as training does."""
+        return Evaluator(self.model, self.info, self.loading, self.placement)
 
     def fit(
         self, state: TrainState, save_every: int = 0, stop: Callable[[int], bool] = never
@@ -212,7 +174,7 @@ class Trainer:
           ValueError: if training images cannot be read.
         """
         number = int(jax.device_get(state.step))
-        with training_batches(self.dataset, self._loading, number) as batches:
+        with training_batches(self.dataset, self.loading, number) as batches:
             pending: Metrics | None = None
             mark = time.perf_counter()
             while number < self.steps:
@@ -228,12 +190,13 @@ class Trainer:
                     continue
                 mark, step = self._report(state, number, pending, mark)
                 yield step
-                pending, epoch = None, None
+                pending, epoch, skipped = None, None, dict(batches.skipped)
                 if ends:
-                    found = self.evaluate(state.averaged)
+                    found = self.evaluator(state.averaged, self.dataset.test)
                     epoch = Epoch(number // self.steps_per_epoch, number, found.accuracy, found.loss)
+                    skipped |= found.skipped
                     yield epoch
-                yield Snapshot(state, epoch)
+                yield Snapshot(state, epoch, skipped)
                 if stopping:
                     return
                 mark = time.perf_counter()

@@ -1,0 +1,254 @@
+"""One training run in its folder, from where it starts, or was stopped, to what it came to."""
+
+import dataclasses
+import json
+import platform
+import statistics
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import flax
+import jax
+from rich.console import Console
+
+from lbpwht_jax import run_folder
+from lbpwht_jax.adapt import AdaptedModule
+from lbpwht_jax.adapter_file import save_adapter
+from lbpwht_jax.checkpoint import Checkpoints
+from lbpwht_jax.cost import backward_flops, saved_bytes
+from lbpwht_jax.data import Dataset
+from lbpwht_jax.metrics import MetricsFile, read_metrics
+from lbpwht_jax.progress import Reporter
+from lbpwht_jax.run_config import RunConfig
+from lbpwht_jax.train import Diverged, Epoch, Placement, Snapshot, Step, Trainer, TrainState
+from lbpwht_jax.train.processes import is_first
+from lbpwht_jax.train.stop import StopSignals
+from lbpwht_jax.weights import save_weights
+
+
+class Stopped(Exception):
+    """A run that a signal stopped, after its state was saved; the text says where."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What a run is judged by.
+
+    Attributes:
+      method: its short name.
+      test_accuracy: after the last epoch, in [0, 1].
+      trainable_parameters: how many scalars were trained.
+      backward_flops: of matrix products, an image.
+      saved_bytes: kept for the backward pass, an image.
+      step_seconds: median over the run, the first step (which compiles) left out.
+    """
+
+    method: str
+    test_accuracy: float
+    trainable_parameters: int
+    backward_flops: int
+    saved_bytes: int
+    step_seconds: float
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TrainingRun:
+    """A run that is ready to start or to go on.
+
+    Attributes:
+      config: what it is.
+      folder: of the run.
+      model: under the method's rules.
+      trainer: of the model.
+      variables: what it starts from, on the host; ``None`` for a run that goes on from a checkpoint.
+      resume_step: the checkpoint it goes on from.
+    """
+
+    config: RunConfig
+    folder: Path
+    model: AdaptedModule
+    trainer: Trainer
+    variables: Mapping[str, Any] | None
+    resume_step: int | None
+
+    def train(self, save_every: int, console: Console) -> Result:
+        """Trains to the end, saving as it goes, and writes weights, plot and result.
+
+        Args:
+          save_every: steps between checkpoints, beside those at the end of each epoch; 0 for no others.
+          console: to show progress on.
+
+        Raises:
+          Stopped: after a signal, once the state is saved.
+          Diverged: if a loss or gradient is not finite, once the last good state is saved.
+          CheckpointError: if a checkpoint cannot be written, or that to go on from not be read.
+          ValueError: if the checkpoint to go on from is not of this model, or training images cannot be read.
+          OSError: if the folder cannot be written.
+        """
+        with Checkpoints(self.folder, self.config.to_json()) as checkpoints:
+            state = self._start(checkpoints)
+            done = int(jax.device_get(state.step))
+            self._announce(console, done)
+            state = self._follow(state, done, save_every, checkpoints, console)
+            checkpoints.wait()
+            return self._finish(state, console)
+
+    def _start(self, checkpoints: Checkpoints) -> TrainState:
+        placement = self.trainer.placement
+        if self.resume_step is not None:
+            return checkpoints.restore(self.config.abstract_state(self.model, placement), placement, self.resume_step)
+        state = self.trainer.initial_state(self.variables)
+        checkpoints.begin(state, placement)
+        if is_first():
+            made_by = {"jax": jax.__version__, "flax": flax.__version__, "python": platform.python_version()}
+            device = {"device": jax.devices()[0].device_kind, "devices": jax.device_count()}
+            values = {**self.config.to_json(), "steps": self.trainer.steps, "versions": made_by, **device}
+            run_folder.write_json(self.folder / run_folder.CONFIG, values)
+        return state
+
+    def _announce(self, console: Console, done: int) -> None:
+        config, dataset = self.config, self.trainer.dataset
+        parameters = jax.eval_shape(self.model.init, jax.random.key(0), self.config.images())["params"]
+        console.print(
+            f"[bold]{config.method}[/]: {config.model} ({_scalars(parameters):,} parameters) on {dataset.name} "
+            f"({len(dataset.train)} training and {len(dataset.test)} test images, {len(dataset.classes)} classes)"
+            + (f", going on after step {done}" if done else ""),
+            soft_wrap=True,
+        )
+
+    def _follow(
+        self, state: TrainState, done: int, save_every: int, checkpoints: Checkpoints, console: Console
+    ) -> TrainState:
+        """The state after the last step; everything on the way is written and shown."""
+        with StopSignals() as stop, self._metrics(done) as metrics, Reporter(console, self.trainer, done) as reporter:
+            try:
+                for event in self.trainer.fit(state, save_every, stop):
+                    if isinstance(event, Snapshot):
+                        state = event.state
+                        self._save(event, checkpoints, metrics)
+                    else:
+                        if metrics is not None:
+                            metrics.write(event)
+                        reporter.show(event)
+            except Diverged as error:
+                kept = self._keep(error.state, checkpoints)
+                raise Diverged(f"{error}; the state after step {kept} is in {self.folder}", error.state) from None
+            step = int(jax.device_get(state.step))
+            if stop.received is not None and step < self.trainer.steps:
+                checkpoints.wait()
+                raise Stopped(
+                    f"stopped by {stop.received.name} after step {step} of {self.trainer.steps}, which is saved; go on with "
+                    f"lbpwht finetune --resume {self.folder}"
+                )
+        return state
+
+    def _metrics(self, done: int) -> "MetricsFile | _NoMetrics":
+        return MetricsFile(self.folder, self.config.recipe.batch_size, done) if is_first() else _NoMetrics()
+
+    def _save(self, snapshot: Snapshot, checkpoints: Checkpoints, metrics: "MetricsFile | _NoMetrics") -> None:
+        metrics.sync()
+        if is_first() and snapshot.skipped:
+            run_folder.add_skipped(self.folder, snapshot.skipped)
+        checkpoints.save(snapshot.state, snapshot.epoch)
+
+    def _keep(self, state: TrainState, checkpoints: Checkpoints) -> int:
+        step = int(jax.device_get(state.step))
+        checkpoints.wait()
+        if step not in checkpoints.steps:
+            checkpoints.save(state)
+            checkpoints.wait()
+        return step
+
+    def _finish(self, state: TrainState, console: Console) -> Result:
+        config, folder, placement = self.config, self.folder, self.trainer.placement
+        variables = placement.gather(state.averaged)
+        if is_first():
+            metadata = {"model": config.model, "classes": config.classes}
+            save_weights(folder / run_folder.WEIGHTS, self.model.merge(variables), metadata)
+            if "lora" in config.method:
+                save_adapter(folder / run_folder.ADAPTER, self.model, variables, config.model)
+        events = list(read_metrics(folder))
+        steps, epochs = ([event for event in events if isinstance(event, kind)] for kind in (Step, Epoch))
+        image = (config.image_size, config.image_size, config.channels)
+        result = Result(
+            config.method,
+            epochs[-1].test_accuracy,
+            _scalars(state.params),
+            backward_flops(self.model, variables, image),
+            saved_bytes(self.model, variables, image),
+            statistics.median(step.seconds for step in steps[1:] or steps),
+        )
+        if is_first():
+            run_folder.plot_curves(folder, events, f"{config.model} on {config.dataset}, {config.method}")
+            run_folder.write_json(folder / run_folder.RESULT, dataclasses.asdict(result))
+        skipped = run_folder.add_skipped(folder, {})
+        if skipped:
+            name, reason = next(iter(skipped.items()))
+            count = f"{len(skipped)} image{'s'[: len(skipped) != 1]} could not be read and counted nowhere"
+            console.print(f"{count}; the first, {name}: {reason} ({folder / run_folder.SKIPPED})", style="yellow", soft_wrap=True)
+        return result
+
+
+class _NoMetrics:
+    """Stands in for a ``MetricsFile`` in the processes that write none."""
+
+    def __enter__(self) -> "_NoMetrics":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def write(self, event: Step | Epoch) -> None:
+        """Drops it."""
+
+    def sync(self) -> None:
+        """Returns."""
+
+
+def prepare(
+    config: RunConfig, folder: Path, dataset: Dataset, placement: Placement, workers: int | None, resume_step: int | None = None
+) -> TrainingRun:
+    """Checks a run and reads what it starts from; writes nothing.
+
+    Args:
+      config: what it is.
+      folder: of the run.
+      dataset: opened.
+      placement: where the arrays live.
+      workers: threads that load images; by default as many as there are cores, up to 16.
+      resume_step: the checkpoint to go on from, of which nothing is read yet.
+
+    Raises:
+      ValueError: if a name is unknown, the method trains nothing, the data has other classes or too few images, or the
+        devices cannot share a batch.
+      ValueError, FileNotFoundError, ImportError: if the pretrained weights cannot be had.
+    """
+    if dataset.classes != config.classes:
+        raise ValueError(f"{dataset.name} has other classes than the run: {differing_classes(dataset.classes, config.classes)}")
+    model = config.adapted()
+    trainer = Trainer(model, config.info, dataset, config.recipe, config.image_size, model.trainable, placement, workers)
+    variables = config.start(model) if resume_step is None else None
+    return TrainingRun(config, folder, model, trainer, variables, resume_step)
+
+
+def differing_classes(found: tuple[str, ...], wanted: tuple[str, ...]) -> str:
+    """In words, how the classes of a data set differ from those of a run."""
+    more, missing = sorted(set(found) - set(wanted)), sorted(set(wanted) - set(found))
+    parts = [f"{len(found)} classes where the run has {len(wanted)}"] * (len(found) != len(wanted))
+    parts += [f"{', '.join(names[:5])}{' ...' * (len(names) > 5)} {what}" for names, what in ((more, "new"), (missing, "missing")) if names]
+    return "; ".join(parts) or "the same, in another order"
+
+
+def finished(folder: Path) -> bool:
+    """Whether the run in a folder has come to its end."""
+    return (folder / run_folder.RESULT).exists()
+
+
+def read_result(folder: Path) -> Result:
+    """What a finished run came to."""
+    return Result(**json.loads((folder / run_folder.RESULT).read_text()))
+
+
+def _scalars(tree: Any) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
