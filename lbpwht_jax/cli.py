@@ -8,6 +8,7 @@ from rich.console import Console
 
 from lbpwht_jax.cost_cli import Cost
 from lbpwht_jax.finetune import Finetune
+from lbpwht_jax.prepare_cli import Prepare
 from lbpwht_jax.weights_cli import Convert, Export, Models
 
 
@@ -21,7 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
       0; 1 after reporting that training diverged; 2 after reporting a mistake in the arguments.
     """
     command = tyro.extras.subcommand_cli_from_dict(
-        {"finetune": Finetune, "models": Models, "convert": Convert, "export": Export, "cost": Cost},
+        {"finetune": Finetune, "prepare": Prepare, "models": Models, "convert": Convert, "export": Export, "cost": Cost},
         prog="lbpwht",
         description="Fine-tune vision transformers with low-rank backpropagation through the Walsh-Hadamard transform.",
         args=arguments,

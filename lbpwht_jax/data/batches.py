@@ -200,10 +200,10 @@ class _Loaded:
         """Reads an image into a row; false, and the reason kept, if it cannot be read."""
         images, labels, real, aspects = self.batch
         try:
-            source, labels[row] = split.read(index)
-            image, aspects[row] = decode(source, images.shape[-1], least)
+            source, label = split.read(index)
+            image, aspect = decode(source, images.shape[-1], least)
         except (OSError, UnreadableImage) as error:
             self.skipped[split.where(index)] = str(error)
             return False
-        images[row], real[row] = shape(image), True
+        images[row], labels[row], real[row], aspects[row] = shape(image), label, True, aspect
         return True

@@ -17,4 +17,5 @@ def open_digits(seed: int) -> Dataset:
     images = np.rint(pixels.reshape(-1, 8, 8, 1) * (255 / 16)).astype(np.uint8)
     labels = np.asarray(targets, np.int32)
     train, test = train_test_split(np.arange(len(labels)), test_size=0.2, stratify=labels, random_state=seed)
-    return Dataset("digits", *(ArraySplit(images[part], labels[part]) for part in (train, test)), tuple("0123456789"))
+    splits = [ArraySplit(images[part], labels[part]) for part in (train, test)]
+    return Dataset("digits", splits[0], splits[1], tuple("0123456789"))
