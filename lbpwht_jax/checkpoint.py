@@ -22,10 +22,6 @@ _STATE, _FACTS, _ACCURACY = "state", "facts", "test_accuracy"
 _SHOWN = 20
 
 
-class CheckpointError(Exception):
-    """A checkpoint that could not be written, or not be read."""
-
-
 @dataclasses.dataclass(frozen=True)
 class Facts:
     """What a checkpoint holds beside its arrays.
@@ -53,6 +49,9 @@ class Checkpoints:
       run: the run folder.
       config: of the run, kept in each checkpoint.
       write: whether checkpoints are written; unfinished ones of a process that died are then removed.
+
+    Raises:
+      OSError: if their folder cannot be written.
     """
 
     def __init__(self, run: Path, config: Mapping[str, Any], *, write: bool = True):
@@ -82,18 +81,21 @@ class Checkpoints:
         """The steps there are checkpoints of, rising."""
         return sorted(self._manager.all_steps())
 
-    @property
-    def best(self) -> Epoch | None:
-        """The epoch of the highest test accuracy so far."""
-        return self._best
+    def begin(self, state: TrainState, placement: Placement, restored: Facts | None = None) -> None:
+        """Prepares for saving; writes the frozen parameters of a new run.
 
-    def begin(self, state: TrainState, placement: Placement) -> None:
-        """Writes the frozen parameters of a new run.
+        Args:
+          state: that training begins with.
+          placement: where it is.
+          restored: the facts of the checkpoint it was read from, if it was.
 
         Raises:
-          CheckpointError: if they cannot be written.
+          OSError: if the frozen parameters cannot be written.
         """
         self._frozen = _fingerprints({"frozen": state.frozen})
+        if restored is not None:
+            self._best = restored.best
+            return
         frozen = placement.gather(state.frozen)
         if frozen and jax.process_index() == 0:
             with _failing_to_save(f"the frozen parameters of {self._run}"):
@@ -107,7 +109,7 @@ class Checkpoints:
           epoch: the epoch it ends, if it does.
 
         Raises:
-          CheckpointError: if it, or the one before, could not be written; older ones stay as they are.
+          OSError: if it, or the one before, could not be written; older ones stay as they are.
         """
         if epoch is not None and (self._best is None or epoch.test_accuracy >= self._best.test_accuracy):
             self._best = epoch
@@ -123,7 +125,7 @@ class Checkpoints:
         """Waits until what ``save`` started is written.
 
         Raises:
-          CheckpointError: if it could not be.
+          OSError: if it could not be.
         """
         with _failing_to_save(f"the last checkpoint of {self._run}"):
             self._manager.wait_until_finished()
@@ -132,18 +134,18 @@ class Checkpoints:
         """What a checkpoint holds beside its arrays.
 
         Raises:
-          CheckpointError: if there is no checkpoint of this step, or it is damaged.
+          ValueError: if there is no checkpoint of this step, or it is damaged.
         """
         if step not in self.steps:
             there = ", ".join(map(str, self.steps)) or "none"
-            raise CheckpointError(f"{self._run} has no checkpoint of step {step}; there are: {there}")
+            raise ValueError(f"{self._run} has no checkpoint of step {step}; there are: {there}")
         with self._reading(step):
             values = self._manager.restore(step, args=ocp.args.Composite(**{_FACTS: ocp.args.JsonRestore()}))[_FACTS]
             best = None if values["best"] is None else Epoch(**values["best"])
             return Facts(values["step"], best, values["config"], values["fingerprints"])
 
-    def restore(self, abstract: TrainState, placement: Placement, step: int) -> TrainState:
-        """Reads a checkpoint, whatever the devices it was written on.
+    def restore(self, abstract: TrainState, placement: Placement, step: int) -> tuple[TrainState, Facts]:
+        """Reads a checkpoint, whatever the devices it was written on, and verifies that nothing in it changed since.
 
         Args:
           abstract: shapes, dtypes and shardings of the state wanted.
@@ -151,31 +153,29 @@ class Checkpoints:
           step: one of ``steps``.
 
         Raises:
-          CheckpointError: if it is missing or damaged.
-          ValueError: if its tree, shapes or dtypes are not those of the state wanted, with the list of differences.
+          ValueError: if it is missing or damaged; if its tree, shapes or dtypes are not those of the state wanted, with the
+            list of differences.
         """
         facts = self.facts(step)
         wanted = _arrays(abstract)
         with self._reading(step):
             there: Any = self._manager.item_metadata(step)[_STATE]
             found = {name: (tuple(leaf.shape), np.dtype(leaf.dtype)) for name, leaf in there.items()}
-        differences = _differences(found, {name: (leaf.shape, np.dtype(leaf.dtype)) for name, leaf in wanted.items()})
-        if differences:
-            lines = differences[:_SHOWN] + [f"... and {len(differences) - _SHOWN} more"] * (len(differences) > _SHOWN)
+        listed = differences(found, {name: (leaf.shape, np.dtype(leaf.dtype)) for name, leaf in wanted.items()})
+        if listed:
             raise ValueError(
-                f"checkpoint {step} of {self._run} is not of this model and recipe (- in the checkpoint alone, + in the model "
-                "alone):\n  " + "\n  ".join(lines)
+                f"checkpoint {step} of {self._run} is not of this model and recipe (- in the checkpoint, + in the model):\n  "
+                + "\n  ".join(listed)
             )
         with self._reading(step):
             items = ocp.args.Composite(**{_STATE: ocp.args.StandardRestore(wanted)})
             arrays = self._manager.restore(step, args=items)[_STATE]
         state = _with_arrays(abstract, arrays, self._read_frozen(abstract.frozen, placement))
-        self._frozen = _fingerprints({"frozen": state.frozen})
-        changed = [name for name, value in (self._frozen | _fingerprints(arrays)).items() if facts.fingerprints[name] != value]
+        values = _fingerprints({"frozen": state.frozen}) | _fingerprints(arrays)
+        changed = [name for name, value in values.items() if facts.fingerprints.get(name) != value]
         if changed:
-            raise CheckpointError(self._damaged(step, f"its contents changed at {', '.join(changed[:8])}"))
-        self._best = facts.best
-        return state
+            raise ValueError(self._damaged(step, f"its contents changed at {', '.join(changed[:8])}"))
+        return state, facts
 
     def _read_frozen(self, abstract: Any, placement: Placement) -> Any:
         if not jax.tree.leaves(abstract):
@@ -183,10 +183,10 @@ class Checkpoints:
         try:
             frozen = load_weights(self._run / FROZEN)[0]["params"]
         except (OSError, ValueError) as error:
-            raise CheckpointError(f"the frozen parameters of {self._run} cannot be read: {error}") from None
-        wanted, found = (_shapes(tree) for tree in (abstract, frozen))
+            raise ValueError(f"the frozen parameters of {self._run} cannot be read: {error}") from None
+        wanted, found = (shapes(tree) for tree in (abstract, frozen))
         if wanted != found:
-            raise ValueError(f"{self._run / FROZEN} is not of this model:\n  " + "\n  ".join(_differences(found, wanted)[:_SHOWN]))
+            raise ValueError(f"{self._run / FROZEN} is not of this model:\n  " + "\n  ".join(differences(found, wanted)))
         return placement.put(frozen, jax.tree.map(lambda leaf: leaf.sharding, abstract))
 
     @contextlib.contextmanager
@@ -194,11 +194,11 @@ class Checkpoints:
         try:
             yield
         except Exception as error:  # tensorstore and orbax raise errors of many types
-            raise CheckpointError(self._damaged(step, str(error).splitlines()[0][:200])) from error
+            raise ValueError(self._damaged(step, str(error).splitlines()[0][:200])) from error
 
     def _damaged(self, step: int, reason: str) -> str:
         older = [other for other in self.steps if other < step]
-        advice = f"use an older one by naming its step: {', '.join(map(str, older))}" if older else "there is no older one"
+        advice = f"an older one can be used by naming its step: {', '.join(map(str, older))}" if older else "there is no older one"
         return f"checkpoint {step} of {self._run} is damaged ({reason}); {advice}"
 
 
@@ -212,7 +212,7 @@ def _failing_to_save(what: str) -> Iterator[None]:
         yield
     except Exception as error:  # tensorstore and orbax raise errors of many types
         reason = str(error).splitlines()[0][:300]
-        raise CheckpointError(f"cannot save {what}: {reason}; the checkpoints before it are as they were") from error
+        raise OSError(f"cannot save {what}: {reason}; the checkpoints before it are as they were") from error
 
 
 def _arrays(state: TrainState) -> dict[str, Any]:
@@ -232,12 +232,14 @@ def _with_arrays(abstract: TrainState, arrays: Mapping[str, Any], frozen: Any) -
     return TrainState(frozen=frozen, diverged=good, **restored)
 
 
-def _shapes(tree: Any) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+def shapes(tree: Any) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+    """Shape and dtype of each array in nested dictionaries, by path."""
     flat: dict[str, Any] = traverse_util.flatten_dict(tree, sep=".")
     return {name: (tuple(leaf.shape), np.dtype(leaf.dtype)) for name, leaf in flat.items()}
 
 
-def _differences(found: Mapping[str, tuple], wanted: Mapping[str, tuple]) -> list[str]:
+def differences(found: Mapping[str, tuple], wanted: Mapping[str, tuple]) -> list[str]:
+    """What two of ``shapes`` differ in, a line each with ``-`` for what was found and ``+`` for what is wanted; at most 20."""
     lines = []
     for name in sorted(found.keys() | wanted.keys()):
         if found.get(name) != wanted.get(name):
@@ -245,7 +247,7 @@ def _differences(found: Mapping[str, tuple], wanted: Mapping[str, tuple]) -> lis
                 if name in side:
                     shape, dtype = side[name]
                     lines.append(f"{sign} {name} {dtype}{list(shape)}")
-    return lines
+    return lines[:_SHOWN] + [f"... and {len(lines) - _SHOWN} more"] * (len(lines) > _SHOWN)
 
 
 def _fingerprints(tree: Any) -> dict[str, int]:

@@ -22,16 +22,18 @@ class MetricsFile:
       run: the run folder.
       batch_size: images a step.
       done: the steps to go on after; what was written of later ones is dropped.
+      write: false in the processes of a run that leave the writing to the first one.
     """
 
-    def __init__(self, run: Path, batch_size: int, done: int = 0):
-        kept = [event for event in read_metrics(run) if _step(event) <= done]
-        new = run / f"{METRICS}.new"
-        new.write_text("".join(map(_line, kept)))
-        os.replace(new, run / METRICS)
-        self._file = (run / METRICS).open("a", buffering=1)
-        self._board = SummaryWriter(str(run / TENSORBOARD), purge_step=done + 1)
-        self._batch_size = batch_size
+    def __init__(self, run: Path, batch_size: int, done: int = 0, write: bool = True):
+        if write:
+            kept = [event for event in read_metrics(run) if _step(event) <= done]
+            new = run / f"{METRICS}.new"
+            new.write_text("".join(map(_line, kept)))
+            os.replace(new, run / METRICS)
+        self._write, self._batch_size = write, batch_size
+        self._file = (run / METRICS if write else Path(os.devnull)).open("a", buffering=1)
+        self._board = SummaryWriter(str(run / TENSORBOARD), purge_step=done + 1, write_to_disk=write)
 
     def __enter__(self) -> "MetricsFile":
         return self
@@ -53,7 +55,8 @@ class MetricsFile:
 
     def sync(self) -> None:
         """Returns when all that was written is on the disk."""
-        os.fsync(self._file.fileno())
+        if self._write:
+            os.fsync(self._file.fileno())
 
 
 def read_metrics(run: Path) -> Iterator[Step | Epoch]:

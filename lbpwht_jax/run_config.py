@@ -136,7 +136,8 @@ class RunConfig:
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"no configuration of this version's: {type(error).__name__}: {error}") from None
 
-    def _images(self) -> jax.ShapeDtypeStruct:
+    def images(self) -> jax.ShapeDtypeStruct:
+        """Shape and dtype of one image, as a batch."""
         return jax.ShapeDtypeStruct((1, self.image_size, self.image_size, self.channels), jnp.float32)
 
 

@@ -1,7 +1,6 @@
 """One training run in its folder, from where it starts, or was stopped, to what it came to."""
 
 import dataclasses
-import json
 import platform
 import statistics
 from collections.abc import Mapping
@@ -15,7 +14,7 @@ from rich.console import Console
 from lbpwht_jax import run_folder
 from lbpwht_jax.adapt import AdaptedModule
 from lbpwht_jax.adapter_file import save_adapter
-from lbpwht_jax.checkpoint import Checkpoints
+from lbpwht_jax.checkpoint import Checkpoints, Facts
 from lbpwht_jax.cost import backward_flops, saved_bytes
 from lbpwht_jax.data import Dataset
 from lbpwht_jax.metrics import MetricsFile, read_metrics
@@ -61,8 +60,8 @@ class TrainingRun:
       folder: of the run.
       model: under the method's rules.
       trainer: of the model.
-      variables: what it starts from, on the host; ``None`` for a run that goes on from a checkpoint.
-      resume_step: the checkpoint it goes on from.
+      variables: what it starts from, unless it goes on from a checkpoint.
+      restored: the state it goes on from, and the checkpoint's facts.
     """
 
     config: RunConfig
@@ -70,7 +69,7 @@ class TrainingRun:
     model: AdaptedModule
     trainer: Trainer
     variables: Mapping[str, Any] | None
-    resume_step: int | None
+    restored: tuple[TrainState, Facts] | None
 
     def train(self, save_every: int, console: Console) -> Result:
         """Trains to the end, saving as it goes, and writes weights, plot and result.
@@ -82,9 +81,8 @@ class TrainingRun:
         Raises:
           Stopped: after a signal, once the state is saved.
           Diverged: if a loss or gradient is not finite, once the last good state is saved.
-          CheckpointError: if a checkpoint cannot be written, or that to go on from not be read.
-          ValueError: if the checkpoint to go on from is not of this model, or training images cannot be read.
-          OSError: if the folder cannot be written.
+          ValueError: if training images cannot be read.
+          OSError: if a checkpoint, or anything else, cannot be written.
         """
         with Checkpoints(self.folder, self.config.to_json()) as checkpoints:
             state = self._start(checkpoints)
@@ -96,8 +94,10 @@ class TrainingRun:
 
     def _start(self, checkpoints: Checkpoints) -> TrainState:
         placement = self.trainer.placement
-        if self.resume_step is not None:
-            return checkpoints.restore(self.config.abstract_state(self.model, placement), placement, self.resume_step)
+        if self.restored is not None:
+            state, facts = self.restored
+            checkpoints.begin(state, placement, facts)
+            return state
         state = self.trainer.initial_state(self.variables)
         checkpoints.begin(state, placement)
         if is_first():
@@ -121,15 +121,15 @@ class TrainingRun:
         self, state: TrainState, done: int, save_every: int, checkpoints: Checkpoints, console: Console
     ) -> TrainState:
         """The state after the last step; everything on the way is written and shown."""
-        with StopSignals() as stop, self._metrics(done) as metrics, Reporter(console, self.trainer, done) as reporter:
+        file = MetricsFile(self.folder, self.config.recipe.batch_size, done, write=is_first())
+        with StopSignals() as stop, file as metrics, Reporter(console, self.trainer, done) as reporter:
             try:
                 for event in self.trainer.fit(state, save_every, stop):
                     if isinstance(event, Snapshot):
                         state = event.state
                         self._save(event, checkpoints, metrics)
                     else:
-                        if metrics is not None:
-                            metrics.write(event)
+                        metrics.write(event)
                         reporter.show(event)
             except Diverged as error:
                 kept = self._keep(error.state, checkpoints)
@@ -143,10 +143,7 @@ class TrainingRun:
                 )
         return state
 
-    def _metrics(self, done: int) -> "MetricsFile | _NoMetrics":
-        return MetricsFile(self.folder, self.config.recipe.batch_size, done) if is_first() else _NoMetrics()
-
-    def _save(self, snapshot: Snapshot, checkpoints: Checkpoints, metrics: "MetricsFile | _NoMetrics") -> None:
+    def _save(self, snapshot: Snapshot, checkpoints: Checkpoints, metrics: MetricsFile) -> None:
         metrics.sync()
         if is_first() and snapshot.skipped:
             run_folder.add_skipped(self.folder, snapshot.skipped)
@@ -190,22 +187,6 @@ class TrainingRun:
         return result
 
 
-class _NoMetrics:
-    """Stands in for a ``MetricsFile`` in the processes that write none."""
-
-    def __enter__(self) -> "_NoMetrics":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-    def write(self, event: Step | Epoch) -> None:
-        """Drops it."""
-
-    def sync(self) -> None:
-        """Returns."""
-
-
 def prepare(
     config: RunConfig, folder: Path, dataset: Dataset, placement: Placement, workers: int | None, resume_step: int | None = None
 ) -> TrainingRun:
@@ -217,19 +198,22 @@ def prepare(
       dataset: opened.
       placement: where the arrays live.
       workers: threads that load images; by default as many as there are cores, up to 16.
-      resume_step: the checkpoint to go on from, of which nothing is read yet.
+      resume_step: the checkpoint to go on from; by default the run starts with its pretrained weights.
 
     Raises:
       ValueError: if a name is unknown, the method trains nothing, the data has other classes or too few images, or the
-        devices cannot share a batch.
+        devices cannot share a batch; if the checkpoint is damaged, or not of this model.
       ValueError, FileNotFoundError, ImportError: if the pretrained weights cannot be had.
     """
     if dataset.classes != config.classes:
         raise ValueError(f"{dataset.name} has other classes than the run: {differing_classes(dataset.classes, config.classes)}")
     model = config.adapted()
     trainer = Trainer(model, config.info, dataset, config.recipe, config.image_size, model.trainable, placement, workers)
-    variables = config.start(model) if resume_step is None else None
-    return TrainingRun(config, folder, model, trainer, variables, resume_step)
+    if resume_step is None:
+        return TrainingRun(config, folder, model, trainer, config.start(model), None)
+    with Checkpoints(folder, config.to_json(), write=False) as checkpoints:
+        restored = checkpoints.restore(config.abstract_state(model, placement), placement, resume_step)
+    return TrainingRun(config, folder, model, trainer, None, restored)
 
 
 def differing_classes(found: tuple[str, ...], wanted: tuple[str, ...]) -> str:
@@ -243,11 +227,6 @@ def differing_classes(found: tuple[str, ...], wanted: tuple[str, ...]) -> str:
 def finished(folder: Path) -> bool:
     """Whether the run in a folder has come to its end."""
     return (folder / run_folder.RESULT).exists()
-
-
-def read_result(folder: Path) -> Result:
-    """What a finished run came to."""
-    return Result(**json.loads((folder / run_folder.RESULT).read_text()))
 
 
 def _scalars(tree: Any) -> int:
