@@ -63,9 +63,10 @@ class Checkpoints:
             preservation_policy=policies.AnyPreservationPolicy(keep),
             cleanup_tmp_directories=write,
             create=write,
-            read_only=not write,
         )
-        self._manager = ocp.CheckpointManager((run / FOLDER).absolute(), options=options, item_names=(_STATE, _FACTS))
+        handlers = {_STATE: ocp.StandardCheckpointHandler(), _FACTS: ocp.JsonCheckpointHandler()}
+        with _failing_to_save(f"checkpoints in {run}"):
+            self._manager = ocp.CheckpointManager((run / FOLDER).absolute(), options=options, item_handlers=handlers)
         self._best: Epoch | None = None
         self._frozen: dict[str, int] = {}
 
