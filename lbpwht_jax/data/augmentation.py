@@ -7,6 +7,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from lbpwht_jax.data.randaugment import randaugment
+
 RATIO = (3 / 4, 4 / 3)
 _TRIES = 10
 
@@ -20,6 +22,10 @@ class Augmentation:
         squashed. Its width over its height is drawn from 3/4 to 4/3, in the proportions of the original.
       flip: whether half of the images are mirrored left to right.
       shift: pixels that images are moved by at most along both axes, repeating their edges.
+      randaugment: operations an image and their magnitude in [0, 10]; None for none.
+      mixup: alpha of the Beta distribution of the share that an image keeps when it is blended with another; 0 for no mixup.
+      cutmix: the same of the area that it keeps when a box of it is replaced by another's; 0 for no cutmix. With both, each
+        image undergoes one or the other.
 
     Raises:
       ValueError: if a number is out of range.
@@ -28,12 +34,18 @@ class Augmentation:
     crop_scale: tuple[float, float] | None = None
     flip: bool = False
     shift: int = 0
+    randaugment: tuple[int, float] | None = None
+    mixup: float = 0.0
+    cutmix: float = 0.0
 
     def __post_init__(self):
         if self.crop_scale is not None and not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
             raise ValueError(f"Augmentation: crop_scale must be two rising numbers in (0, 1], got {self.crop_scale}")
-        if self.shift < 0:
-            raise ValueError(f"Augmentation: shift must not be negative, got {self.shift}")
+        for name in ("shift", "mixup", "cutmix"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"Augmentation: {name} must not be negative, got {getattr(self, name)}")
+        if self.randaugment is not None and not (self.randaugment[0] >= 1 and 0 <= self.randaugment[1] <= 10):
+            raise ValueError(f"Augmentation: randaugment must be a positive count and 0 to 10, got {self.randaugment}")
 
 
 Augment = Callable[[jax.Array, jax.Array, jax.Array, jax.Array, int], tuple[jax.Array, jax.Array]]
@@ -53,7 +65,7 @@ def make_augmentation(augmentation: Augmentation, image_size: int) -> Augment:
     """
 
     def augment(key, images, aspect, labels, num_classes):
-        crop_key, flip_key, shift_key = jax.random.split(key, 3)
+        crop_key, flip_key, shift_key, ops_key, mix_key = jax.random.split(key, 5)
         images = images.astype(jnp.float32) / 255
         if augmentation.crop_scale is not None:
             boxes = crop_boxes(crop_key, aspect, augmentation.crop_scale)
@@ -65,7 +77,12 @@ def make_augmentation(augmentation: Augmentation, image_size: int) -> Augment:
             images = jnp.where(chosen, images[:, :, ::-1], images)
         if augmentation.shift:
             images = _shift(shift_key, images, augmentation.shift)
-        return images, jax.nn.one_hot(labels, num_classes)
+        if augmentation.randaugment:
+            images = randaugment(ops_key, images, *augmentation.randaugment)
+        targets = jax.nn.one_hot(labels, num_classes)
+        if augmentation.mixup or augmentation.cutmix:
+            images, targets = mix(mix_key, images, targets, augmentation.mixup, augmentation.cutmix)
+        return images, targets
 
     return augment
 
@@ -116,6 +133,40 @@ def resample(images: jax.Array, boxes: jax.Array, size: int) -> jax.Array:
         return jax.image.scale_and_translate(image, shape, (0, 1), scale, -box[:2] * edges * scale, "cubic")
 
     return jax.vmap(one)(images, boxes).clip(0, 1)
+
+
+def mix(key: jax.Array, images: jax.Array, targets: jax.Array, mixup: float, cutmix: float) -> tuple[jax.Array, jax.Array]:
+    """Mixes each image, and its target, with the image as far from the batch's other end.
+
+    Args:
+      key: of the draws.
+      images: ``[batch, height, width, channels]``.
+      targets: ``[batch, classes]``.
+      mixup: as ``Augmentation`` has it.
+      cutmix: likewise; one of the two is not 0.
+
+    Returns:
+      Images and targets of the same shapes.
+    """
+    mixup_key, cutmix_key, place_key, choice_key = jax.random.split(key, 4)
+    batch, height, width, _ = images.shape
+    # of each pixel, the share that the other image has: for mixup everywhere the same, for cutmix 1 in a box and 0 outside
+    blended = cut = jnp.zeros((batch, height, width))
+    if mixup:
+        blended += 1 - jax.random.beta(mixup_key, mixup, mixup, (batch, 1, 1))
+    if cutmix:
+        edge = jnp.sqrt(1 - jax.random.beta(cutmix_key, cutmix, cutmix, (batch, 1)))
+        places = jax.random.uniform(place_key, (2, batch, 1))
+        rows, columns = (
+            jnp.abs((jnp.arange(n, dtype=jnp.float32) + 0.5).reshape(1, n) / n - place) < edge / 2
+            for n, place in zip((height, width), places, strict=True)
+        )
+        cut += (rows[:, :, None] & columns[:, None, :]).astype(jnp.float32)
+    probability = (1.0 if cutmix else 0.0) if not (mixup and cutmix) else 0.5
+    other = jnp.where(jax.random.bernoulli(choice_key, probability, (batch, 1, 1)), cut, blended)
+    share = other.mean((1, 2))[:, None]
+    images = images * (1 - other[..., None]) + images[::-1] * other[..., None]
+    return images, targets * (1 - share) + targets[::-1] * share
 
 
 def _shift(key: jax.Array, images: jax.Array, pixels: int) -> jax.Array:

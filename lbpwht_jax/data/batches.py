@@ -19,7 +19,7 @@ class Batch(NamedTuple):
     """One process's share of a batch, on the host.
 
     Attributes:
-      images: uint8, ``[batch, size, size, channels]``.
+      images: uint8, ``[batch, size, size, channels]``; ``size`` is the canvas in training, the image size in an evaluation.
       labels: int32, ``[batch]``.
       real: bool, ``[batch]``; false where an evaluation has no image, or one that cannot be read. Such rows count nowhere.
       aspect: float32, ``[batch]``: width over height of the original image.
@@ -43,6 +43,8 @@ class Loading:
       workers: threads that read and decode; none of them changes what is loaded.
       shard_index: which process this is.
       shard_count: of how many.
+      canvas: height and width that training images are squashed to, in pixels, by default ``image_size``. A larger one keeps
+        the detail of what a random crop enlarges.
 
     Raises:
       ValueError: if a number is out of range, or the batch cannot be shared equally.
@@ -55,10 +57,11 @@ class Loading:
     workers: int = dataclasses.field(default_factory=lambda: min(os.cpu_count() or 1, 16))
     shard_index: int = 0
     shard_count: int = 1
+    canvas: int | None = None
 
     def __post_init__(self):
-        for name in ("batch_size", "image_size", "workers", "shard_count"):
-            if getattr(self, name) < 1:
+        for name in ("batch_size", "image_size", "workers", "shard_count", "canvas"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"Loading: {name} must be positive, got {getattr(self, name)}")
         if self.channels not in (1, 3):
             raise ValueError(f"Loading: channels must be 1 or 3, got {self.channels}")
@@ -143,10 +146,10 @@ def training_batches(dataset: Dataset, loading: Loading, start_step: int = 0) ->
       ValueError: if there are fewer images than a batch takes.
     """
     steps_per_epoch(dataset, loading.batch_size)
-    split, size = dataset.train, loading.image_size
+    split, size = dataset.train, loading.canvas or loading.image_size
 
     def load(indices: np.ndarray) -> _Loaded:
-        loaded = _Loaded(len(indices), loading)
+        loaded = _Loaded(len(indices), size, loading.channels)
         for row, first in enumerate(indices):
             candidates = [int(first + i) % len(split) for i in range(min(len(split), PATIENCE))]
             if not any(loaded.fill(row, split, i, lambda image: squash(image, size), size) for i in candidates):
@@ -174,14 +177,15 @@ def evaluation_batches(split: Split, loading: Loading, crop: float, interpolatio
       The batches. Taking the one after the last raises a ValueError where none of the images could be read.
     """
 
+    size = loading.image_size
+
     def load(indices: np.ndarray) -> _Loaded:
-        loaded = _Loaded(len(indices), loading)
+        loaded = _Loaded(len(indices), size, loading.channels)
         for row, index in enumerate(indices):
             if index < len(split):
                 loaded.fill(row, split, int(index), lambda image: resize_and_crop(image, size, crop, interpolation))
         return loaded
 
-    size = loading.image_size
     places = grain.MapDataset.range(-(-len(split) // loading.batch_size) * loading.batch_size)
     return Batches(places.batch(loading.batch_size).map(lambda indices: load(indices[loading.shard])), loading.workers)
 
@@ -189,8 +193,8 @@ def evaluation_batches(split: Split, loading: Loading, crop: float, interpolatio
 class _Loaded:
     """A batch being filled, and the images that could not be read for it."""
 
-    def __init__(self, rows: int, loading: Loading):
-        images = np.zeros((rows, loading.image_size, loading.image_size, loading.channels), np.uint8)
+    def __init__(self, rows: int, size: int, channels: int):
+        images = np.zeros((rows, size, size, channels), np.uint8)
         self.batch = Batch(images, np.zeros(rows, np.int32), np.zeros(rows, bool), np.ones(rows, np.float32))
         self.skipped: dict[str, str] = {}
 
