@@ -199,8 +199,16 @@ class Checkpoints:
 
     def _damaged(self, step: int, reason: str) -> str:
         older = [other for other in self.steps if other < step]
-        advice = f"an older one can be used by naming its step: {', '.join(map(str, older))}" if older else "there is no older one"
+        advice = (
+            f"an older one can be used by naming its step: {', '.join(map(str, older))}" if older else "there is no older one"
+        )
         return f"checkpoint {step} of {self._run} is damaged ({reason}); {advice}"
+
+
+def last_step(run: Path) -> int | None:
+    """The step of the last checkpoint in a run folder; ``None`` without one."""
+    with Checkpoints(run, {}, write=False) as checkpoints:
+        return max(checkpoints.steps, default=None)
 
 
 def _accuracy(metrics: Mapping[str, float]) -> float:

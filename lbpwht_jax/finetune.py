@@ -3,31 +3,30 @@
 import contextlib
 import dataclasses
 import datetime
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
-from rich.table import Table
 
 from lbpwht_jax import run_folder, training_run
-from lbpwht_jax.checkpoint import Checkpoints
+from lbpwht_jax.checkpoint import last_step
 from lbpwht_jax.data import Augmentation, Dataset, open_dataset
-from lbpwht_jax.data.recipes import RECIPES
+from lbpwht_jax.data.recipes import paper_recipe
 from lbpwht_jax.methods import Train, parse_method
 from lbpwht_jax.models import model_info
+from lbpwht_jax.results import table
 from lbpwht_jax.run_config import BUNDLED_WEIGHTS, DType, Projection, RunConfig
 from lbpwht_jax.train import Placement, Recipe, Shard
 from lbpwht_jax.train.processes import connect, is_first
-from lbpwht_jax.training_run import Result, TrainingRun
+from lbpwht_jax.training_run import TrainingRun
 from lbpwht_jax.weights import BUNDLED
 
 _Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 _COMPARED = ("full", "lp_l1-2")
-# what may differ from the run that is resumed
-_FREE = ("resume", "resume_step", "output", "data_dir", "shard", "workers", "checkpoint_every")
-_FREE += ("coordinator", "num_processes", "process_id")
+_NOT_RECORDED = ("resume", "resume_step", "output", "shard", "workers", "checkpoint_every")
+_NOT_RECORDED += ("data_dir", "coordinator", "num_processes", "process_id")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,11 +85,11 @@ class Finetune:
     """Blocks that the grid does not fill: fitted (orthogonal, exact when every function is kept) or official (reflected, as
     the paper's authors do)."""
 
-    recipe: str = "default"
+    recipe: Literal["default", "paper"] = "default"
     """Where the numbers below come from if they are not given. default: 15 epochs, batch size 64, lr 5e-4, weight decay 1e-5,
-    clip 5, 100 warm-up steps, min ratio 0.01, label smoothing 0.1, no augmentation. paper: what the paper trained the data set
-    with, if it is one of its seven: 50 epochs, random resized crop and flip; lr, warm-up, min ratio and clip differ. Or the
-    name of one of these, such as cifar10, for other data."""
+    clip 5, 100 warm-up steps, min ratio 0.01, label smoothing 0.1, no augmentation, seed 0. paper: what the paper trained
+    the data set with, if it is one of its seven (tfds:cifar10, folder:PATH/cifar10.zip, ...): 50 epochs, random resized crop
+    and flip, seed 233; lr, warm-up, min ratio and clip by data set."""
 
     epochs: int | None = None
     """Passes over the training images."""
@@ -134,6 +133,15 @@ class Finetune:
     shift: int | None = None
     """Pixels that training images are moved by at most."""
 
+    randaugment: tuple[int, float] | None = None
+    """RandAugment: operations an image, and their magnitude in [0, 10]."""
+
+    mixup: float | None = None
+    """Blends images with others: alpha of the share's Beta distribution, such as 0.8; 0 for none."""
+
+    cutmix: float | None = None
+    """Replaces a box of images by others': alpha of the area's Beta distribution, such as 1; 0 for none."""
+
     seed: int | None = None
     """Of the train/test split (where the data has none), the new head, shuffling, augmentation and drop path."""
 
@@ -162,7 +170,8 @@ class Finetune:
     """Folder for the run, which must not hold one yet. By default runs/DATE-TIME-METHOD."""
 
     checkpoint_every: int = 0
-    """Steps between checkpoints, beside those at the end of each epoch; 0 for no others. The last two are kept, and the best."""
+    """Steps between checkpoints, beside those at the end of each epoch; 0 for no others. The last two and the best
+    are kept."""
 
     resume: Path | None = None
     """Run folder to go on with, from its last checkpoint; its configuration holds, and flags that contradict it are refused."""
@@ -195,7 +204,7 @@ class Finetune:
             console = Console(quiet=not is_first())
             with held:
                 results = [each.train(self.checkpoint_every, console) for each in runs]
-            console.print(_table(results))
+            console.print(table(results))
             console.print(f"Run folder: {runs[0].folder}", soft_wrap=True)
 
         return run
@@ -250,11 +259,9 @@ class Finetune:
 
     def _recipe(self) -> Recipe:
         base = Recipe(epochs=15)
-        if self.recipe != "default":
-            name = self.dataset.removeprefix("tfds:").partition(":")[0] if self.recipe == "paper" else self.recipe
-            if name not in RECIPES:
-                raise ValueError(f"the paper has no recipe for {name!r}; it has for {', '.join(RECIPES)}: --recipe NAME takes one")
-            base = dataclasses.replace(base, **RECIPES[name])
+        if self.recipe == "paper":
+            paper = paper_recipe(self.dataset)
+            base = dataclasses.replace(base, **{**paper, "clip": paper["clip"] or 0.0})
         augmentation = dataclasses.replace(base.augmentation, **self._given(Augmentation))
         return dataclasses.replace(base, augmentation=augmentation, **self._given(Recipe))
 
@@ -269,20 +276,18 @@ class Finetune:
             locks.callback(run_folder.lock(folder, create=False).release)
         if training_run.finished(folder):
             raise ValueError(f"{folder} is finished; there is nothing to resume")
-        with Checkpoints(folder, {}, write=False) as checkpoints:
-            steps = checkpoints.steps
         if self.data_dir is not None:
             config = dataclasses.replace(config, data_dir=str(self.data_dir))
         data_dir = None if config.data_dir is None else Path(config.data_dir)
         dataset = open_dataset(config.dataset, config.recipe.seed, data_dir)
-        step = max(steps, default=None) if self.resume_step is None else self.resume_step
+        step = last_step(folder) if self.resume_step is None else self.resume_step
         return training_run.prepare(config, folder, dataset, Placement(self.shard), self.workers, step)
 
     def _check_agreement(self, config: RunConfig, folder: Path) -> None:
         recorded = {**vars(config.recipe.augmentation), **vars(config.recipe), **vars(config)}
         for field in dataclasses.fields(self):
             given = getattr(self, field.name)
-            if given == field.default or field.name in _FREE:
+            if given == field.default or field.name in _NOT_RECORDED:
                 continue
             flag = f"--{field.name.replace('_', '-')}"
             if field.name in ("recipe", "compare"):
@@ -292,20 +297,3 @@ class Finetune:
                     f"{flag} {given}: the run in {folder} was started with {recorded[field.name]}, and a resumed run keeps its "
                     "configuration; leave the flag out, or start a new run"
                 )
-
-
-def _table(results: Sequence[Result]) -> Table:
-    table = Table(title="What it came to")
-    table.add_column("method")
-    for heading in ("test accuracy", "trained parameters", "backward MFLOPs/image", "saved KB/image", "median step"):
-        table.add_column(heading, justify="right")
-    for result in results:
-        table.add_row(
-            result.method,
-            f"{result.test_accuracy:.2%}",
-            f"{result.trainable_parameters:,}",
-            f"{result.backward_flops / 1e6:.1f}",
-            f"{result.saved_bytes / 1e3:,.0f}",
-            f"{result.step_seconds * 1e3:.0f} ms",
-        )
-    return table

@@ -54,7 +54,9 @@ def load_run(path: Path, which: str = FINAL) -> FinishedRun:
     wanted = shapes(jax.eval_shape(module.init, jax.random.key(0), config.images()))
     if shapes(variables) != wanted:
         lines = differences(shapes(variables), wanted)
-        raise ValueError(f"{file} does not fit {path / run_folder.CONFIG} (- in the weights, + in the model):\n  " + "\n  ".join(lines))
+        raise ValueError(
+            f"{file} does not fit {path / run_folder.CONFIG} (- in the weights, + in the model):\n  " + "\n  ".join(lines)
+        )
     return FinishedRun(config, module, variables)
 
 

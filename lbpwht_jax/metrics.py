@@ -2,7 +2,6 @@
 
 import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 from tensorboardX import SummaryWriter
@@ -10,7 +9,6 @@ from tensorboardX import SummaryWriter
 from lbpwht_jax.train import Epoch, Step
 
 METRICS, TENSORBOARD = "metrics.jsonl", "tensorboard"
-_KINDS = {"step": Step, "epoch": Epoch}
 
 
 class MetricsFile:
@@ -27,7 +25,8 @@ class MetricsFile:
 
     def __init__(self, run: Path, batch_size: int, done: int = 0, write: bool = True):
         if write:
-            kept = [event for event in read_metrics(run) if _step(event) <= done]
+            steps, epochs = read_metrics(run)
+            kept = sorted((event for event in (*steps, *epochs) if _step(event) <= done), key=_step)
             new = run / f"{METRICS}.new"
             new.write_text("".join(map(_line, kept)))
             os.replace(new, run / METRICS)
@@ -59,15 +58,20 @@ class MetricsFile:
             os.fsync(self._file.fileno())
 
 
-def read_metrics(run: Path) -> Iterator[Step | Epoch]:
+def read_metrics(run: Path) -> tuple[list[Step], list[Epoch]]:
     """The events in the folder's ``metrics.jsonl``, up to a line that was not written to its end."""
+    steps, epochs = [], []
     file = run / METRICS
     for line in file.read_text().splitlines() if file.exists() else ():
         try:
             values = json.loads(line)
         except json.JSONDecodeError:
-            return
-        yield _KINDS[values.pop("kind")](**values)
+            break
+        if values.pop("kind") == "step":
+            steps.append(Step(**values))
+        else:
+            epochs.append(Epoch(**values))
+    return steps, epochs
 
 
 def _line(event: Step | Epoch) -> str:

@@ -16,7 +16,6 @@ from rich.table import Table
 from lbpwht_jax.data import load_image, open_dataset
 from lbpwht_jax.finished_run import FINAL, FinishedRun, load_run
 from lbpwht_jax.train import Evaluator, Placement, loading, normalise
-from lbpwht_jax.training_run import differing_classes
 
 _Run = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
 _Images = Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE...")]
@@ -58,11 +57,7 @@ class Evaluate:
         config = loaded.config
         data_dir = self.data_dir if self.data_dir or config.data_dir is None else Path(config.data_dir)
         dataset = open_dataset(self.dataset or config.dataset, config.recipe.seed, data_dir)
-        if dataset.classes != config.classes:
-            raise ValueError(
-                f"{dataset.name} has other classes than the run in {self.run}: "
-                f"{differing_classes(dataset.classes, config.classes)}"
-            )
+        config.check_classes(dataset)
         placement = Placement(devices=jax.local_devices())
         batch_size = config.recipe.batch_size if self.batch_size is None else self.batch_size
         placement.check(batch_size, 1)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from lbpwht_jax.adapt import AdaptedModule, adapt
-from lbpwht_jax.data import Augmentation
+from lbpwht_jax.data import Augmentation, Dataset
 from lbpwht_jax.methods import Train, parse_method
 from lbpwht_jax.models import create_model, model_info
 from lbpwht_jax.models.info import ModelInfo
@@ -82,6 +82,22 @@ class RunConfig:
             frozen_batch_norm=True,
         )
 
+    def check_classes(self, dataset: Dataset) -> None:
+        """Whether a data set has the run's classes.
+
+        Raises:
+          ValueError: if it has others, or in another order.
+        """
+        if dataset.classes == self.classes:
+            return
+        new, missing = (sorted(set(a) - set(b)) for a, b in ((dataset.classes, self.classes), (self.classes, dataset.classes)))
+        parts = [f"{len(dataset.classes)} instead of {len(self.classes)}"] * (len(dataset.classes) != len(self.classes))
+        parts += [f"{_few(new)} new"] * bool(new) + [f"{_few(missing)} missing"] * bool(missing)
+        raise ValueError(
+            f"{dataset.name} has other classes than the run, which knows no more than those it was trained on: "
+            + ("; ".join(parts) or "the same in another order")
+        )
+
     def adapted(self) -> AdaptedModule:
         """The model under the method's rules.
 
@@ -139,6 +155,10 @@ class RunConfig:
     def images(self) -> jax.ShapeDtypeStruct:
         """Shape and dtype of one image, as a batch."""
         return jax.ShapeDtypeStruct((1, self.image_size, self.image_size, self.channels), jnp.float32)
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:5]) + " ..." * (len(names) > 5)
 
 
 def _tupled(value: Any) -> Any:

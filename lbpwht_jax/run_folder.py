@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,12 +73,10 @@ def add_skipped(path: Path, skipped: Mapping[str, str]) -> dict[str, str]:
     return before | dict(skipped)
 
 
-def plot_curves(path: Path, events: Iterable[Step | Epoch], title: str) -> None:
+def plot_curves(path: Path, steps: Sequence[Step], epochs: Sequence[Epoch], title: str) -> None:
     """Draws training loss by step and both accuracies by epoch into the folder's ``curves.png``."""
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     figure.suptitle(title)
-    events = list(events)
-    steps, epochs = ([event for event in events if isinstance(event, kind)] for kind in (Step, Epoch))
     loss, accuracy = figure.subplots(1, 2)
     loss.plot([step.number for step in steps], [step.loss for step in steps], linewidth=0.8, label="training, smoothed labels")
     ends = [epoch.step for epoch in epochs]

@@ -19,8 +19,9 @@ from lbpwht_jax.cost import backward_flops, saved_bytes
 from lbpwht_jax.data import Dataset
 from lbpwht_jax.metrics import MetricsFile, read_metrics
 from lbpwht_jax.progress import Reporter
+from lbpwht_jax.results import Result
 from lbpwht_jax.run_config import RunConfig
-from lbpwht_jax.train import Diverged, Epoch, Placement, Snapshot, Step, Trainer, TrainState
+from lbpwht_jax.train import Diverged, Placement, Snapshot, Trainer, TrainState
 from lbpwht_jax.train.processes import is_first
 from lbpwht_jax.train.stop import StopSignals
 from lbpwht_jax.weights import save_weights
@@ -28,27 +29,6 @@ from lbpwht_jax.weights import save_weights
 
 class Stopped(Exception):
     """A run that a signal stopped, after its state was saved; the text says where."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Result:
-    """What a run is judged by.
-
-    Attributes:
-      method: its short name.
-      test_accuracy: after the last epoch, in [0, 1].
-      trainable_parameters: how many scalars were trained.
-      backward_flops: of matrix products, an image.
-      saved_bytes: kept for the backward pass, an image.
-      step_seconds: median over the run, the first step (which compiles) left out.
-    """
-
-    method: str
-    test_accuracy: float
-    trainable_parameters: int
-    backward_flops: int
-    saved_bytes: int
-    step_seconds: float
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -117,9 +97,7 @@ class TrainingRun:
             soft_wrap=True,
         )
 
-    def _follow(
-        self, state: TrainState, done: int, save_every: int, checkpoints: Checkpoints, console: Console
-    ) -> TrainState:
+    def _follow(self, state: TrainState, done: int, save_every: int, checkpoints: Checkpoints, console: Console) -> TrainState:
         """The state after the last step; everything on the way is written and shown."""
         file = MetricsFile(self.folder, self.config.recipe.batch_size, done, write=is_first())
         with StopSignals() as stop, file as metrics, Reporter(console, self.trainer, done) as reporter:
@@ -165,8 +143,7 @@ class TrainingRun:
             save_weights(folder / run_folder.WEIGHTS, self.model.merge(variables), metadata)
             if "lora" in config.method:
                 save_adapter(folder / run_folder.ADAPTER, self.model, variables, config.model)
-        events = list(read_metrics(folder))
-        steps, epochs = ([event for event in events if isinstance(event, kind)] for kind in (Step, Epoch))
+        steps, epochs = read_metrics(folder)
         image = (config.image_size, config.image_size, config.channels)
         result = Result(
             config.method,
@@ -177,13 +154,17 @@ class TrainingRun:
             statistics.median(step.seconds for step in steps[1:] or steps),
         )
         if is_first():
-            run_folder.plot_curves(folder, events, f"{config.model} on {config.dataset}, {config.method}")
+            run_folder.plot_curves(folder, steps, epochs, f"{config.model} on {config.dataset}, {config.method}")
             run_folder.write_json(folder / run_folder.RESULT, dataclasses.asdict(result))
         skipped = run_folder.add_skipped(folder, {})
         if skipped:
             name, reason = next(iter(skipped.items()))
-            count = f"{len(skipped)} image{'s'[: len(skipped) != 1]} could not be read and counted nowhere"
-            console.print(f"{count}; the first, {name}: {reason} ({folder / run_folder.SKIPPED})", style="yellow", soft_wrap=True)
+            console.print(
+                f"images that could not be read and count nowhere: {len(skipped)}, listed in {folder / run_folder.SKIPPED}; "
+                f"the first is {name}: {reason}",
+                style="yellow",
+                soft_wrap=True,
+            )
         return result
 
 
@@ -205,8 +186,7 @@ def prepare(
         devices cannot share a batch; if the checkpoint is damaged, or not of this model.
       ValueError, FileNotFoundError, ImportError: if the pretrained weights cannot be had.
     """
-    if dataset.classes != config.classes:
-        raise ValueError(f"{dataset.name} has other classes than the run: {differing_classes(dataset.classes, config.classes)}")
+    config.check_classes(dataset)
     model = config.adapted()
     trainer = Trainer(model, config.info, dataset, config.recipe, config.image_size, model.trainable, placement, workers)
     if resume_step is None:
@@ -214,14 +194,6 @@ def prepare(
     with Checkpoints(folder, config.to_json(), write=False) as checkpoints:
         restored = checkpoints.restore(config.abstract_state(model, placement), placement, resume_step)
     return TrainingRun(config, folder, model, trainer, None, restored)
-
-
-def differing_classes(found: tuple[str, ...], wanted: tuple[str, ...]) -> str:
-    """In words, how the classes of a data set differ from those of a run."""
-    more, missing = sorted(set(found) - set(wanted)), sorted(set(wanted) - set(found))
-    parts = [f"{len(found)} classes where the run has {len(wanted)}"] * (len(found) != len(wanted))
-    parts += [f"{', '.join(names[:5])}{' ...' * (len(names) > 5)} {what}" for names, what in ((more, "new"), (missing, "missing")) if names]
-    return "; ".join(parts) or "the same, in another order"
 
 
 def finished(folder: Path) -> bool:

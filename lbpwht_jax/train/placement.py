@@ -27,7 +27,7 @@ class Placement:
     """
 
     shard: Shard = "data"
-    devices: Sequence[jax.Device] = dataclasses.field(default_factory=jax.devices)
+    devices: Sequence[Any] = dataclasses.field(default_factory=jax.devices)
 
     @functools.cached_property
     def _mesh(self) -> Mesh:

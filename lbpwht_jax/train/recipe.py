@@ -41,7 +41,7 @@ class Recipe:
     drop_path: float = 0.0
     ema: float = 0.0
     accumulate: int = 1
-    augmentation: Augmentation = Augmentation()
+    augmentation: Augmentation = dataclasses.field(default_factory=Augmentation)
     seed: int = 0
 
     def __post_init__(self):

@@ -59,7 +59,7 @@ def make_train_step(
     """
     augment = make_augmentation(recipe.augmentation, image_size)
 
-    def step(state: TrainState, batch: Batch):
+    def step(state: TrainState, batch: Any):
         key = jax.random.fold_in(jax.random.key(recipe.seed), state.step)
         if axis is not None:
             key = jax.random.fold_in(key, jax.lax.axis_index(axis))
@@ -123,7 +123,7 @@ def _accumulated(gradients: Callable, parts: int, others: Any, key: jax.Array, *
 def make_eval_step(model: Any, info: ModelInfo) -> Callable[[Any, Batch], Sums]:
     """The evaluation step: ``step(variables, batch) -> sums``, of uint8 images of the model's size."""
 
-    def step(variables: Any, batch: Batch) -> Sums:
+    def step(variables: Any, batch: Any) -> Sums:
         logits = model.apply(variables, normalise(batch.images.astype(jnp.float32) / 255, info))
         logits = jnp.asarray(logits, jnp.float32)
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels)
