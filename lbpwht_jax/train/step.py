@@ -86,7 +86,7 @@ def make_train_step(
             gradients, recipe.accumulate, state.others, dropout, images, targets, batch.labels, average_over=axis
         )
         loss, accuracy, grads = means
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
         with jax.numpy_dtype_promotion("standard"):  # optax raises floats to integer powers, which strict promotion forbids
             updates, opt_state = optimizer.update(grads, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
