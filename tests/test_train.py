@@ -254,8 +254,16 @@ def test_the_loss_is_that_of_smoothed_labels():
     ("fields", "placement", "message"),
     [
         ({"batch_size": 64}, ONE, "batch size 64 is larger than the 44 training images"),
-        ({"batch_size": 12}, Placement(), "a batch of 12 images cannot be shared equally by 8 devices; make the batch size a m"),
-        ({"accumulate": 3}, ONE, r"cannot be shared equally by 1 devices in 3 parts \(accumulate\); make the batch size a multip"),
+        (
+            {"batch_size": 12},
+            Placement(),
+            "a batch of 12 images cannot be shared equally by 8 devices; make the batch size a m",
+        ),
+        (
+            {"accumulate": 3},
+            ONE,
+            r"cannot be shared equally by 1 devices in 3 parts \(accumulate\); make the batch size a multip",
+        ),
     ],
 )
 def test_batches_that_cannot_be(fields, placement, message):
