@@ -16,7 +16,6 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -219,18 +218,18 @@ def main(
     facts = {"model": NAME, "images": data.stem, "pretrained_test_accuracy": load_weights(weights)[1]["test_accuracy"]}
     results = open_results(output, "python experiments/transfer.py --data cifar10.zip", dataclasses.asdict(setting), **facts)
     done = {(run["variant"], run["train"], run["seed"]) for run in results["runs"]}
-    todo: Sequence[tuple[str, Train, int]] = [
+    todo: list[tuple[str, Train, int]] = [
         (name, t, seed) for seed in seeds for t in trains for name in methods if (name, t, seed) not in done
-    ][:limit]
-    print(f"{len(images):,} training and {len(test):,} test images; {len(done)} runs done, {len(todo)} to do", flush=True)
-    for number, (name, trained, seed) in enumerate(todo, 1):
+    ]
+    print(
+        f"{len(images):,} training and {len(test):,} test images; {len(done)} runs done, {len(todo[:limit])} to do", flush=True
+    )
+    for number, (name, trained, seed) in enumerate(todo[:limit], 1):
         results["runs"].append(run(variants[name], trained, seed, setting, weights, images, test))
         write_results(output, results)
         last = results["runs"][-1]
-        print(
-            f"{number}/{len(todo)} {trained} {name}, seed {seed}: {last['test_accuracy']:.2%}, {last['run_seconds']:.0f} s",
-            flush=True,
-        )
+        came_to = f"{last['test_accuracy']:.2%}, {last['run_seconds']:.0f} s"
+        print(f"{number}/{len(todo[:limit])} {trained} {name}, seed {seed}: {came_to}", flush=True)
         jax.clear_caches()
 
 

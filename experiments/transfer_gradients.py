@@ -44,6 +44,8 @@ def kernel_gradients(model: AdaptedModule, variables: Any, batch: Images) -> dic
 
     flat: dict[str, Any] = traverse_util.flatten_dict(gradients(variables, batch.images, batch.labels), sep="/")
     layers = [adaptation.layer.path for adaptation in adapted_backbone(Variant("lp_l1-1"), "all", 2).resolution.adaptations]
+    order = ("qkv", "proj", "fc1", "fc2")  # of the forward pass, within a block
+    layers.sort(key=lambda path: (path.split("/")[:2], order.index(path.rpartition("/")[2])))
     return {layer: np.asarray(flat[f"{layer}/kernel"], np.float64) for layer in layers}
 
 

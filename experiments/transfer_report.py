@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -105,7 +106,8 @@ CLAIMS = (
 )
 
 
-def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
@@ -136,7 +138,7 @@ def table(runs: Sequence[Mapping[str, Any]], train: str) -> str:
         "trained parameters",
         "median step, ms",
     ]
-    return _markdown(header, rows)
+    return markdown(header, rows)
 
 
 def claims_table(runs: Sequence[Mapping[str, Any]]) -> str:
@@ -151,7 +153,7 @@ def claims_table(runs: Sequence[Mapping[str, Any]]) -> str:
             mean, low, high = interval(values)
             bounds = f"({low:+.2f} to {high:+.2f})" if math.isfinite(low) else "(one seed)"
             rows.append([claim.text, words, claim.shown, f"{mean:+.2f} {bounds}", str(len(values)), claim.verdict(low, high)])
-    return _markdown(["claim", "trained", "difference", "points (95 % interval)", "seeds", "verdict"], rows)
+    return markdown(["claim", "trained", "difference", "points (95 % interval)", "seeds", "verdict"], rows)
 
 
 def plot(runs: Sequence[Mapping[str, Any]], path: Path) -> None:
@@ -195,6 +197,7 @@ def plot_gradients(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         if any(row["projection"] == projection and row["dx"] == dx for row in chosen)
     ]
     layers = list(chosen[0]["cosine"])
+    short = [re.sub(r"stages_|blocks_|mlp/|token_mixer/", "", layer) for layer in layers]
     figure = Figure(figsize=(12, 7.6), layout="constrained")
     grid = figure.subplots(2, (len(kinds) + 1) // 2, sharex=True, sharey=True, squeeze=False)
     for axes, (projection, dx) in zip(grid.flat, kinds, strict=False):
@@ -203,7 +206,7 @@ def plot_gradients(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
             color = stats.uniform.cdf(i, -1, len(own) + 1)
             values = [row["cosine"][layer] for layer in layers]
             axes.plot(
-                layers,
+                short,
                 values,
                 marker="o",
                 markersize=4,
@@ -213,6 +216,8 @@ def plot_gradients(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         axes.set_title(f"{projection}, low rank on {'dW alone' if dx == 'exact' else 'dW and dx'}", fontsize=10)
         axes.grid(alpha=0.3)
         axes.tick_params(axis="x", labelrotation=90, labelsize=8)
+    for axes in grid[-1]:
+        axes.set_xlabel("stage / block / layer")
     for axes in grid[:, 0]:
         axes.set_ylabel("cosine similarity to full")
     grid[0, 0].legend(fontsize=8)
@@ -231,4 +236,4 @@ def gradients_table(rows: Sequence[Mapping[str, Any]]) -> str:
         ]
         lines.append([method, str(next(iter(own.values()))["functions"]), *means])
     header = ["method", "functions"] + [f"{p}, {'dW alone' if dx == 'exact' else 'both'}" for p, dx in columns]
-    return _markdown(header, lines)
+    return markdown(header, lines)
