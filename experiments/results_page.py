@@ -19,8 +19,9 @@ ROOT = Path(__file__).parents[1]
 RESULTS, PAGE, IMAGES = ROOT / "experiments" / "results", ROOT / "docs" / "results.md", ROOT / "docs" / "images"
 HEAD = """
     Every number here was measured by the command above it and is generated from the JSON file that the command writes; this
-    page by `python experiments/results_page.py`. FLOPs, where not said otherwise, are those of matrix products, Walsh transforms
-    included, of the backward pass of one image; saved bytes are all residuals of the backward pass that grow with the batch.
+    page by `python experiments/results_page.py`. FLOPs, where not said otherwise, are those of matrix products, Walsh
+    transforms included, of the backward pass of one image; saved bytes are all residuals of the backward pass that grow with
+    the batch.
 """
 
 
@@ -62,9 +63,10 @@ def transfer(results: Mapping[str, Any]) -> str:
     text = f"""
         A narrow EfficientFormer (`experiments/transfer_backbone.py`: 56 pixels, grids of 14x14 and 7x7), pretrained on
         Tiny-ImageNet to {100 * results["pretrained_test_accuracy"]:.1f} % of its 200 classes, adapted to CIFAR-10, which it has
-        not seen: {10 * setting["train_per_class"]:,} training and {10 * setting["test_per_class"]:,} test images, always the same;
-        {setting["epochs"]} epochs, batch {setting["batch_size"]}, AdamW at {setting["lr"]:g}, flips and shifts. {len(runs)}
-        runs, {hours:.1f} hours in all, on {"; ".join(devices)}. Step times are medians of a run's, and of the runs'.
+        not seen: {10 * setting["train_per_class"]:,} training and {10 * setting["test_per_class"]:,} test images, the same ones
+        always; {setting["epochs"]} epochs, batch {setting["batch_size"]}, AdamW at {setting["lr"]:g}, flips and shifts.
+        {len(runs)} runs, {hours:.1f} hours in all, on {"; ".join(devices)}. Step times are medians of a run's
+        and of the runs'.
     """
     claims = """
         Differences are paired over seeds, in points of accuracy, with 95 % intervals by Student's t. A claim holds or does not
