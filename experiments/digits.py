@@ -20,7 +20,7 @@ import tyro
 
 from lbpwht_jax.adapt import adapt
 from lbpwht_jax.cli import main as lbpwht
-from lbpwht_jax.data import digits, training_batches
+from lbpwht_jax.data.arrays import digits, training_batches
 from lbpwht_jax.methods import parse_method
 from lbpwht_jax.models import create_model, model_info
 from lbpwht_jax.train import Recipe, initialise, make_train_step, normalise

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from lbpwht_jax import augment
-from lbpwht_jax.data import Split
+from lbpwht_jax.data import uint8_changes as augment
+from lbpwht_jax.data.arrays import Split
 from lbpwht_jax.models import create_model, model_info
 from lbpwht_jax.train import Epoch, Recipe, Step, TrainState, fit
 from lbpwht_jax.weights import BUNDLED, count_parameters, save_weights

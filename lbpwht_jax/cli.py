@@ -8,6 +8,9 @@ from rich.console import Console
 
 from lbpwht_jax.cost_cli import Cost
 from lbpwht_jax.finetune import Finetune
+from lbpwht_jax.prepare_cli import Prepare
+from lbpwht_jax.run_cli import Evaluate, Predict
+from lbpwht_jax.training_run import Stopped
 from lbpwht_jax.weights_cli import Convert, Export, Models
 
 
@@ -18,10 +21,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
       arguments: those of the command line, ``sys.argv[1:]`` by default.
 
     Returns:
-      0; 1 after reporting that training diverged; 2 after reporting a mistake in the arguments.
+      0; 1 after reporting that what was asked for failed on the way; 2 after reporting a mistake in the arguments; 3 after a
+      signal stopped training and its state was saved.
     """
     command = tyro.extras.subcommand_cli_from_dict(
-        {"finetune": Finetune, "models": Models, "convert": Convert, "export": Export, "cost": Cost},
+        {
+            "finetune": Finetune,
+            "evaluate": Evaluate,
+            "predict": Predict,
+            "export": Export,
+            "prepare": Prepare,
+            "models": Models,
+            "convert": Convert,
+            "cost": Cost,
+        },
         prog="lbpwht",
         description="Fine-tune vision transformers with low-rank backpropagation through the Walsh-Hadamard transform.",
         args=arguments,
@@ -34,7 +47,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if run is not None:
             run()
-    except FloatingPointError as error:
+    except Stopped as error:
+        _report(error)
+        return 3
+    except (FloatingPointError, OSError, ValueError) as error:
         _report(error)
         return 1
     return 0

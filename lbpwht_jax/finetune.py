@@ -1,28 +1,32 @@
 """``lbpwht finetune``: adapts a pretrained vision transformer and reports what it cost."""
 
+import contextlib
 import dataclasses
 import datetime
-import platform
-import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-import flax
-import jax
-import jax.numpy as jnp
 import tyro
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
-from lbpwht_jax import data, run_folder, train
-from lbpwht_jax.adapt import adapt
-from lbpwht_jax.adapter_file import save_adapter
-from lbpwht_jax.cost import backward_flops, saved_bytes
+from lbpwht_jax import run_folder, training_run
+from lbpwht_jax.checkpoint import last_step
+from lbpwht_jax.data import Augmentation, Dataset, open_dataset
+from lbpwht_jax.data.recipes import paper_recipe
 from lbpwht_jax.methods import Train, parse_method
-from lbpwht_jax.models import create_model, model_info
-from lbpwht_jax.weights import BUNDLED, count_parameters, load_bundled, replace_head, save_weights
+from lbpwht_jax.models import model_info
+from lbpwht_jax.results import table
+from lbpwht_jax.run_config import BUNDLED_WEIGHTS, DType, Projection, RunConfig
+from lbpwht_jax.train import Placement, Recipe, Shard
+from lbpwht_jax.train.processes import connect, is_first
+from lbpwht_jax.training_run import TrainingRun
+from lbpwht_jax.weights import BUNDLED
+
+_Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
+_COMPARED = ("full", "lp_l1-2")
+_NOT_RECORDED = ("resume", "resume_step", "output", "shard", "workers", "checkpoint_every")
+_NOT_RECORDED += ("data_dir", "coordinator", "num_processes", "process_id")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,12 +38,37 @@ class Finetune:
     exact; the backward pass of every dense layer of every block runs on a few Walsh coefficients of the token grid.
 
     At the end a table gives test accuracy, backward MFLOPs and bytes kept for the backward pass, both an image, and the
-    median time of a step. The run folder holds config.json, metrics.jsonl, weights.safetensors (of the plain model, LoRA's
-    branches merged) and curves.png; with LoRA also adapter, what was trained alone in PEFT's layout.
+    median time of a step. The run folder holds config.json, metrics.jsonl, tensorboard, checkpoints, weights.safetensors (of
+    the plain model, LoRA's branches merged) and curves.png; with LoRA also adapter, what was trained alone in PEFT's layout.
+    "lbpwht evaluate", "predict" and "export" take the folder and need no more.
 
-    Try "lbpwht finetune --compare" to see full backpropagation and LP_{L1-2} beside it, or
-    "lbpwht finetune --method lp_linf-2 --epochs 20 --output runs/linf" for another choice of functions and a named folder.
+    SIGTERM or Ctrl-C lets the step end, saves and leaves with exit code 3; a second one leaves at once. "--resume" goes on bit
+    for bit. A run starts from the first of these that there is: the checkpoint that --resume names (by default the last one of
+    its run), --pretrained, the weights that come with the package.
+
+    Exit codes: 0 done; 1 training failed (diverged, or the disk is full); 2 mistaken arguments; 3 stopped and saved.
+
+    Try "lbpwht finetune --compare" to see full backpropagation and LP_{L1-2} beside it, or "lbpwht finetune --model
+    efficientformer_l1 --pretrained timm/efficientformer_l1.snap_dist_in1k --dataset folder:PATH" for your own images.
     """
+
+    model: str = BUNDLED
+    """Name of the model; "lbpwht models" lists them."""
+
+    pretrained: str | None = None
+    """What training starts from: a .safetensors, .pth or .bin file, a Hugging Face folder, a hub id such as
+    timm/deit_tiny_patch16_224.fb_in1k, or none for random weights. The head is new. By default the weights that come with
+    the package, for the model that does."""
+
+    image_size: int | None = None
+    """Height and width of the images, in pixels; by default the model's."""
+
+    dataset: str = "digits"
+    """digits; folder:PATH, images as PATH/{train,test}/CLASS/IMAGE or PATH/CLASS/IMAGE, or a zip file of them; tfds:NAME or
+    tfds:NAME:VERSION, prepared by "lbpwht prepare"."""
+
+    data_dir: Path | None = None
+    """Folder of the TFDS data sets; by default where TFDS has them."""
 
     method: str = "lp_l1-4"
     """How to adapt. full: exact backpropagation. lp_l1-R: low-rank, keeping the Walsh functions whose indices sum to less
@@ -48,185 +77,223 @@ class Finetune:
     would adapt. Or a sum, such as lp_l1-4+lora_all-8, where branches too are backpropagated at low rank."""
 
     train: Train = "all"
-    """What is trained: all, last_stage (the last stage, here the last quarter of the blocks, and the head) or head (the head,
-    and LoRA's branches where there are some). The rest is frozen and costs no backward pass that is not needed."""
+    """What is trained: all, last_stage (the last stage, of plain vision transformers the last quarter of the blocks, and the
+    head) or head (the head, and LoRA's branches where there are some). The rest is frozen and costs no backward pass that is
+    not needed."""
 
-    projection: Literal["fitted", "official"] = "fitted"
+    projection: Projection = "fitted"
     """Blocks that the grid does not fill: fitted (orthogonal, exact when every function is kept) or official (reflected, as
     the paper's authors do)."""
 
-    epochs: int = 15
+    recipe: Literal["default", "paper"] = "default"
+    """Where the numbers below come from if they are not given. default: 15 epochs, batch size 64, lr 5e-4, weight decay 1e-5,
+    clip 5, 100 warm-up steps, min ratio 0.01, label smoothing 0.1, no augmentation, seed 0. paper: what the paper trained
+    the data set with, if it is one of its seven (tfds:cifar10, folder:PATH/cifar10.zip, ...): 50 epochs, random resized crop
+    and flip, seed 233; lr, warm-up, min ratio and clip by data set."""
+
+    epochs: int | None = None
     """Passes over the training images."""
 
-    batch_size: int = 64
-    """Images a step."""
+    batch_size: int | None = None
+    """Images a step, over all devices and processes."""
 
-    lr: float = 5e-4
+    lr: float | None = None
     """Peak learning rate of AdamW, reached by linear warm-up and followed by a cosine."""
 
-    seed: int = 0
-    """Of the train/test split, the new head and the shuffling."""
+    weight_decay: float | None = None
+    """Of AdamW."""
+
+    warmup_steps: int | None = None
+    """Steps of the warm-up; at most a fifth of all steps."""
+
+    min_ratio: float | None = None
+    """What the cosine decays to, over the peak rate."""
+
+    clip: float | None = None
+    """Global norm that gradients are clipped to; 0 for none."""
+
+    label_smoothing: float | None = None
+    """Probability spread over all classes."""
+
+    drop_path: float | None = None
+    """Probability of dropping the last block's residual branches, rising linearly to it."""
+
+    ema: float | None = None
+    """Decay a step of a moving average of what is trained, such as 0.999, which is then evaluated and exported; 0 for none."""
+
+    accumulate: int | None = None
+    """Equal parts a batch is cut into, computed one after the other to save memory."""
+
+    crop_scale: tuple[float, float] | None = None
+    """Random resized crop: least and largest area over the image's, such as 0.08 1."""
+
+    flip: bool | None = None
+    """Whether half of the training images are mirrored left to right."""
+
+    shift: int | None = None
+    """Pixels that training images are moved by at most."""
+
+    randaugment: tuple[int, float] | None = None
+    """RandAugment: operations an image, and their magnitude in [0, 10]."""
+
+    mixup: float | None = None
+    """Blends images with others: alpha of the share's Beta distribution, such as 0.8; 0 for none."""
+
+    cutmix: float | None = None
+    """Replaces a box of images by others': alpha of the area's Beta distribution, such as 1; 0 for none."""
+
+    seed: int | None = None
+    """Of the train/test split (where the data has none), the new head, shuffling, augmentation and drop path."""
+
+    dtype: DType = "float32"
+    """Of the computation; parameters and the optimiser's state are float32."""
+
+    remat: _Flag = False
+    """Computes each block again in the backward pass instead of keeping its activations."""
+
+    shard: Shard = "data"
+    """What the devices share: data (each has all of the parameters) or params (parameters and the optimiser's state too)."""
+
+    coordinator: str | None = None
+    """HOST:PORT of process 0, where a run has several; TPU slices and SLURM's tasks need none. All see one run folder."""
+
+    num_processes: int | None = None
+    """Processes of the run, with --coordinator."""
+
+    process_id: int | None = None
+    """Which of them this is, from 0, with --coordinator."""
+
+    workers: int | None = None
+    """Threads that load images; by default as many as there are cores, up to 16."""
 
     output: Path | None = None
     """Folder for the run, which must not hold one yet. By default runs/DATE-TIME-METHOD."""
 
-    compare: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    checkpoint_every: int = 0
+    """Steps between checkpoints, beside those at the end of each epoch; 0 for no others. The last two and the best
+    are kept."""
+
+    resume: Path | None = None
+    """Run folder to go on with, from its last checkpoint; its configuration holds, and flags that contradict it are refused."""
+
+    resume_step: int | None = None
+    """With --resume: the checkpoint of this step, such as an older one where the last is damaged."""
+
+    compare: _Flag = False
     """Also train with full backpropagation and with lp_l1-2, into OUTPUT/compare/, and show them beside."""
 
     def prepare(self) -> Callable[[], None]:
-        """Checks everything that can be checked before training.
+        """Checks everything that can be checked before training, and makes the run folders.
 
         Returns:
           The function that trains.
 
         Raises:
-          ValueError: if a value is out of range, the method is unknown or trains nothing, or the output folder cannot be used.
+          ValueError: if a value is out of range, a name is unknown, nothing would be trained, the run folder cannot be used,
+            or the checkpoint to go on from is damaged or of another model.
+          FileNotFoundError, ImportError: if data or pretrained weights cannot be had.
         """
-        for name in ("epochs", "batch_size", "lr"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"--{name.replace('_', '-')} must be positive, got {getattr(self, name)}")
-        if self.seed < 0:
-            raise ValueError(f"--seed must not be negative, got {self.seed}")
-        methods = [self.method, *(other for other in ("full", "lp_l1-2") if self.compare and other != self.method)]
-        for method in methods:
-            parse_method(method, projection=self.projection).rules(model_info(BUNDLED), self.train)
-        dataset = data.digits(model_info(BUNDLED).image_size, self.seed)
-        if self.batch_size > len(dataset.train):
-            raise ValueError(f"--batch-size must be at most {len(dataset.train)}, the number of training images")
-        output = self.output or Path("runs") / f"{datetime.datetime.now():%Y%m%d-%H%M%S}-{self.method}"
-        folders = [run_folder.create(output if i == 0 else output / "compare" / m) for i, m in enumerate(methods)]
+        if self.checkpoint_every < 0:
+            raise ValueError(f"--checkpoint-every must not be negative, got {self.checkpoint_every}")
+        connect(self.coordinator, self.num_processes, self.process_id)
+        with contextlib.ExitStack() as locks:
+            runs = self._new_runs(locks) if self.resume is None else [self._resumed_run(self.resume, locks)]
+            held = locks.pop_all()
 
         def run() -> None:
-            console = Console()
-            results = [
-                _run(dataclasses.replace(self, method=m), dataset, f, console) for m, f in zip(methods, folders, strict=True)
-            ]
-            console.print(_table(results))
-            console.print(f"Run folder: {output}", soft_wrap=True)
+            console = Console(quiet=not is_first())
+            with held:
+                results = [each.train(self.checkpoint_every, console) for each in runs]
+            console.print(table(results))
+            console.print(f"Run folder: {runs[0].folder}", soft_wrap=True)
 
         return run
 
+    def _new_runs(self, locks: contextlib.ExitStack) -> list[TrainingRun]:
+        if self.resume_step is not None:
+            raise ValueError("--resume-step goes with --resume RUN")
+        config, dataset = self._config()
+        methods = [self.method, *(other for other in _COMPARED if self.compare and other != self.method)]
+        output = self.output or Path("runs") / f"{datetime.datetime.now():%Y%m%d-%H%M%S}-{self.method}"
+        folders = [output, *(output / "compare" / method for method in methods[1:])]
+        placement = Placement(self.shard)
+        runs = [
+            training_run.prepare(dataclasses.replace(config, method=method), folder, dataset, placement, self.workers)
+            for method, folder in zip(methods, folders, strict=True)
+        ]
+        for folder in folders if is_first() else ():
+            locks.callback(run_folder.lock(folder, create=True).release)
+        return runs
 
-@dataclasses.dataclass(frozen=True)
-class Result:
-    """What a run is judged by.
-
-    Attributes:
-      method: its short name.
-      test_accuracy: after the last epoch, in [0, 1].
-      trainable_parameters: how many scalars were trained.
-      backward_flops: of matrix products, an image.
-      saved_bytes: kept for the backward pass, an image.
-      step_seconds: median over the run, the first step (which compiles) left out.
-    """
-
-    method: str
-    test_accuracy: float
-    trainable_parameters: int
-    backward_flops: int
-    saved_bytes: int
-    step_seconds: float
-
-
-def _run(config: Finetune, dataset: data.Dataset, folder: Path, console: Console) -> Result:
-    info = model_info(BUNDLED)
-    method = parse_method(config.method, projection=config.projection)
-    base = create_model(BUNDLED, num_classes=len(dataset.classes), frozen_batch_norm=True)
-    image_shape = (info.image_size, info.image_size, info.channels)
-    example = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
-    model = adapt(base, method.rules(info, config.train), example)
-    head_key, branch_key = jax.random.key(config.seed), jax.random.fold_in(jax.random.key(config.seed), 1)
-    pretrained = replace_head(load_bundled()[0], base.init(head_key, jnp.zeros((1, *image_shape))))
-    variables = model.with_branches(branch_key, pretrained)
-    recipe = train.Recipe(config.epochs, config.batch_size, config.lr, seed=config.seed)
-    run_folder.write_json(
-        folder / run_folder.CONFIG,
-        {
-            "model": BUNDLED,
-            "dataset": dataset.name,
-            "classes": dataset.classes,
-            "method": config.method,
-            "train": config.train,
-            "projection": config.projection,
-            "recipe": dataclasses.asdict(recipe),
-            "versions": {"jax": jax.__version__, "flax": flax.__version__, "python": platform.python_version()},
-            "device": jax.devices()[0].device_kind,
-        },
-    )
-    console.print(
-        f"[bold]{config.method}[/]: {BUNDLED} ({count_parameters(variables):,} parameters) on {dataset.name} "
-        f"({len(dataset.train)} training and {len(dataset.test)} test images, {len(dataset.classes)} classes)"
-    )
-    events = train.fit(model, info, variables, dataset.train, dataset.test, recipe, trainable=model.trainable)
-    total = recipe.epochs * (len(dataset.train) // recipe.batch_size)
-    steps, epochs, state = _follow(events, total, recipe, folder, console)
-    metadata = {"model": BUNDLED, "classes": dataset.classes}
-    save_weights(folder / run_folder.WEIGHTS, model.merge(state.variables), metadata)
-    if method.branches != "none":
-        save_adapter(folder / run_folder.ADAPTER, model, state.variables, BUNDLED)
-    result = Result(
-        config.method,
-        epochs[-1].test_accuracy,
-        sum(leaf.size for leaf in jax.tree.leaves(state.params)),
-        backward_flops(model, variables, image_shape),
-        saved_bytes(model, variables, image_shape),
-        statistics.median(step.seconds for step in steps[1:] or steps),
-    )
-    run_folder.plot_curves(folder, steps, epochs, f"{BUNDLED} on {dataset.name}, {config.method}")
-    run_folder.write_json(folder / run_folder.RESULT, dataclasses.asdict(result))
-    return result
-
-
-def _follow(
-    events: Iterator[train.Step | train.Epoch | train.TrainState],
-    total: int,
-    recipe: train.Recipe,
-    folder: Path,
-    console: Console,
-) -> tuple[list[train.Step], list[train.Epoch], train.TrainState]:
-    """Runs the training, showing a progress bar (a line an epoch where the output is no terminal) and logging metrics."""
-    steps, epochs = [], []
-    columns = (
-        TextColumn("epoch {task.fields[epoch]}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("loss {task.fields[loss]:.3f}  accuracy {task.fields[accuracy]:.1%}  {task.fields[rate]:.0f} images/s"),
-        TimeRemainingColumn(),
-    )
-    disabled = not console.is_terminal
-    with run_folder.MetricsFile(folder) as metrics, Progress(*columns, console=console, disable=disabled) as progress:
-        task = progress.add_task("", total=total, epoch=f"1/{recipe.epochs}", loss=0.0, accuracy=0.0, rate=0.0)
-        for event in events:
-            if isinstance(event, train.TrainState):
-                return steps, epochs, event
-            metrics.write(event)
-            if isinstance(event, train.Step):
-                steps.append(event)
-                rate = recipe.batch_size / event.seconds
-                progress.update(task, advance=1, loss=event.loss, accuracy=event.accuracy, rate=rate)
-            else:
-                epochs.append(event)
-                progress.update(task, epoch=f"{min(event.number + 1, recipe.epochs)}/{recipe.epochs}")
-                console.print(
-                    f"epoch {event.number}/{recipe.epochs}: loss {steps[-1].loss:.3f}, "
-                    f"test accuracy {event.test_accuracy:.2%}, {recipe.batch_size / steps[-1].seconds:.0f} images/s",
-                    highlight=False,
-                )
-    raise RuntimeError("the training ended without its last state")
-
-
-def _table(results: Sequence[Result]) -> Table:
-    table = Table(title="What it came to")
-    table.add_column("method")
-    for heading in ("test accuracy", "trained parameters", "backward MFLOPs/image", "saved KB/image", "median step"):
-        table.add_column(heading, justify="right")
-    for result in results:
-        table.add_row(
-            result.method,
-            f"{result.test_accuracy:.2%}",
-            f"{result.trainable_parameters:,}",
-            f"{result.backward_flops / 1e6:.1f}",
-            f"{result.saved_bytes / 1e3:,.0f}",
-            f"{result.step_seconds * 1e3:.0f} ms",
+    def _config(self) -> tuple[RunConfig, Dataset]:
+        for method in (self.method, *_COMPARED * self.compare):
+            parse_method(method, projection=self.projection).rules(model_info(self.model), self.train)
+        if self.pretrained is None and self.model != BUNDLED:
+            raise ValueError(
+                f"no weights of {self.model} come with this package; give --pretrained a file, a folder or a hub id, or none "
+                "for random weights"
+            )
+        recipe = self._recipe()
+        dataset = open_dataset(self.dataset, recipe.seed, self.data_dir)
+        info = model_info(self.model)
+        config = RunConfig(
+            model=self.model,
+            pretrained=self.pretrained or BUNDLED_WEIGHTS,
+            image_size=self.image_size or info.image_size,
+            channels=info.channels,
+            mean=info.mean,
+            std=info.std,
+            interpolation=info.interpolation,
+            crop=info.crop,
+            dataset=self.dataset,
+            data_dir=None if self.data_dir is None else str(self.data_dir),
+            classes=dataset.classes,
+            method=self.method,
+            train=self.train,
+            projection=self.projection,
+            dtype=self.dtype,
+            remat=self.remat,
+            recipe=recipe,
         )
-    return table
+        return config, dataset
+
+    def _recipe(self) -> Recipe:
+        base = Recipe(epochs=15)
+        if self.recipe == "paper":
+            paper = paper_recipe(self.dataset)
+            base = dataclasses.replace(base, **{**paper, "clip": paper["clip"] or 0.0})
+        augmentation = dataclasses.replace(base.augmentation, **self._given(Augmentation))
+        return dataclasses.replace(base, augmentation=augmentation, **self._given(Recipe))
+
+    def _given(self, kind: type) -> dict[str, Any]:
+        names = [field.name for field in dataclasses.fields(kind) if hasattr(self, field.name)]
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+    def _resumed_run(self, folder: Path, locks: contextlib.ExitStack) -> TrainingRun:
+        config = run_folder.read_config(folder)
+        self._check_agreement(config, folder)
+        if is_first():
+            locks.callback(run_folder.lock(folder, create=False).release)
+        if training_run.finished(folder):
+            raise ValueError(f"{folder} is finished; there is nothing to resume")
+        if self.data_dir is not None:
+            config = dataclasses.replace(config, data_dir=str(self.data_dir))
+        data_dir = None if config.data_dir is None else Path(config.data_dir)
+        dataset = open_dataset(config.dataset, config.recipe.seed, data_dir)
+        step = last_step(folder) if self.resume_step is None else self.resume_step
+        return training_run.prepare(config, folder, dataset, Placement(self.shard), self.workers, step)
+
+    def _check_agreement(self, config: RunConfig, folder: Path) -> None:
+        recorded = {**vars(config.recipe.augmentation), **vars(config.recipe), **vars(config)}
+        for field in dataclasses.fields(self):
+            given = getattr(self, field.name)
+            if given == field.default or field.name in _NOT_RECORDED:
+                continue
+            flag = f"--{field.name.replace('_', '-')}"
+            if field.name in ("recipe", "compare"):
+                raise ValueError(f"{flag} does not go with --resume: the run in {folder} keeps its configuration; leave it out")
+            if recorded[field.name] != given:
+                raise ValueError(
+                    f"{flag} {given}: the run in {folder} was started with {recorded[field.name]}, and a resumed run keeps its "
+                    "configuration; leave the flag out, or start a new run"
+                )

@@ -1,9 +1,11 @@
 """Model variables as safetensors files, and the weights that come with the package."""
 
+import contextlib
 import json
 import os
 from collections.abc import Mapping
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 import flax.traverse_util
@@ -66,8 +68,13 @@ def load_bundled() -> tuple[dict[str, Any], dict[str, Any]]:
     Returns:
       ``(variables, metadata)``, as ``load_weights`` does; the model is ``create_model(BUNDLED, num_classes=10)``.
     """
-    with resources.as_file(resources.files("lbpwht_jax") / "bundled" / f"{BUNDLED}.safetensors") as path:
+    with bundled_file() as path:
         return load_weights(path)
+
+
+def bundled_file() -> contextlib.AbstractContextManager[Path]:
+    """The file ``load_bundled`` reads, for as long as the context lasts."""
+    return resources.as_file(resources.files("lbpwht_jax") / "bundled" / f"{BUNDLED}.safetensors")
 
 
 def replace_head(variables: Mapping[str, Any], fresh: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lbpwht_jax.cost import product_flops
+from lbpwht_jax.finished_run import FINAL, load_run
 from lbpwht_jax.models import create_model, list_models, model_info
 from lbpwht_jax.pretrained import export_weights, load_pretrained, number_of_classes
 
@@ -42,19 +43,24 @@ class Convert:
 
     def prepare(self) -> None:
         """Writes the file; raises as ``load_pretrained`` does."""
-        _rewrite(self, "flax")
+        _rewrite(self, self.output, "flax")
 
 
 @dataclasses.dataclass(frozen=True)
 class Export:
-    """Writes weights, such as fine-tuned ones, for timm (`load_state_dict(..., strict=True)`) or as this library keeps them."""
+    """Writes weights, such as fine-tuned ones, for timm (`load_state_dict(..., strict=True)`) or as this library keeps them.
 
-    model: _Model
-    """Name of the model; `lbpwht models` lists them."""
-    source: _Source
-    """A .safetensors file of this library or timm, or anything `lbpwht convert` reads."""
-    output: _Output
+    `lbpwht export RUN OUTPUT` writes what a run made; `lbpwht export MODEL SOURCE OUTPUT` rewrites a file.
+    """
+
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN|MODEL")]
+    """A run folder; or the name of a model, which `lbpwht models` lists."""
+    source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="[SOURCE]")]
+    """Of a model: a .safetensors file of this library or timm, or anything `lbpwht convert` reads. Left out for a run."""
+    output: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="OUTPUT")] = None
     """The .safetensors file to write."""
+    checkpoint: str = FINAL
+    """Of a run: final; or a checkpoint, also if it is not finished: last, best or the number of its step."""
     format: Literal["timm", "flax"] = "timm"
     """timm: timm's names and layouts. flax: this library's."""
     num_classes: int | None = None
@@ -65,8 +71,18 @@ class Export:
     """Takes hub weights from the local cache alone, without the network."""
 
     def prepare(self) -> None:
-        """Writes the file; raises as ``load_pretrained`` does."""
-        _rewrite(self, self.format)
+        """Writes the file; raises as ``load_pretrained`` and ``load_run`` do."""
+        if self.output is not None:
+            if self.checkpoint != FINAL:
+                raise ValueError("--checkpoint goes with a run folder: lbpwht export RUN OUTPUT")
+            _rewrite(self, self.output, self.format)
+            return
+        if self.model in list_models():
+            raise ValueError(f"write lbpwht export {self.model} SOURCE OUTPUT, or lbpwht export RUN OUTPUT for a run folder")
+        if self.num_classes is not None or self.image_size is not None:
+            raise ValueError("--num-classes and --image-size do not go with a run folder, which has its own")
+        run, output = load_run(Path(self.model), self.checkpoint), Path(self.source)
+        _write(run.config.model, run.module, run.variables, output, self.format)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,9 +148,13 @@ def describe(name: str) -> Description:
     )
 
 
-def _rewrite(command: Convert | Export, format: Literal["timm", "flax"]) -> None:
+def _rewrite(command: Convert | Export, output: Path, format: Literal["timm", "flax"]) -> None:
     variables = load_pretrained(command.model, command.source, command.num_classes, command.image_size, offline=command.offline)
     classes = number_of_classes(command.model, variables)
     module = create_model(command.model, num_classes=classes, image_size=command.image_size)
-    export_weights(command.model, module, variables, command.output, format)
-    print(f"{command.output}: {command.model} for {classes} classes at {module.image_size} pixels, {format} layout")
+    _write(command.model, module, variables, output, format)
+
+
+def _write(name: str, module: Any, variables: Any, output: Path, format: Literal["timm", "flax"]) -> None:
+    export_weights(name, module, variables, output, format)
+    print(f"{output}: {name} for {module.num_classes} classes at {module.image_size} pixels, {format} layout")

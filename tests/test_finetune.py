@@ -10,7 +10,7 @@ from PIL import Image
 from lbpwht_jax import adapt
 from lbpwht_jax.adapter_file import load_adapter
 from lbpwht_jax.cli import main
-from lbpwht_jax.data import digits
+from lbpwht_jax.data.arrays import digits
 from lbpwht_jax.methods import parse_method
 from lbpwht_jax.models import create_model, model_info
 from lbpwht_jax.train import evaluate, make_eval_step

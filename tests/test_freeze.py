@@ -9,7 +9,7 @@ from flax import traverse_util
 
 from lbpwht_jax import Freeze, LoRA, LowRank, adapt, low_rank_matmul, lp_l1
 from lbpwht_jax.cost import backward_flops, product_flops, saved_bytes
-from lbpwht_jax.data import Split
+from lbpwht_jax.data import ArraySplit, Batch, Dataset
 from lbpwht_jax.methods import parse_method
 from lbpwht_jax.models import model_info
 from lbpwht_jax.models.efficientformer import EfficientFormer
@@ -17,7 +17,7 @@ from lbpwht_jax.models.info import ModelInfo
 from lbpwht_jax.models.vit import VisionTransformer
 from lbpwht_jax.partition import join_params, split_params
 from lbpwht_jax.projection import projection_matrices
-from lbpwht_jax.train import Recipe, TrainState, fit, initialise, make_train_step
+from lbpwht_jax.train import Placement, Recipe, Snapshot, Trainer
 
 LOW = lp_l1(2)
 
@@ -109,14 +109,18 @@ def trainer(name, method, train):
     model, info = MODELS[name]
     images = jnp.zeros((1, info.image_size, info.image_size, info.channels))
     adapted = adapt(model, parse_method(method).rules(info, train), images)
-    return adapted, info, adapted.init(jax.random.key(0), images)
+    data = Dataset("noise", *[noise(info)] * 2, tuple("abcd"))
+    one = Placement(devices=jax.devices()[:1])
+    return Trainer(adapted, info, data, RECIPE, info.image_size, adapted.trainable, one), adapted.init(
+        jax.random.key(0), images
+    )
 
 
-def split_of(info, count=4):
+def noise(info, count=4):
     rng = np.random.default_rng(0)
     edge = info.image_size
     images = rng.integers(0, 255, (count, edge, edge, info.channels)).astype(np.uint8)
-    return Split(images, rng.integers(0, 4, count).astype(np.int32))
+    return ArraySplit(images, rng.integers(0, 4, count).astype(np.int32))
 
 
 @pytest.mark.parametrize(
@@ -129,10 +133,11 @@ def split_of(info, count=4):
     ],
 )
 def test_frozen_arrays_stay_bit_for_bit(name, method, train):
-    adapted, info, variables = trainer(name, method, train)
-    data = split_of(info)
-    *_, state = fit(adapted, info, variables, data, data, RECIPE, trainable=adapted.trainable)
-    assert isinstance(state, TrainState) and int(state.step) == 3
+    training, variables = trainer(name, method, train)
+    adapted = training.model
+    *_, last = training.fit(training.initial_state(variables))
+    assert isinstance(last, Snapshot) and int(last.state.step) == 3
+    state = last.state
     before, after = (traverse_util.flatten_dict(v, sep="/") for v in (variables, state.variables))
     assert before.keys() == after.keys()
     changed = {path for path, leaf in before.items() if not np.array_equal(leaf, after[path])}
@@ -145,15 +150,13 @@ def test_frozen_arrays_stay_bit_for_bit(name, method, train):
 
 def step_costs(name, method, train):
     """FLOPs of a whole training step as XLA counts them, those of the backward pass's products as traced, and bytes kept."""
-    adapted, info, variables = trainer(name, method, train)
-    optimizer = RECIPE.optimizer(10)
-    step = make_train_step(adapted, info, optimizer, RECIPE)
-    state = initialise(variables, optimizer, adapted.trainable)
-    data = split_of(info, 8)
-    compiled = step.lower(state, jnp.asarray(data.images), jnp.asarray(data.labels)).compile()
+    training, variables = trainer(name, method, train)
+    info, data = training.info, noise(training.info, 8)
+    batch = Batch(jnp.asarray(data.images), jnp.asarray(data.labels), jnp.ones(8, bool), jnp.ones(8))
+    compiled = training.train_step.lower(training.initial_state(variables), batch).compile()
     shape = (info.image_size, info.image_size, info.channels)
-    traced = 8 * backward_flops(adapted, variables, shape)
-    return compiled.cost_analysis()["flops"], traced, saved_bytes(adapted, variables, shape)
+    traced = 8 * backward_flops(training.model, variables, shape)
+    return compiled.cost_analysis()["flops"], traced, saved_bytes(training.model, variables, shape)
 
 
 def test_the_compiled_step_saves_what_the_count_says():
@@ -170,7 +173,8 @@ def test_nothing_flows_below_the_lowest_trained_layer():
     layer = 2 * tokens * dim * dim
     one_block = 12 * layer  # qkv 3, proj 1, fc1 4, fc2 4
     attention = 4 * 2 * tokens * tokens * dim
-    _, info, variables = trainer("vit", "full", "last_stage")
+    training, variables = trainer("vit", "full", "last_stage")
+    info = training.info
     adapted = adapt(VIT, parse_method("full").rules(info, "last_stage"), jnp.zeros((1, 28, 28, 1)))
     head = 2 * 2 * dim * 4
     # of the last block all products twice: the trained norm in front of its first layer asks for that layer's dx

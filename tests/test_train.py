@@ -8,23 +8,40 @@ import numpy as np
 import pytest
 
 from lbpwht_jax import LowRankDense, lp_l1
-from lbpwht_jax.data import Split
+from lbpwht_jax.data import ArraySplit, Augmentation, Batch, Dataset, training_batches
 from lbpwht_jax.models.info import ModelInfo
-from lbpwht_jax.train import Epoch, Recipe, Step, TrainState, evaluate, fit, make_eval_step, normalise
+from lbpwht_jax.train import (
+    Diverged,
+    Epoch,
+    Placement,
+    Recipe,
+    Snapshot,
+    Step,
+    Trainer,
+    bytes_on_a_device,
+    initial_state,
+    make_train_step,
+    normalise,
+)
 
 
 class Tiny(nn.Module):
+    batch_norm: bool = True
+
     @nn.compact
     def __call__(self, images, train=False):
         x = LowRankDense(8, spec=lp_l1(2, block=4))(images)
-        x = nn.BatchNorm(use_running_average=not train, name="norm")(x)
-        return nn.Dense(2, name="head")(x.mean((1, 2)))
+        if self.batch_norm:
+            x = nn.BatchNorm(use_running_average=not train, name="norm")(x)
+        return nn.Dense(2, name="head")(nn.relu(x).mean((1, 2)))
 
 
 INFO = ModelInfo(Tiny, {}, 4, "", channels=1, mean=(0.5,), std=(0.25,))
-MODEL = Tiny()
-VARIABLES = MODEL.init(jax.random.key(0), jnp.zeros((1, 4, 4, 1)))
+MODEL, PLAIN = Tiny(), Tiny(batch_norm=False)
+VARIABLES = MODEL.init(jax.random.key(3), jnp.zeros((1, 4, 4, 1)))
+PLAIN_VARIABLES = PLAIN.init(jax.random.key(3), jnp.zeros((1, 4, 4, 1)))
 RECIPE = Recipe(epochs=3, batch_size=8, lr=3e-2)
+ONE = Placement(devices=jax.devices()[:1])
 
 
 def stripes(count, seed=0):
@@ -32,25 +49,42 @@ def stripes(count, seed=0):
     rng = np.random.default_rng(seed)
     labels = rng.integers(0, 2, count).astype(np.int32)
     images = rng.integers(0, 60, (count, 4, 4, 1)) + 150 * (1 - labels.reshape(-1, 1, 1, 1))
-    return Split(images.astype(np.uint8), labels)
+    return ArraySplit(images.astype(np.uint8), labels)
 
 
-TRAIN, TEST = stripes(44), stripes(21, seed=1)
+DATA = Dataset("stripes", stripes(44), stripes(21, seed=1), ("bright", "dark"))
 
 
-def run(recipe=RECIPE, augment=None):
-    *events, state = fit(MODEL, INFO, VARIABLES, TRAIN, TEST, recipe, augment)
-    assert isinstance(state, TrainState)
-    return [e for e in events if isinstance(e, Step)], [e for e in events if isinstance(e, Epoch)], state
+def trainer(recipe=RECIPE, model=MODEL, placement=ONE, data=DATA):
+    return Trainer(model, INFO, data, recipe, 4, placement=placement)
+
+
+def run(recipe=RECIPE, model=MODEL, variables=VARIABLES, placement=ONE):
+    training = trainer(recipe, model, placement)
+    state = training.initial_state(variables)
+    with jax.transfer_guard("disallow"):
+        events = list(training.fit(state))
+    last = events[-1]
+    assert isinstance(last, Snapshot)
+    return [e for e in events if isinstance(e, Step)], [e for e in events if isinstance(e, Epoch)], last.state
+
+
+def losses(*args, **kwargs):
+    return [step.loss for step in run(*args, **kwargs)[0]]
+
+
+def device_batch(training, count=8):
+    batch = next(training_batches(DATA, dataclasses.replace(training.loading, batch_size=count)))
+    return Batch(*map(jnp.asarray, batch))
 
 
 def test_it_learns_and_reports():
     steps, epochs, state = run()
     assert [step.number for step in steps] == list(range(1, 16)) and int(state.step) == 15
-    assert [epoch.number for epoch in epochs] == [1, 2, 3]
+    assert [(epoch.number, epoch.step) for epoch in epochs] == [(1, 5), (2, 10), (3, 15)]
     assert epochs[-1].test_accuracy == 1.0
-    assert steps[0].accuracy < 0.5 and steps[-1].loss < steps[0].loss / 2
-    assert all(math.isfinite(step.seconds) and step.seconds > 0 for step in steps)
+    assert steps[0].accuracy < 0.7 and steps[-1].loss < steps[0].loss / 2
+    assert all(math.isfinite(step.seconds) and step.seconds > 0 and step.gradient_norm > 0 for step in steps)
     assert (state.others["batch_stats"]["norm"]["mean"] != VARIABLES["batch_stats"]["norm"]["mean"]).any()
 
 
@@ -68,23 +102,24 @@ def test_the_variables_given_stay_as_they_were():
 
 
 def test_augmentation_is_applied():
-    steps, _, _ = run(augment=lambda key, images: jnp.zeros_like(images))
-    # blank images: nothing but the classes' frequencies to learn
-    assert steps[-1].loss > 0.5
+    shifted = dataclasses.replace(RECIPE, augmentation=Augmentation(shift=3))
+    assert losses(shifted) != losses()
 
 
 def test_evaluation_counts_every_image_once():
-    step = make_eval_step(MODEL, INFO)
-    logits = MODEL.apply(VARIABLES, normalise(jnp.asarray(TEST.images), INFO))
-    accuracy = float((logits.argmax(-1) == jnp.asarray(TEST.labels)).mean())
-    loss = -float(jax.nn.log_softmax(logits)[jnp.arange(21), TEST.labels].mean())
-    for batch_size in (4, 21, 64):
-        assert evaluate(step, VARIABLES, TEST, batch_size) == pytest.approx((accuracy, loss), rel=1e-5)
+    logits = MODEL.apply(VARIABLES, normalise(jnp.asarray(DATA.test.images) / 255, INFO))
+    labels = jnp.asarray(DATA.test.labels)
+    accuracy = float((logits.argmax(-1) == labels).mean())
+    loss = -float(jax.nn.log_softmax(logits)[jnp.arange(21), labels].mean())
+    for batch_size, placement in ((4, ONE), (21, ONE), (32, Placement())):
+        training = trainer(dataclasses.replace(RECIPE, batch_size=batch_size), placement=placement)
+        found = training.evaluator(VARIABLES, DATA.test)
+        assert (found.accuracy, found.loss) == pytest.approx((accuracy, loss), rel=1e-5)
+        assert found.images == 21 and not found.skipped
 
 
 def test_normalise():
-    images = jnp.asarray([0, 255], jnp.uint8).reshape(2, 1, 1, 1)
-    np.testing.assert_allclose(normalise(images, INFO).ravel(), [-2.0, 2.0])
+    np.testing.assert_allclose(normalise(jnp.asarray([0.0, 1.0]).reshape(2, 1, 1, 1), INFO).ravel(), [-2.0, 2.0])
 
 
 def test_the_rate_warms_up_and_decays():
@@ -102,18 +137,141 @@ def test_the_rate_warms_up_and_decays():
     assert updates[-1] == pytest.approx(0.01, rel=0.1)
 
 
-def test_a_loss_that_diverges_names_the_step():
-    broken = jax.tree.map(lambda leaf: leaf * jnp.nan, VARIABLES)
-    with pytest.raises(FloatingPointError, match=r"the loss is nan at step 1; lower the learning rate"):
-        list(fit(MODEL, INFO, broken, TRAIN, TEST, RECIPE))
+def test_accumulated_gradients_are_those_of_the_whole_batch():
+    def step(parts):
+        training = trainer(dataclasses.replace(RECIPE, accumulate=parts), PLAIN)
+        return training.train_step(training.initial_state(PLAIN_VARIABLES), device_batch(training))
+
+    (whole, metrics), (parts, accumulated) = step(1), step(4)
+    # the same sums in another order, in float32
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), metrics, accumulated)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), whole.optimizer, parts.optimizer)
 
 
-def test_a_batch_larger_than_the_data():
-    with pytest.raises(ValueError, match="batch size 64 is larger than the 44 training images"):
-        next(fit(MODEL, INFO, VARIABLES, TRAIN, TEST, Recipe(1)))
+def test_the_moving_average_is_what_is_evaluated():
+    recipe = dataclasses.replace(RECIPE, epochs=1, ema=0.9)
+    training = trainer(recipe, PLAIN)
+    state = training.initial_state(PLAIN_VARIABLES)
+    average = jax.tree.map(np.asarray, state.params)
+    for batch, _ in zip(training_batches(DATA, training.loading), range(5), strict=False):
+        state, _ = training.train_step(state, training.placement.put_batch(batch))
+        average = jax.tree.map(lambda old, new: 0.9 * old + 0.1 * np.asarray(new), average, state.params)
+    *_, epoch, snapshot = training.fit(training.initial_state(PLAIN_VARIABLES))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), average, snapshot.state.averaged["params"])
+    found = training.evaluator(snapshot.state.averaged, DATA.test)
+    assert epoch.test_loss == found.loss != training.evaluator(snapshot.state.variables, DATA.test).loss
+
+
+@pytest.mark.parametrize("broken", ["loss", "gradient"])
+def test_divergence_names_the_step_and_keeps_the_last_good_state(broken):
+    @jax.custom_jvp
+    def poisoned(x):
+        return x
+
+    @poisoned.defjvp
+    def _(primals, tangents):
+        (x,), (t,) = primals, tangents
+        return x, t * jnp.where(x.mean() > 10, jnp.nan, 1.0)
+
+    class Breaking(nn.Module):
+        @nn.compact
+        def __call__(self, images, train=False):
+            steps = self.variable("count", "steps", jnp.zeros, ())
+            if train:
+                steps.value = steps.value + 1
+            x = nn.Dense(2, name="head")(images.mean((1, 2)))
+            if broken == "gradient":
+                return poisoned(x + jnp.where(steps.value > 3, 20.0, 0.0))
+            return x + jnp.where(steps.value > 3, jnp.inf, 0.0)
+
+    model = Breaking()
+    variables = {**model.init(jax.random.key(0), jnp.zeros((1, 4, 4, 1))), "count": {"steps": jnp.zeros(())}}
+    training = trainer(model=model)
+    steps = []
+    what = "the loss is nan" if broken == "loss" else "the gradients' norm is nan"
+    with pytest.raises(Diverged, match=f"{what} at step 4; lower the learning rate") as caught:
+        steps.extend(training.fit(training.initial_state(variables)))
+    state = training.initial_state(variables)
+    for batch, _ in zip(training_batches(DATA, training.loading), range(3), strict=False):
+        state, _ = training.train_step(state, training.placement.put_batch(batch))
+    jax.tree.map(np.testing.assert_array_equal, caught.value.state, state)
 
 
 def test_one_compilation_for_all_steps(caplog):
     with jax.log_compiles():
-        run()
-    assert sum("Compiling jit(step)" in record.message for record in caplog.records) == 2
+        run(placement=Placement("params"))
+    compiled = [record.message for record in caplog.records if "Compiling jit(" in record.message]
+    assert sum("jit(placed)" in message for message in compiled) == 1
+    assert sum("jit(step)" in message for message in compiled) == 1
+
+
+@pytest.mark.parametrize("shard", ["data", "params"])
+def test_devices_share_a_run(shard):
+    alone = losses(model=PLAIN, variables=PLAIN_VARIABLES)
+    placement = Placement(shard, jax.devices()[:4])
+    together = losses(model=PLAIN, variables=PLAIN_VARIABLES, placement=placement)
+    np.testing.assert_allclose(together, alone, rtol=0, atol=1e-5)
+
+
+def test_sharing_parameters_saves_memory():
+    def sizes(shard):
+        training = trainer(placement=Placement(shard, jax.devices()[:4]))
+        state = training.initial_state(VARIABLES)
+        state, _ = training.train_step(state, training.placement.put_batch(next(training_batches(DATA, training.loading))))
+        return bytes_on_a_device(state.params), bytes_on_a_device(state.optimizer)
+
+    (params, optimizer), (shared_params, shared_optimizer) = sizes("data"), sizes("params")
+    head_bias = 4 * 2  # the two numbers that four devices cannot share
+    assert params - head_bias == 4 * (shared_params - head_bias)
+    counts = 2 * 4  # AdamW's and the schedule's
+    assert optimizer - 2 * head_bias - counts == 4 * (shared_optimizer - 2 * head_bias - counts)
+
+
+def test_the_step_under_pmap():
+    training = trainer(model=PLAIN)
+    batch = device_batch(training)
+    optimizer = RECIPE.optimizer(15)
+    state, metrics = training.train_step(training.initial_state(PLAIN_VARIABLES), batch)
+    step = jax.pmap(make_train_step(PLAIN, INFO, optimizer, RECIPE, 4, 2, axis="i"), "i", devices=jax.devices()[:4])
+    copies = jax.tree.map(lambda leaf: jnp.stack([leaf] * 4), initial_state(PLAIN_VARIABLES, optimizer))
+    mapped, averaged = step(copies, jax.tree.map(lambda leaf: leaf.reshape(4, 2, *leaf.shape[1:]), batch))
+    # means of four means, in float32
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a[0], b, rtol=1e-5, atol=1e-6), averaged, metrics)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a[2], b, rtol=1e-4, atol=1e-6), mapped.optimizer, state.optimizer)
+
+
+def test_the_loss_is_that_of_smoothed_labels():
+    training = trainer(model=PLAIN)
+    _, metrics = training.train_step(training.initial_state(PLAIN_VARIABLES), device_batch(training))
+    batch = device_batch(training)
+    logits = PLAIN.apply(PLAIN_VARIABLES, normalise(batch.images.astype(jnp.float32) / 255, INFO))
+    scores = -np.asarray(jax.nn.log_softmax(logits))
+    wanted = 0.9 * scores[np.arange(8), batch.labels] + 0.1 * scores.mean(-1)
+    assert float(metrics.loss) == pytest.approx(wanted.mean(), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("fields", "placement", "message"),
+    [
+        ({"batch_size": 64}, ONE, "batch size 64 is larger than the 44 training images"),
+        (
+            {"batch_size": 12},
+            Placement(),
+            "a batch of 12 images cannot be shared equally by 8 devices; make the batch size a m",
+        ),
+        (
+            {"accumulate": 3},
+            ONE,
+            r"cannot be shared equally by 1 devices in 3 parts \(accumulate\); make the batch size a multip",
+        ),
+    ],
+)
+def test_batches_that_cannot_be(fields, placement, message):
+    with pytest.raises(ValueError, match=message):
+        trainer(dataclasses.replace(RECIPE, **fields), placement=placement)
+
+
+@pytest.mark.parametrize(("name", "value"), [("epochs", 0), ("lr", -1.0), ("ema", 1.0), ("clip", -1.0), ("accumulate", 0)])
+def test_numbers_out_of_range(name, value):
+    with pytest.raises(ValueError, match=f"{name} must .*got {value}"):
+        dataclasses.replace(RECIPE, **{name: value})

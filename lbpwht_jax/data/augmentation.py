@@ -1,0 +1,176 @@
+"""Random changes to training images, on the device, inside jit."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from lbpwht_jax.data.randaugment import randaugment
+
+RATIO = (3 / 4, 4 / 3)
+_TRIES = 10
+
+
+@dataclasses.dataclass(frozen=True)
+class Augmentation:
+    """How training images are changed; by default not at all.
+
+    Attributes:
+      crop_scale: the random resized crop's least and largest area over the image's, in (0, 1]; None for the whole image,
+        squashed. Its width over its height is drawn from 3/4 to 4/3, in the proportions of the original.
+      flip: whether half of the images are mirrored left to right.
+      shift: pixels that images are moved by at most along both axes, repeating their edges.
+      randaugment: operations an image and their magnitude in [0, 10]; None for none.
+      mixup: alpha of the Beta distribution of the share that an image keeps when it is blended with another; 0 for no mixup.
+      cutmix: the same of the area that it keeps when a box of it is replaced by another's; 0 for no cutmix. With both, each
+        image undergoes one or the other.
+
+    Raises:
+      ValueError: if a number is out of range.
+    """
+
+    crop_scale: tuple[float, float] | None = None
+    flip: bool = False
+    shift: int = 0
+    randaugment: tuple[int, float] | None = None
+    mixup: float = 0.0
+    cutmix: float = 0.0
+
+    def __post_init__(self):
+        if self.crop_scale is not None and not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
+            raise ValueError(f"Augmentation: crop_scale must be two rising numbers in (0, 1], got {self.crop_scale}")
+        for name in ("shift", "mixup", "cutmix"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"Augmentation: {name} must not be negative, got {getattr(self, name)}")
+        if self.randaugment is not None and not (self.randaugment[0] >= 1 and 0 <= self.randaugment[1] <= 10):
+            raise ValueError(f"Augmentation: randaugment must be a positive count and 0 to 10, got {self.randaugment}")
+
+
+Augment = Callable[[jax.Array, jax.Array, jax.Array, jax.Array, int], tuple[jax.Array, jax.Array]]
+
+
+def make_augmentation(augmentation: Augmentation, image_size: int) -> Augment:
+    """What changes a batch, to be called inside jit.
+
+    Args:
+      augmentation: what is done.
+      image_size: height and width of the images it returns, in pixels.
+
+    Returns:
+      ``augment(key, images, aspect, labels, num_classes) -> (images, targets)``: from uint8 ``[batch, s, s, channels]``,
+      float32 ``[batch]`` and int32 ``[batch]`` to float32 ``[batch, image_size, image_size, channels]`` in [0, 1] and
+      float32 ``[batch, num_classes]``.
+    """
+
+    def augment(key, images, aspect, labels, num_classes):
+        crop_key, flip_key, shift_key, ops_key, mix_key = jax.random.split(key, 5)
+        images = images.astype(jnp.float32) / 255
+        if augmentation.crop_scale is not None:
+            boxes = crop_boxes(crop_key, aspect, augmentation.crop_scale)
+            images = resample(images, boxes, image_size)
+        elif images.shape[1] != image_size:
+            images = resample(images, jnp.tile(jnp.asarray([[0.0, 0.0, 1.0, 1.0]]), (len(images), 1)), image_size)
+        if augmentation.flip:
+            chosen = jax.random.bernoulli(flip_key, 0.5, (len(images), 1, 1, 1))
+            images = jnp.where(chosen, images[:, :, ::-1], images)
+        if augmentation.shift:
+            images = _shift(shift_key, images, augmentation.shift)
+        if augmentation.randaugment:
+            images = randaugment(ops_key, images, *augmentation.randaugment)
+        targets = jax.nn.one_hot(labels, num_classes)
+        if augmentation.mixup or augmentation.cutmix:
+            images, targets = mix(mix_key, images, targets, augmentation.mixup, augmentation.cutmix)
+        return images, targets
+
+    return augment
+
+
+def crop_boxes(key: jax.Array, aspect: jax.Array, scale: tuple[float, float]) -> jax.Array:
+    """Boxes of the random resized crop, drawn as torchvision and timm draw them, but not rounded to pixels.
+
+    Args:
+      key: of the draw.
+      aspect: ``[batch]``, width over height of the original images.
+      scale: least and largest area, over the image's.
+
+    Returns:
+      ``[batch, 4]``: top, left, height and width, over the image's height and width.
+    """
+    area_key, ratio_key, place_key = jax.random.split(key, 3)
+    shape = (len(aspect), _TRIES)
+    area = jax.random.uniform(area_key, shape, minval=scale[0], maxval=scale[1])
+    ratio = jnp.exp(jax.random.uniform(ratio_key, shape, minval=math.log(RATIO[0]), maxval=math.log(RATIO[1])))
+    heights, widths = jnp.sqrt(area * aspect[:, None] / ratio), jnp.sqrt(area * ratio / aspect[:, None])
+    fits = (heights <= 1) & (widths <= 1)
+    first = jnp.argmax(fits, 1)[:, None]
+    height, width = (jnp.take_along_axis(edges, first, 1)[:, 0] for edges in (heights, widths))
+    # where no draw fits: the largest central box whose proportions are allowed
+    found, limited = fits.any(1), jnp.clip(aspect, *RATIO)
+    height = jnp.where(found, height, jnp.minimum(aspect / limited, 1))
+    width = jnp.where(found, width, jnp.minimum(limited / aspect, 1))
+    place = jnp.where(found[:, None], jax.random.uniform(place_key, (len(aspect), 2)), 0.5)
+    return jnp.stack([place[:, 0] * (1 - height), place[:, 1] * (1 - width), height, width], 1)
+
+
+def resample(images: jax.Array, boxes: jax.Array, size: int) -> jax.Array:
+    """Boxes of the images, resized (bicubic, antialiased).
+
+    Args:
+      images: ``[batch, height, width, channels]``, in [0, 1].
+      boxes: ``[batch, 4]``: top, left, height and width, over the image's height and width.
+      size: height and width of the result, in pixels.
+
+    Returns:
+      ``[batch, size, size, channels]``, in [0, 1].
+    """
+    edges = jnp.asarray(images.shape[1:3], jnp.float32)
+
+    def one(image, box):
+        scale = size / (box[2:] * edges)
+        shape = (size, size, image.shape[-1])
+        return jax.image.scale_and_translate(image, shape, (0, 1), scale, -box[:2] * edges * scale, "cubic")
+
+    return jax.vmap(one)(images, boxes).clip(0, 1)
+
+
+def mix(key: jax.Array, images: jax.Array, targets: jax.Array, mixup: float, cutmix: float) -> tuple[jax.Array, jax.Array]:
+    """Mixes each image, and its target, with the image as far from the batch's other end.
+
+    Args:
+      key: of the draws.
+      images: ``[batch, height, width, channels]``.
+      targets: ``[batch, classes]``.
+      mixup: as ``Augmentation`` has it.
+      cutmix: likewise; one of the two is not 0.
+
+    Returns:
+      Images and targets of the same shapes.
+    """
+    mixup_key, cutmix_key, place_key, choice_key = jax.random.split(key, 4)
+    batch, height, width, _ = images.shape
+    # of each pixel, the share that the other image has: for mixup everywhere the same, for cutmix 1 in a box and 0 outside
+    blended = cut = jnp.zeros((batch, height, width))
+    if mixup:
+        blended += 1 - jax.random.beta(mixup_key, mixup, mixup, (batch, 1, 1))
+    if cutmix:
+        edge = jnp.sqrt(1 - jax.random.beta(cutmix_key, cutmix, cutmix, (batch, 1)))
+        places = jax.random.uniform(place_key, (2, batch, 1))
+        rows, columns = (
+            jnp.abs((jnp.arange(n, dtype=jnp.float32) + 0.5).reshape(1, n) / n - place) < edge / 2
+            for n, place in zip((height, width), places, strict=True)
+        )
+        cut += (rows[:, :, None] & columns[:, None, :]).astype(jnp.float32)
+    probability = (1.0 if cutmix else 0.0) if not (mixup and cutmix) else 0.5
+    other = jnp.where(jax.random.bernoulli(choice_key, probability, (batch, 1, 1)), cut, blended)
+    share = other.mean((1, 2))[:, None]
+    images = images * (1 - other[..., None]) + images[::-1] * other[..., None]
+    return images, targets * (1 - share) + targets[::-1] * share
+
+
+def _shift(key: jax.Array, images: jax.Array, pixels: int) -> jax.Array:
+    padded = jnp.pad(images, ((0, 0), (pixels, pixels), (pixels, pixels), (0, 0)), mode="edge")
+    offsets = jax.random.randint(key, (len(images), 2), 0, 2 * pixels + 1)
+    zero = jnp.zeros((), offsets.dtype)
+    return jax.vmap(lambda image, at: jax.lax.dynamic_slice(image, (at[0], at[1], zero), images.shape[1:]))(padded, offsets)

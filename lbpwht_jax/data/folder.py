@@ -1,0 +1,161 @@
+"""Data sets that are folders, or zip files, of image files sorted by class."""
+
+import dataclasses
+import os
+import threading
+import zipfile
+import zlib
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+
+from lbpwht_jax.data.split import Dataset
+
+SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jp2", ".avif")
+TESTS = ("test", "val", "validation")
+_LAYOUT = "wanted are CLASS/IMAGE files, or train/CLASS/IMAGE and test/CLASS/IMAGE (or val)"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class FileSplit:
+    """Labelled image files.
+
+    Attributes:
+      root: the folder or zip file they are in.
+      files: their paths in it, separated by slashes.
+      labels: int32, ``[count]``.
+      read_bytes: what is in the file at such a path; an OSError if it cannot be read.
+    """
+
+    root: Path
+    files: Sequence[str]
+    labels: np.ndarray
+    read_bytes: Callable[[str], bytes]
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def read(self, index: int) -> tuple[bytes, int]:
+        """What one file holds, and its label."""
+        return self.read_bytes(self.files[index]), int(self.labels[index])
+
+    def where(self, index: int) -> str:
+        """The file's path."""
+        return f"{self.root}/{self.files[index]}"
+
+
+def open_folder(name: str, path: Path, seed: int) -> Dataset:
+    """Lists a folder or a zip file of images.
+
+    The files are ``train/CLASS/...`` and ``test/CLASS/...`` (or ``val`` or ``validation``, if there is no ``test``), or just
+    ``CLASS/...``, of which a fifth of each class, drawn by the seed, is for testing. All may be in one further folder. Images
+    are known by their suffixes (``SUFFIXES``), in any case; other files, and whatever is hidden, are passed over.
+
+    Args:
+      name: of the data set.
+      path: the folder or zip file.
+      seed: of the split.
+
+    Raises:
+      FileNotFoundError: if there is nothing at the path.
+      ValueError: if it is neither a folder nor a zip file, holds no images, a class has none (or, where a class is to be split,
+        only one), a class is tested but not trained, or an image is in no class.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"folder:{path}: there is no such folder or zip file")
+    paths, read_bytes = _list_folder(path) if path.is_dir() else _list_zip(path)
+    paths = sorted(p for p in paths if "/." not in f"/{p}" and not p.startswith("__MACOSX/"))
+    images = [p for p in paths if p.lower().endswith(SUFFIXES)]
+    if not images:
+        raise ValueError(f"folder:{path} holds no images ({', '.join(SUFFIXES)}); {_LAYOUT}")
+    top = _common_top(images)
+    tops = {p.removeprefix(top).split("/", 1)[0] for p in paths if p.startswith(top)}
+    test = next((split for split in TESTS if split in tops), None)
+    if (test is None) != ("train" not in tops):
+        there, lacking = ("train", "test or val") if test is None else (test, "train")
+        raise ValueError(f"folder:{path} has a folder {there} but no {lacking}; {_LAYOUT}")
+    if test is None:
+        classes, files, labels = _classify(path, top, paths, images)
+        held = _held_out(path, classes, labels, seed)
+        train = FileSplit(path, [files[i] for i in np.flatnonzero(~held)], labels[~held], read_bytes)
+        tested = FileSplit(path, [files[i] for i in np.flatnonzero(held)], labels[held], read_bytes)
+        return Dataset(name, train, tested, tuple(classes))
+    classes, files, labels = _classify(path, f"{top}train/", paths, images)
+    train = FileSplit(path, files, labels, read_bytes)
+    names, files, labels = _classify(path, f"{top}{test}/", paths, images)
+    unknown = [c for c in names if c not in classes]
+    if unknown:
+        shown = ", ".join(unknown[:5]) + (", ..." if len(unknown) > 5 else "")
+        raise ValueError(f"folder:{path}: of the classes in {test}, train lacks {len(unknown)}: {shown}")
+    tested = FileSplit(path, files, np.asarray([classes.index(c) for c in names], np.int32)[labels], read_bytes)
+    return Dataset(name, train, tested, tuple(classes))
+
+
+def _list_folder(path: Path) -> tuple[Iterable[str], Callable[[str], bytes]]:
+    """The paths of all files, and of all folders with a slash at their end."""
+    paths = []
+    for folder, folders, files in os.walk(path, followlinks=True):
+        inside = Path(folder).relative_to(path).as_posix() + "/"
+        inside = "" if inside == "./" else inside
+        paths += [f"{inside}{name}/" for name in folders] + [f"{inside}{name}" for name in files]
+    return paths, lambda file: (path / file).read_bytes()
+
+
+def _list_zip(path: Path) -> tuple[Iterable[str], Callable[[str], bytes]]:
+    """As ``_list_folder``; a zip file need not name the folders that its files are in."""
+    try:
+        archive = zipfile.ZipFile(path)
+    except zipfile.BadZipFile as error:
+        raise ValueError(f"folder:{path} is neither a folder nor a readable zip file: {error}") from None
+    lock = threading.Lock()
+
+    def read_bytes(member: str) -> bytes:
+        try:
+            with lock:  # a ZipFile counts its open members without one; their reads may overlap
+                file = archive.open(member)
+            try:
+                return file.read()
+            finally:
+                with lock:
+                    file.close()
+        except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
+            raise OSError(str(error)) from error
+
+    names = archive.namelist()
+    parents = {str(parent) + "/" for folder in {PurePosixPath(n).parent for n in names} for parent in (folder, *folder.parents)}
+    return {*names, *parents} - {"./"}, read_bytes
+
+
+def _common_top(images: Sequence[str]) -> str:
+    """The one folder, with a slash at its end, that all else is in; empty if there is none that could be left out."""
+    top = images[0].split("/", 1)[0] + "/"
+    wrapped = all(p.startswith(top) and p.count("/") > 1 for p in images)
+    return top if wrapped and top not in {f"{split}/" for split in ("train", *TESTS)} else ""
+
+
+def _classify(path: Path, prefix: str, paths: Sequence[str], images: Sequence[str]) -> tuple[list[str], list[str], np.ndarray]:
+    """The sorted classes that are folders under a prefix, their images, and the images' labels."""
+    files = [p for p in images if p.startswith(prefix)]
+    inside = [p[len(prefix) :].split("/", 1) for p in files]
+    loose = next((file for file, parts in zip(files, inside, strict=True) if len(parts) == 1), None)
+    if loose is not None:
+        raise ValueError(f"folder:{path}: {loose} is in no class folder; {_LAYOUT}")
+    folders = {p[len(prefix) :].split("/", 1)[0] for p in paths if p.startswith(prefix) and "/" in p[len(prefix) :]}
+    empty = sorted(folders.difference(parts[0] for parts in inside))
+    if empty:
+        raise ValueError(f"folder:{path}: the folder {prefix}{empty[0]} holds no image; add some or delete it")
+    numbers = {name: label for label, name in enumerate(sorted(folders))}
+    return list(numbers), files, np.asarray([numbers[parts[0]] for parts in inside], np.int32)
+
+
+def _held_out(path: Path, classes: Sequence[str], labels: np.ndarray, seed: int) -> np.ndarray:
+    """Which images are for testing: a fifth of each class, and one at least."""
+    held = np.zeros(len(labels), bool)
+    for label, name in enumerate(classes):
+        members = np.flatnonzero(labels == label)
+        if len(members) < 2:
+            raise ValueError(f"folder:{path}: class {name} has one image; two are needed, one to train on and one to test")
+        chosen = np.random.default_rng((seed, label)).permutation(members)
+        held[chosen[: max(1, round(len(members) / 5))]] = True
+    return held

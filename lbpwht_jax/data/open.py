@@ -1,0 +1,31 @@
+"""Data sets by name."""
+
+from pathlib import Path
+
+from lbpwht_jax.data.digits import open_digits
+from lbpwht_jax.data.folder import open_folder
+from lbpwht_jax.data.prepared import default_folder, open_prepared, parse_name
+from lbpwht_jax.data.split import Dataset
+
+
+def open_dataset(name: str, seed: int = 0, data_dir: Path | None = None) -> Dataset:
+    """Opens a data set: lists its files, and reads no image.
+
+    Args:
+      name: "digits", scikit-learn's; "folder:PATH", a folder or zip file of images by class, as ``open_folder`` describes; or
+        "tfds:NAME" or "tfds:NAME:VERSION", prepared by ``lbpwht prepare``.
+      seed: of the split into training and test images, where the data set has none of its own.
+      data_dir: folder of the TFDS data sets; by default where TFDS has them.
+
+    Raises:
+      FileNotFoundError: if there is nothing at the path.
+      ValueError: if the name is none of these, or what it names cannot be used; the text says why and what to do.
+    """
+    kind, _, rest = name.partition(":")
+    if name == "digits":
+        return open_digits(seed)
+    if kind == "folder" and rest:
+        return open_folder(name, Path(rest).expanduser(), seed)
+    if kind == "tfds" and rest:
+        return open_prepared(parse_name(rest), data_dir or default_folder())
+    raise ValueError(f"unknown data set {name!r}; write digits, folder:PATH, tfds:NAME or tfds:NAME:VERSION")

@@ -1,0 +1,45 @@
+"""What training runs are judged by."""
+
+import dataclasses
+from collections.abc import Sequence
+
+from rich.table import Table
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What a run is judged by.
+
+    Attributes:
+      method: its short name.
+      test_accuracy: after the last epoch, in [0, 1].
+      trainable_parameters: how many scalars were trained.
+      backward_flops: of matrix products, an image.
+      saved_bytes: kept for the backward pass, an image.
+      step_seconds: median over the run, the first step (which compiles) left out.
+    """
+
+    method: str
+    test_accuracy: float
+    trainable_parameters: int
+    backward_flops: int
+    saved_bytes: int
+    step_seconds: float
+
+
+def table(results: Sequence[Result]) -> Table:
+    """Runs side by side."""
+    table = Table(title="What it came to")
+    table.add_column("method")
+    for heading in ("test accuracy", "trained parameters", "backward MFLOPs/image", "saved KB/image", "median step"):
+        table.add_column(heading, justify="right")
+    for result in results:
+        table.add_row(
+            result.method,
+            f"{result.test_accuracy:.2%}",
+            f"{result.trainable_parameters:,}",
+            f"{result.backward_flops / 1e6:.1f}",
+            f"{result.saved_bytes / 1e3:,.0f}",
+            f"{result.step_seconds * 1e3:.0f} ms",
+        )
+    return table

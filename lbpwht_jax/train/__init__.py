@@ -1,0 +1,31 @@
+"""Training: the recipe, one step, the loop over epochs, on any number of devices."""
+
+from lbpwht_jax.train.evaluation import Evaluation, Evaluator, loading
+from lbpwht_jax.train.placement import Placement, Shard, bytes_on_a_device
+from lbpwht_jax.train.recipe import Recipe
+from lbpwht_jax.train.state import TrainState, everything, initial_state
+from lbpwht_jax.train.step import Metrics, Sums, make_eval_step, make_train_step, normalise
+from lbpwht_jax.train.trainer import Diverged, Epoch, Snapshot, Step, Trainer
+
+__all__ = [
+    "Diverged",
+    "Epoch",
+    "Evaluation",
+    "Evaluator",
+    "Metrics",
+    "Placement",
+    "Recipe",
+    "Shard",
+    "Snapshot",
+    "Step",
+    "Sums",
+    "TrainState",
+    "Trainer",
+    "bytes_on_a_device",
+    "everything",
+    "initial_state",
+    "loading",
+    "make_eval_step",
+    "make_train_step",
+    "normalise",
+]

@@ -1,0 +1,66 @@
+"""What training changes from step to step."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lbpwht_jax.partition import join_params, split_params
+
+
+class TrainState(NamedTuple):
+    """What a step reads and writes.
+
+    Attributes:
+      params: the parameters trained.
+      frozen: the parameters that stay as they are.
+      others: the model's other variables.
+      optimizer: optimiser state, of ``params`` alone.
+      ema: moving average of ``params``; ``None`` without one.
+      step: the steps done, int32.
+      diverged: whether a loss or gradient was not finite; the state is then that before, and stays so.
+    """
+
+    params: Any
+    frozen: Any
+    others: Any
+    optimizer: Any
+    ema: Any
+    step: jax.Array
+    diverged: jax.Array
+
+    @property
+    def variables(self) -> dict[str, Any]:
+        """All of the model's variables, as trained."""
+        return {"params": join_params(self.params, self.frozen), **self.others}
+
+    @property
+    def averaged(self) -> dict[str, Any]:
+        """All of the model's variables, the trained ones as their moving average where there is one."""
+        return {"params": join_params(self.params if self.ema is None else self.ema, self.frozen), **self.others}
+
+
+def everything(path: str) -> bool:
+    """Trains every parameter."""
+    return True
+
+
+def initial_state(
+    variables: Mapping[str, Any], optimizer: Any, trainable: Callable[[str], bool] = everything, ema: bool = False
+) -> TrainState:
+    """The state before the first step, on copies of the variables.
+
+    Args:
+      variables: of the model.
+      optimizer: of the parameters that are trained.
+      trainable: whether the parameter at a path, such as ``"blocks_0/mlp/fc1/kernel"``, is trained.
+      ema: whether a moving average is kept.
+
+    Raises:
+      ValueError: if nothing is trained.
+    """
+    params, frozen = split_params(jax.tree.map(jnp.array, variables["params"]), trainable)
+    others = {name: jax.tree.map(jnp.array, tree) for name, tree in variables.items() if name != "params"}
+    average = jax.tree.map(jnp.array, params) if ema else None
+    return TrainState(params, frozen, others, optimizer.init(params), average, jnp.zeros((), jnp.int32), jnp.zeros((), bool))

@@ -1,0 +1,133 @@
+"""One training step and one evaluation step: pure functions, to be compiled by ``jax.jit`` or ``jax.pmap``."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lbpwht_jax.data import Batch, make_augmentation
+from lbpwht_jax.models.info import ModelInfo
+from lbpwht_jax.train.recipe import Recipe
+from lbpwht_jax.train.state import TrainState
+
+
+class Metrics(NamedTuple):
+    """What a training step measures: mean loss, accuracy in [0, 1], global norm of the gradients before clipping."""
+
+    loss: jax.Array
+    accuracy: jax.Array
+    gradient_norm: jax.Array
+
+
+class Sums(NamedTuple):
+    """What an evaluation step counts, over the images that are real: correct ones, summed loss, images."""
+
+    correct: jax.Array
+    loss: jax.Array
+    images: jax.Array
+
+
+def normalise(images: jax.Array, info: ModelInfo) -> jax.Array:
+    """Float images ``[batch, height, width, channels]`` in [0, 1], normalised as the model expects."""
+    shape = (1, 1, 1, -1)
+    mean, std = (jnp.asarray(values, jnp.float32).reshape(shape) for values in (info.mean, info.std))
+    return (images - mean) / std
+
+
+def make_train_step(
+    model: Any, info: ModelInfo, optimizer: Any, recipe: Recipe, image_size: int, classes: int, axis: str | None = None
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """The training step, which computes no gradients of frozen parameters.
+
+    Where the loss or the gradients are not finite the state comes back as it was, but for ``diverged``; from then on no step
+    changes it.
+
+    Args:
+      model: called as ``model.apply(variables, images, train=True)``: a Linen module, or an adapted one.
+      info: how its images are normalised.
+      optimizer: as ``recipe.optimizer`` makes it.
+      recipe: its augmentation, label smoothing, moving average, accumulation and seed.
+      image_size: height and width of the images the model takes, in pixels.
+      classes: outputs of the model.
+      axis: the mapped axis over which gradients and metrics are averaged, for ``jax.pmap``; each device then draws its own
+        random numbers. Under ``jax.jit`` there is none, whatever the number of devices.
+
+    Returns:
+      ``step(state, batch) -> (state, metrics)``.
+    """
+    augment = make_augmentation(recipe.augmentation, image_size)
+
+    def step(state: TrainState, batch: Any):
+        key = jax.random.fold_in(jax.random.key(recipe.seed), state.step)
+        if axis is not None:
+            key = jax.random.fold_in(key, jax.lax.axis_index(axis))
+        dropout, augmentation = jax.random.split(key)
+        images, targets = augment(augmentation, batch.images, batch.aspect, batch.labels, classes)
+        targets = optax.smooth_labels(targets, recipe.label_smoothing)
+
+        def gradients(others, key, images, targets, labels):
+            def loss_of(params):
+                logits, new = model.apply(
+                    state._replace(params=params, others=others).variables,
+                    normalise(images, info),
+                    train=True,
+                    rngs={"dropout": key},
+                    mutable=list(others),
+                )
+                logits = jnp.asarray(logits, jnp.float32)
+                return optax.softmax_cross_entropy(logits, targets).mean(), (new, (logits.argmax(-1) == labels).mean())
+
+            (loss, (others, accuracy)), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params)
+            return others, (loss, accuracy, grads)
+
+        others, means = _accumulated(
+            gradients, recipe.accumulate, state.others, dropout, images, targets, batch.labels, average_over=axis
+        )
+        loss, accuracy, grads = means
+        norm = optax.tree.norm(grads)
+        with jax.numpy_dtype_promotion("standard"):  # optax raises floats to integer powers, which strict promotion forbids
+            updates, opt_state = optimizer.update(grads, state.optimizer, state.params)
+        params = optax.apply_updates(state.params, updates)
+        ema = None if state.ema is None else optax.incremental_update(params, state.ema, 1 - recipe.ema)
+        new = TrainState(params, state.frozen, others, opt_state, ema, state.step + 1, state.diverged)
+        good = jnp.isfinite(loss) & jnp.isfinite(norm) & ~state.diverged
+        kept = jax.tree.map(lambda new, old: jnp.where(good, new, old), new._replace(frozen=None), state._replace(frozen=None))
+        return kept._replace(frozen=state.frozen, diverged=~good), Metrics(loss, accuracy, norm)
+
+    return step
+
+
+def _accumulated(gradients: Callable, parts: int, others: Any, key: jax.Array, *arrays: jax.Array, average_over: str | None):
+    """The other variables after all parts of the arrays, and the means over the parts of what ``gradients`` returns."""
+    if parts == 1:
+        others, means = gradients(others, key, *arrays)
+    else:
+
+        def add(carry, part):
+            others, sums = carry
+            others, new = gradients(others, *part)
+            return (others, jax.tree.map(jnp.add, sums, new)), None
+
+        # neighbours go to different parts, so that every device has its share of each
+        pieces = [array.reshape(-1, parts, *array.shape[1:]).swapaxes(0, 1) for array in arrays]
+        keys = jax.random.split(key, parts)
+        shapes = jax.eval_shape(gradients, others, keys[0], *(piece[0] for piece in pieces))[1]
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+        (others, sums), _ = jax.lax.scan(add, (others, zeros), (keys, *pieces))
+        means = jax.tree.map(lambda total: total / parts, sums)
+    return (others, means) if average_over is None else jax.lax.pmean((others, means), average_over)
+
+
+def make_eval_step(model: Any, info: ModelInfo) -> Callable[[Any, Batch], Sums]:
+    """The evaluation step: ``step(variables, batch) -> sums``, of uint8 images of the model's size."""
+
+    def step(variables: Any, batch: Any) -> Sums:
+        logits = model.apply(variables, normalise(batch.images.astype(jnp.float32) / 255, info))
+        logits = jnp.asarray(logits, jnp.float32)
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels)
+        correct = (logits.argmax(-1) == batch.labels) & batch.real
+        return Sums(jnp.sum(correct), jnp.sum(losses, where=batch.real), jnp.sum(batch.real))
+
+    return step

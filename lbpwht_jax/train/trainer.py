@@ -1,0 +1,211 @@
+"""The training loop."""
+
+import dataclasses
+import functools
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+
+from lbpwht_jax.data import Dataset, Loading, steps_per_epoch, training_batches
+from lbpwht_jax.models.info import ModelInfo
+from lbpwht_jax.train.evaluation import Evaluator, loading
+from lbpwht_jax.train.placement import Placement
+from lbpwht_jax.train.recipe import Recipe
+from lbpwht_jax.train.state import TrainState, everything, initial_state
+from lbpwht_jax.train.step import Metrics, make_train_step
+
+
+class Step(NamedTuple):
+    """What one training step reports.
+
+    Attributes:
+      number: from 1.
+      loss: mean over the batch, smoothed labels.
+      accuracy: of the batch, in [0, 1].
+      gradient_norm: before clipping.
+      seconds: since the step before it was done, or since its own start if something else was done between.
+    """
+
+    number: int
+    loss: float
+    accuracy: float
+    gradient_norm: float
+    seconds: float
+
+
+class Epoch(NamedTuple):
+    """What an epoch reports: its number from 1, its last step, test accuracy in [0, 1] and test loss."""
+
+    number: int
+    step: int
+    test_accuracy: float
+    test_loss: float
+
+
+class Snapshot(NamedTuple):
+    """The state at a moment to save it; the next step reuses its memory.
+
+    Attributes:
+      state: after its last step.
+      epoch: the epoch that ended with it, if one did.
+      skipped: why the images that could not be read so far could not, by name.
+    """
+
+    state: TrainState
+    epoch: Epoch | None
+    skipped: Mapping[str, str]
+
+
+class Diverged(FloatingPointError):
+    """A loss or gradient that is not finite.
+
+    Attributes:
+      state: the last good one, with ``diverged`` cleared.
+    """
+
+    def __init__(self, message: str, state: TrainState):
+        super().__init__(message)
+        self.state = state
+
+
+def never(step: int) -> bool:
+    """Never stops."""
+    return False
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Trainer:
+    """Trains and evaluates one model on one data set.
+
+    Attributes:
+      model: called as ``model.apply(variables, images, train=...)``: a Linen module, or an adapted one.
+      info: how its images are normalised, cropped and resized.
+      dataset: to train on, and to evaluate on after every epoch.
+      recipe: how to train.
+      image_size: height and width of the images the model takes, in pixels.
+      trainable: whether the parameter at a path is trained, such as ``AdaptedModule.trainable``.
+      placement: where the arrays live.
+      workers: threads that load images; by default as many as there are cores, up to 16.
+
+    Raises:
+      ValueError: if the training images do not make one batch, or the devices cannot share a batch equally.
+    """
+
+    model: Any
+    info: ModelInfo
+    dataset: Dataset
+    recipe: Recipe
+    image_size: int
+    trainable: Callable[[str], bool] = everything
+    placement: Placement = dataclasses.field(default_factory=Placement)
+    workers: int | None = None
+
+    def __post_init__(self):
+        self.placement.check(self.recipe.batch_size, self.recipe.accumulate)
+        steps_per_epoch(self.dataset, self.recipe.batch_size)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Whole batches in the training images."""
+        return steps_per_epoch(self.dataset, self.recipe.batch_size)
+
+    @property
+    def steps(self) -> int:
+        """Of the whole training."""
+        return self.recipe.epochs * self.steps_per_epoch
+
+    @functools.cached_property
+    def _optimizer(self) -> Any:
+        return self.recipe.optimizer(self.steps)
+
+    def initial_state(self, variables: Any) -> TrainState:
+        """The state before the first step, on the devices; the variables stay as they are.
+
+        Raises:
+          ValueError: if nothing is trained.
+        """
+        state = initial_state(variables, self._optimizer, self.trainable, ema=self.recipe.ema > 0)
+        return self.placement.put(state, self.placement.of_state(state))
+
+    @functools.cached_property
+    def train_step(self) -> Callable[[TrainState, Any], tuple[TrainState, Metrics]]:
+        """The compiled ``step(state, batch) -> (state, metrics)``; the state given is donated."""
+        recipe, classes = self.recipe, len(self.dataset.classes)
+        step = make_train_step(self.model, self.info, self._optimizer, recipe, self.image_size, classes)
+
+        def placed(state, batch):
+            state, metrics = step(state, batch)
+            return jax.lax.with_sharding_constraint(state, self.placement.of_state(state)), metrics
+
+        return jax.jit(placed, donate_argnums=0)
+
+    @functools.cached_property
+    def loading(self) -> Loading:
+        """How this process loads its share of the images."""
+        return loading(self.info, self.image_size, self.recipe.batch_size, self.recipe.seed, self.workers)
+
+    @functools.cached_property
+    def evaluator(self) -> Evaluator:
+        """Evaluates the model as training does."""
+        return Evaluator(self.model, self.info, self.loading, self.placement)
+
+    def fit(
+        self, state: TrainState, save_every: int = 0, stop: Callable[[int], bool] = never
+    ) -> Iterator[Step | Epoch | Snapshot]:
+        """Trains to the end of the last epoch.
+
+        The host starts each step before it reads what the one before measured, so that neither waits for the other.
+
+        Args:
+          state: to go on from, after any number of steps; its memory is reused.
+          save_every: steps between snapshots, beside those at the end of each epoch; 0 for no others.
+          stop: called with its number after each step has started; true stops the training after that step, at an epoch's
+            end after its evaluation.
+
+        Yields:
+          A ``Step`` for every step, an ``Epoch`` for every epoch, and then, where the state is to be saved, a ``Snapshot``;
+          the last thing is one.
+
+        Raises:
+          Diverged: when a loss or gradient is not finite, naming the step.
+          ValueError: if training images cannot be read.
+        """
+        number = int(jax.device_get(state.step))
+        with training_batches(self.dataset, self.loading, number) as batches:
+            pending: Metrics | None = None
+            mark = time.perf_counter()
+            while number < self.steps:
+                batch = self.placement.put_batch(next(batches))
+                state, metrics = self.train_step(state, batch)
+                number += 1
+                if pending is not None:
+                    mark, step = self._report(state, number - 1, pending, mark)
+                    yield step
+                pending = metrics
+                stopping, ends = stop(number), number % self.steps_per_epoch == 0
+                if not (stopping or ends or (save_every and number % save_every == 0)):
+                    continue
+                mark, step = self._report(state, number, pending, mark)
+                yield step
+                pending, epoch, skipped = None, None, dict(batches.skipped)
+                if ends:
+                    found = self.evaluator(state.averaged, self.dataset.test)
+                    epoch = Epoch(number // self.steps_per_epoch, number, found.accuracy, found.loss)
+                    skipped |= found.skipped
+                    yield epoch
+                yield Snapshot(state, epoch, skipped)
+                if stopping:
+                    return
+                mark = time.perf_counter()
+
+    def _report(self, state: TrainState, number: int, metrics: Metrics, mark: float) -> tuple[float, Step]:
+        loss, accuracy, norm = (float(value) for value in jax.device_get(metrics))
+        now = time.perf_counter()
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            what = f"the gradients' norm is {norm}" if math.isfinite(loss) else f"the loss is {loss}"
+            last = state._replace(diverged=self.placement.put(False, self.placement.everywhere))
+            raise Diverged(f"{what} at step {number}; lower the learning rate", last)
+        return now, Step(number, loss, accuracy, norm, now - mark)
