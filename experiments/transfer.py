@@ -24,11 +24,12 @@ import jax
 import jax.numpy as jnp
 import tyro
 from transfer_backbone import NAME, WEIGHTS, backbone, backbone_info
-from transfer_images import Images, read_images
-from transfer_training import accuracy_of, flip_and_shift, train
+from transfer_images import read_dataset
+from transfer_training import AUGMENTATION, make_trainer, train
 
 from lbpwht_jax.adapt import AdaptedModule, adapt
 from lbpwht_jax.cost import backward_flops, saved_bytes
+from lbpwht_jax.data import Dataset
 from lbpwht_jax.methods import Method, parse_method
 from lbpwht_jax.model_cost import layer_costs
 from lbpwht_jax.train import Recipe
@@ -103,7 +104,7 @@ class Setting:
 
     def recipe(self, seed: int, lr_scale: float = 1.0) -> Recipe:
         """How to train."""
-        return Recipe(self.epochs, self.batch_size, self.lr * lr_scale, warmup_steps=30, seed=seed)
+        return Recipe(self.epochs, self.batch_size, self.lr * lr_scale, warmup_steps=30, augmentation=AUGMENTATION, seed=seed)
 
 
 def adapted_backbone(variant: Variant, train: Literal["last_stage", "all", "head"], num_classes: int) -> AdaptedModule:
@@ -121,25 +122,24 @@ def pretrained(weights: Path, num_classes: int, seed: int) -> dict[str, Any]:
     return replace_head(stored, init(jax.random.key(seed), jnp.zeros((1, info.image_size, info.image_size, info.channels))))
 
 
-def run(variant: Variant, trained: Train, seed: int, setting: Setting, weights: Path, images: Images, test: Images) -> dict:
+def run(variant: Variant, trained: Train, seed: int, setting: Setting, weights: Path, dataset: Dataset) -> dict:
     """Trains and evaluates once.
 
     Returns:
       What the run was and came to: accuracies in [0, 1], costs an image, times in seconds.
     """
     started = time.perf_counter()
-    info, classes = backbone_info(), len(images.classes)
+    info, classes = backbone_info(), len(dataset.classes)
     model = adapted_backbone(variant, trained, classes)
     branch_key = jax.random.fold_in(jax.random.key(seed), 1)
     variables = model.with_branches(branch_key, pretrained(weights, classes, seed))
+    trainer = make_trainer(model, info, dataset, setting.recipe(seed, variant.lr_scale), model.trainable)
     seconds, losses, before = [], [], time.perf_counter()
-    for _, loss, state in train(  # noqa: B007, the last state is used below
-        model, info, variables, images, setting.recipe(seed, variant.lr_scale), flip_and_shift, model.trainable
-    ):
+    for _, loss, state in train(trainer, variables):  # noqa: B007, the last state is used below
         losses.append(loss)
         seconds.append(time.perf_counter() - before)
         before = time.perf_counter()
-    accuracy = accuracy_of(model, info, state.variables, test)
+    accuracy = trainer.evaluator(state.variables, dataset.test).accuracy
     shape = (info.image_size, info.image_size, info.channels)
     return {
         "variant": variant.name,
@@ -212,20 +212,17 @@ def main(
         raise SystemExit(f"unknown methods {unknown}; there are: {', '.join(variants)}")
     if not weights.exists():
         raise SystemExit(f"{weights} is missing; make it by experiments/transfer_backbone.py")
-    size = backbone_info().image_size
-    images = read_images([data], "train", size, setting.train_per_class, cache)
-    test = read_images([data], "test", size, setting.test_per_class, cache)
-    facts = {"model": NAME, "images": data.stem, "pretrained_test_accuracy": load_weights(weights)[1]["test_accuracy"]}
+    dataset = read_dataset([data], backbone_info().image_size, setting.train_per_class, setting.test_per_class, cache)
+    facts = {"model": NAME, "images": dataset.name, "pretrained_test_accuracy": load_weights(weights)[1]["test_accuracy"]}
     results = open_results(output, "python experiments/transfer.py --data cifar10.zip", dataclasses.asdict(setting), **facts)
     done = {(run["variant"], run["train"], run["seed"]) for run in results["runs"]}
     todo: list[tuple[str, Train, int]] = [
         (name, t, seed) for seed in seeds for t in trains for name in methods if (name, t, seed) not in done
     ]
-    print(
-        f"{len(images):,} training and {len(test):,} test images; {len(done)} runs done, {len(todo[:limit])} to do", flush=True
-    )
+    print(f"{len(dataset.train):,} training and {len(dataset.test):,} test images", flush=True)
+    print(f"{len(done)} runs done, {len(todo[:limit])} to do", flush=True)
     for number, (name, trained, seed) in enumerate(todo[:limit], 1):
-        results["runs"].append(run(variants[name], trained, seed, setting, weights, images, test))
+        results["runs"].append(run(variants[name], trained, seed, setting, weights, dataset))
         write_results(output, results)
         last = results["runs"][-1]
         came_to = f"{last['test_accuracy']:.2%}, {last['run_seconds']:.0f} s"

@@ -18,8 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
-from transfer_images import read_images
-from transfer_training import accuracy_of, flip_and_shift, train
+from transfer_images import read_dataset
+from transfer_training import AUGMENTATION, make_trainer, train
 
 from lbpwht_jax.models import model_info
 from lbpwht_jax.models.info import ModelInfo
@@ -38,6 +38,7 @@ def backbone_info() -> ModelInfo:
         model_info("efficientformer_l1"),
         arguments={"dims": DIMS, "depths": DEPTHS, "attention": ATTENTION},
         image_size=IMAGE_SIZE,
+        crop=1.0,
         last_stage=rf"^(stages_{len(DIMS) - 1}|norm|head(_dist)?)(/|$)",
     )
 
@@ -71,32 +72,29 @@ def main(
       limit: training and test images of each class; all by default.
     """
     info = backbone_info()
-    images = read_images(data, "train", info.image_size, limit, cache)
-    test = read_images(data, "test", info.image_size, limit, cache)
-    some_of_test = test.take(np.linspace(0, len(test) - 1, 1000).astype(int))
-    model = backbone(len(images.classes), drop_path=0.0)
+    dataset = read_dataset(data, info.image_size, limit, limit, cache)
+    model = backbone(len(dataset.classes))
     variables = jax.jit(model.init)(jax.random.key(seed), jnp.zeros((1, info.image_size, info.image_size, info.channels)))
-    print(f"{NAME}: {count_parameters(variables):,} parameters, {len(images):,} images of {len(images.classes)} classes")
-    recipe = Recipe(epochs, batch_size, lr, weight_decay=0.05, clip=1.0, warmup_steps=500, seed=seed)
-    total = epochs * (len(images) // batch_size)
-    every = max(total // (2 * epochs), 1)
+    print(
+        f"{NAME}: {count_parameters(variables):,} parameters, {len(dataset.train):,} images of {len(dataset.classes)} classes"
+    )
+    recipe = Recipe(epochs, batch_size, lr, weight_decay=0.05, clip=1.0, warmup_steps=500, augmentation=AUGMENTATION, seed=seed)
+    trainer = make_trainer(model, info, dataset, recipe)
+    every = max(trainer.steps_per_epoch // 2, 1)
     losses, started = [], time.perf_counter()
-    for number, loss, state in train(model, info, variables, images, recipe, flip_and_shift):
+    for number, loss, state in train(trainer, variables):
         losses.append(loss)
-        if number % every and number != total:
+        if number % every and number != trainer.steps:
             continue
-        finished = number == total
-        accuracy = accuracy_of(model, info, state.variables, test if finished else some_of_test)
+        accuracy = trainer.evaluator(state.variables, dataset.test).accuracy
         rate = batch_size * number / (time.perf_counter() - started)
-        print(
-            f"step {number}/{total}: loss {np.mean(losses[-every:]):.3f}, test accuracy {accuracy:.4f}, {rate:.0f} images/s",
-            flush=True,
-        )
+        came_to = f"loss {np.mean(losses[-every:]):.3f}, test accuracy {accuracy:.4f}, {rate:.0f} images/s"
+        print(f"step {number}/{trainer.steps}: {came_to}", flush=True)
         metadata = {
             "model": NAME,
-            "classes": images.classes,
+            "classes": dataset.classes,
             "test_accuracy": round(accuracy, 4),
-            "steps": f"{number} of {total}",
+            "steps": f"{number} of {trainer.steps}",
             "recipe": dataclasses.asdict(recipe),
         }
         save_weights(output, jax.tree.map(lambda leaf: leaf.astype(jnp.float16), state.variables), metadata)

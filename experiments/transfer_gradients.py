@@ -13,16 +13,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import tyro
 from flax import traverse_util
 from transfer import Setting, Variant, adapted_backbone, pretrained, write_results
 from transfer_backbone import NAME, WEIGHTS, backbone_info
-from transfer_images import Images, read_images
-from transfer_training import flip_and_shift, train
+from transfer_images import read_split
+from transfer_training import make_trainer, train
 
 from lbpwht_jax.adapt import AdaptedModule
+from lbpwht_jax.data import ArraySplit, Dataset
 from lbpwht_jax.spec import LowRankSpec
 from lbpwht_jax.train import normalise
 
@@ -30,14 +32,14 @@ RESULTS = Path(__file__).parent / "results" / "transfer_gradients.json"
 METHODS = (*(f"lp_l1-{r}" for r in range(1, 9)), "lp_linf-2", "lp_linf-4")
 
 
-def kernel_gradients(model: AdaptedModule, variables: Any, batch: Images) -> dict[str, np.ndarray]:
+def kernel_gradients(model: AdaptedModule, variables: Any, batch: ArraySplit) -> dict[str, np.ndarray]:
     """Gradients of the mean cross-entropy, as float64, by layer, of the kernels the paper's choice of layers has."""
     info = backbone_info()
 
     @jax.jit
     def gradients(variables, images, labels):
         def loss_of(params):
-            logits = model.apply({**variables, "params": params}, normalise(images, info), train=True)
+            logits = model.apply({**variables, "params": params}, normalise(images.astype(jnp.float32) / 255, info), train=True)
             return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
         return jax.grad(loss_of)(variables["params"])
@@ -87,16 +89,16 @@ def main(
       train_per_class: training images of each class.
     """
     info = backbone_info()
-    images = read_images([data], "train", info.image_size, train_per_class, cache)
-    classes = len(images.classes)
+    images, names = read_split([data], "train", info.image_size, train_per_class, cache)
+    classes, dataset = len(names), Dataset(data.stem, images, images, names)
     head = adapted_backbone(Variant("full"), "head", classes)
-    variables = pretrained(weights, classes, seed)
-    recipe = Setting(epochs=1).recipe(seed, lr_scale=4.0)
-    for _, loss, state in train(head, info, variables, images, recipe, flip_and_shift, head.trainable):  # noqa: B007, used below
+    trainer = make_trainer(head, info, dataset, Setting(epochs=1).recipe(seed, lr_scale=4.0), head.trainable)
+    for _, loss, state in train(trainer, pretrained(weights, classes, seed)):  # noqa: B007, used below
         pass
-    variables = state.variables
+    variables = jax.device_get(state.variables)
     print(f"the head's loss: {loss:.3f}", flush=True)
-    batch = images.take(np.random.default_rng(seed).permutation(len(images))[:batch_size])
+    chosen = np.random.default_rng(seed).permutation(len(images))[:batch_size]
+    batch = ArraySplit(images.images[chosen], images.labels[chosen])
     exact = kernel_gradients(adapted_backbone(Variant("full"), "all", classes), variables, batch)
     rows = []
     for method in methods:

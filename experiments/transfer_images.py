@@ -1,29 +1,15 @@
-"""Class folders of images, in a zip file or on disk, as uint8 arrays in memory, decoded and resized once."""
+"""Class folders of images, in zip files or on disk, as uint8 arrays in memory, decoded and resized once."""
 
 import hashlib
 import io
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
-
-class Images(NamedTuple):
-    """Images ``[count, size, size, 3]`` of uint8, their labels ``[count]`` of int32, and the names of the classes."""
-
-    images: np.ndarray
-    labels: np.ndarray
-    classes: tuple[str, ...]
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def take(self, chosen: np.ndarray) -> "Images":
-        """Those of the given indices."""
-        return Images(self.images[chosen], self.labels[chosen], self.classes)
+from lbpwht_jax.data import ArraySplit, Dataset
 
 
 def _files(path: Path) -> Iterator[tuple[str, Callable[[], bytes]]]:
@@ -47,10 +33,10 @@ def _decode(data: bytes, size: int) -> np.ndarray:
         return np.asarray(rgb if rgb.size == (size, size) else rgb.resize((size, size), Image.Resampling.BICUBIC))
 
 
-def read_images(
+def read_split(
     paths: Sequence[Path], split: str, size: int, per_class: int | None = None, cache: Path | None = None
-) -> Images:
-    """The images of ``.../SPLIT/CLASS/IMAGE`` in folders or zips, squashed to a square (bicubic), in the order of their names.
+) -> tuple[ArraySplit, tuple[str, ...]]:
+    """The images of ``.../SPLIT/CLASS/IMAGE`` in folders or zips, squashed to a square (bicubic), and the names of the classes.
 
     Args:
       paths: folders or zip files, read together.
@@ -67,7 +53,7 @@ def read_images(
     kept = cache and cache / f"images-{hashlib.sha256(asked.encode()).hexdigest()[:16]}.npz"
     if kept and kept.exists():
         with np.load(kept) as arrays:
-            return Images(arrays["images"], arrays["labels"], tuple(arrays["classes"].tolist()))
+            return ArraySplit(arrays["images"], arrays["labels"]), tuple(arrays["classes"].tolist())
     by_class: dict[str, list] = {}
     for path in paths:
         for name, read in _files(path):
@@ -83,8 +69,23 @@ def read_images(
             found = [found[i] for i in np.sort(np.random.default_rng(label).permutation(len(found))[:per_class])]
         images += [_decode(read(), size) for _, read in found]
         labels += [label] * len(found)
-    result = Images(np.stack(images), np.array(labels, np.int32), classes)
+    result = ArraySplit(np.stack(images), np.array(labels, np.int32))
     if kept:
         kept.parent.mkdir(parents=True, exist_ok=True)
         np.savez(kept, images=result.images, labels=result.labels, classes=np.array(classes))
-    return result
+    return result, classes
+
+
+def read_dataset(
+    paths: Sequence[Path], size: int, train_per_class: int | None, test_per_class: int | None, cache: Path | None
+) -> Dataset:
+    """Both splits; arguments as of ``read_split``.
+
+    Raises:
+      ValueError: if the classes of the two are not the same, or as ``read_split`` does.
+    """
+    train, classes = read_split(paths, "train", size, train_per_class, cache)
+    test, others = read_split(paths, "test", size, test_per_class, cache)
+    if classes != others:
+        raise ValueError(f"the test images' classes are not the training images': {sorted(set(classes) ^ set(others))}")
+    return Dataset(paths[0].stem, train, test, classes)
