@@ -139,13 +139,36 @@ def kept_bytes(results: Mapping[str, Any]) -> str:
     return f"An image, float32, 100 classes.\n\n{markdown(header, rows)}"
 
 
+def paper_table(results: Mapping[str, Any]) -> str:
+    """The runs of one of the paper's tables."""
+    rows = [
+        [
+            row["dataset"],
+            row["model"],
+            row["method"],
+            row["train"],
+            str(row["epochs"]),
+            f"{100 * row['test_accuracy']:.2f} %",
+            f"{row['backward_flops'] / 1e6:,.1f}",
+            f"{row['saved_bytes'] / 1e6:,.1f}",
+            f"{row['step_seconds'] * 1e3:.0f}",
+        ]
+        for row in results["rows"]
+    ]
+    header = ["data set", "model", "method", "trained", "epochs", "test accuracy", "MFLOPs/image", "saved MB/image", "step, ms"]
+    return f"{results['device']}, JAX {results['jax']}.\n\n{markdown(header, rows)}"
+
+
 Section = Callable[[Mapping[str, Any]], str]
 SECTIONS: tuple[tuple[str, str, str, Section], ...] = (
-    ("Digits", "digits", "", digits),
-    ("Tiny-ImageNet to CIFAR-10", "transfer", "--data cifar10.zip", transfer),
-    ("How much of the gradient survives", "transfer_gradients", "--data cifar10.zip", gradients),
-    ("The paper's cost tables", "cost_tables", "", cost_tables),
-    ("Kept bytes", "saved_bytes", "", kept_bytes),
+    ("Digits", "digits", "digits.py", digits),
+    ("Tiny-ImageNet to CIFAR-10", "transfer", "transfer.py --data cifar10.zip", transfer),
+    ("How much of the gradient survives", "transfer_gradients", "transfer_gradients.py --data cifar10.zip", gradients),
+    ("The paper's cost tables", "cost_tables", "cost_tables.py", cost_tables),
+    ("Kept bytes", "saved_bytes", "saved_bytes.py", kept_bytes),
+    ("Accuracy, the paper's Table 5", "paper_table_5", "paper_tables.py 5 --data DATA --hub", paper_table),
+    ("Accuracy, the paper's Table 6", "paper_table_6", "paper_tables.py 6 --data DATA --hub", paper_table),
+    ("Accuracy, the paper's Table 7", "paper_table_7", "paper_tables.py 7 --data DATA --hub", paper_table),
 )
 
 
@@ -158,9 +181,9 @@ def read(name: str) -> dict | None:
 def render() -> str:
     """The page."""
     parts = ["# Results", prose(HEAD)]
-    for title, name, arguments, section in SECTIONS:
-        results, command = read(name), f"python experiments/{name}.py {arguments}".strip()
-        parts += [f"## {title}", f"```sh\n{command}\n```", section(results) if results else "Not measured yet."]
+    for title, name, command, section in SECTIONS:
+        results, shown = read(name), f"```sh\npython experiments/{command}\n```"
+        parts += [f"## {title}", shown, section(results) if results else "Not measured yet."]
     return "\n\n".join(parts) + "\n"
 
 
