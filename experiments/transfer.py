@@ -97,7 +97,7 @@ class Setting:
     """
 
     train_per_class: int = 500
-    test_per_class: int = 400
+    test_per_class: int = 300
     epochs: int = 3
     batch_size: int = 64
     lr: float = 5e-4
