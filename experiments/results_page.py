@@ -182,8 +182,9 @@ def render() -> str:
     """The page."""
     parts = ["# Results", prose(HEAD)]
     for title, name, command, section in SECTIONS:
-        results, shown = read(name), f"```sh\npython experiments/{command}\n```"
-        parts += [f"## {title}", shown, section(results) if results else "Not measured yet."]
+        results = read(name) or {}
+        shown = results.get("command", f"python experiments/{command}")
+        parts += [f"## {title}", f"```sh\n{shown}\n```", section(results) if results else "Not measured yet."]
     return "\n\n".join(parts) + "\n"
 
 

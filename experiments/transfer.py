@@ -7,7 +7,8 @@ again. ``experiments/results_page.py`` makes tables, claims and plots of it. The
 in a zip file or folder; the weights are those of ``experiments/transfer_backbone.py``.
 
 Runs of one seed share their new head, their order of images and what augmentation draws. All methods have one learning rate,
-as in the paper; LoRA is also run at four times that, since it often wants more.
+as in the paper, chosen for full backpropagation (``--methods full --seeds 100 --setting.lr ...`` into other files). LoRA is
+also run at four times that, since it often wants more.
 """
 
 import dataclasses
@@ -214,7 +215,9 @@ def main(
         raise SystemExit(f"{weights} is missing; make it by experiments/transfer_backbone.py")
     dataset = read_dataset([data], backbone_info().image_size, setting.train_per_class, setting.test_per_class, cache)
     facts = {"model": NAME, "images": dataset.name, "pretrained_test_accuracy": load_weights(weights)[1]["test_accuracy"]}
-    results = open_results(output, "python experiments/transfer.py --data cifar10.zip", dataclasses.asdict(setting), **facts)
+    values, defaults = dataclasses.asdict(setting), dataclasses.asdict(Setting())
+    flags = [f"--setting.{name.replace('_', '-')} {value}" for name, value in values.items() if value != defaults[name]]
+    results = open_results(output, " ".join(["python experiments/transfer.py --data", data.name, *flags]), values, **facts)
     done = {(run["variant"], run["train"], run["seed"]) for run in results["runs"]}
     todo: list[tuple[str, Train, int]] = [
         (name, t, seed) for seed in seeds for t in trains for name in methods if (name, t, seed) not in done

@@ -14,7 +14,7 @@ from scipy import stats
 TRAINS = {"last_stage": "last stage and head", "all": "whole model"}
 RANKS = (2, 4, 6, 8)
 _L1 = tuple(f"lp_l1-{r}" for r in RANKS)
-_FAMILIES: Mapping[str, tuple[tuple[str, ...], str, str]] = {
+FAMILIES: Mapping[str, tuple[tuple[str, ...], str, str]] = {
     "full": (("full",), "black", "*"),
     "LP L1-2, 4, 6, 8, fitted": (_L1, "C0", "o"),
     "LP L1-2, 4, 6, 8, official": (tuple(f"{name} (official)" for name in _L1), "C1", "s"),
@@ -169,7 +169,7 @@ def plot(runs: Sequence[Mapping[str, Any]], path: Path) -> None:
     for row, (train, words) in zip(grid, TRAINS.items(), strict=True):
         found = accuracies(runs, train)
         for axes, (label, cost) in zip(row, axes_of, strict=True):
-            for family, (names, color, marker) in _FAMILIES.items():
+            for family, (names, color, marker) in FAMILIES.items():
                 points = []
                 for name in (n for n in names if n in found):
                     own = [run for run in runs if run["train"] == train and run["variant"] == name]
