@@ -23,6 +23,9 @@ MODULES = (
     "pretrained",
     "weights",
     "adapter_file",
+    "data",
+    "train",
+    "run_config",
     "projection",
     "cost",
     "model_cost",
@@ -106,7 +109,9 @@ def _entry(item: griffe.Object, depth: int) -> list[str]:
 
 
 def _own(item: griffe.Object) -> list[tuple[str, griffe.Object]]:
-    """Members by name, but for imported ones."""
+    """Members by name, but for imported ones; those a module exports, if it says which."""
+    if item.exports:
+        return [(str(name), _resolve(item[str(name)])) for name in item.exports]
     return [(name, member) for name, member in item.members.items() if not isinstance(member, griffe.Alias)]
 
 
