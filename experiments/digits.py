@@ -20,10 +20,10 @@ import tyro
 
 from lbpwht_jax.adapt import adapt
 from lbpwht_jax.cli import main as lbpwht
-from lbpwht_jax.data.arrays import digits, training_batches
+from lbpwht_jax.data import Loading, open_dataset, training_batches
 from lbpwht_jax.methods import parse_method
 from lbpwht_jax.models import create_model, model_info
-from lbpwht_jax.train import Recipe, initialise, make_train_step, normalise
+from lbpwht_jax.train import Recipe, initial_state, make_train_step
 from lbpwht_jax.weights import BUNDLED, load_bundled
 
 RESULTS = Path(__file__).parent / "results" / "digits.json"
@@ -40,21 +40,24 @@ def run(method: str, projection: str, seed: int, folder: Path) -> dict:
 
 def interleaved_steps(methods: tuple[str, ...], projection: str, batch_size: int, rounds: int) -> dict[str, float]:
     """Median time of a training step of each method over the first method's, the methods taking turns in one process."""
-    info, dataset = model_info(BUNDLED), digits(model_info(BUNDLED).image_size)
+    info, dataset = model_info(BUNDLED), open_dataset("digits")
+    shape = (info.image_size, info.image_size, info.channels)
     recipe = Recipe(epochs=1, batch_size=batch_size)
     optimizer = recipe.optimizer(rounds)
-    batch = next(training_batches(dataset.train, batch_size, 0, 1))
+    with training_batches(dataset, Loading(batch_size, info.image_size, info.channels)) as batches:
+        batch = next(batches)
     steps, states, seconds = {}, {}, {method: [] for method in methods}
     base = create_model(BUNDLED, num_classes=len(dataset.classes))
     for method in methods:
-        model = adapt(base, parse_method(method, projection=projection).rules(info), normalise(jnp.asarray(batch.images), info))
+        model = adapt(base, parse_method(method, projection=projection).rules(info), jnp.zeros((1, *shape)))
         variables = model.with_branches(jax.random.key(0), load_bundled()[0])
-        steps[method] = make_train_step(model, info, optimizer, recipe)
-        states[method] = initialise(variables, optimizer, model.trainable)
+        step = make_train_step(model, info, optimizer, recipe, info.image_size, len(dataset.classes))
+        steps[method] = jax.jit(step, donate_argnums=0)
+        states[method] = initial_state(variables, optimizer, model.trainable)
     for _ in range(rounds + 1):
         for method, step in steps.items():
             started = time.perf_counter()
-            states[method], *_ = jax.block_until_ready(step(states[method], batch.images, batch.labels))
+            states[method], *_ = jax.block_until_ready(step(states[method], batch))
             seconds[method].append(time.perf_counter() - started)
     medians = {method: statistics.median(values[1:]) for method, values in seconds.items()}
     return {method: median / medians[methods[0]] for method, median in medians.items()}

@@ -15,10 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from lbpwht_jax.data import uint8_changes as augment
-from lbpwht_jax.data.arrays import Split
+from lbpwht_jax.data import ArraySplit, Augmentation, Dataset
 from lbpwht_jax.models import create_model, model_info
-from lbpwht_jax.train import Epoch, Recipe, Step, TrainState, fit
+from lbpwht_jax.train import Epoch, Recipe, Snapshot, Step, Trainer
 from lbpwht_jax.weights import BUNDLED, count_parameters, save_weights
 
 CLASSES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
@@ -32,14 +31,9 @@ def read_idx(path: Path) -> np.ndarray:
     return np.frombuffer(data, np.uint8, offset=4 + 4 * ndim).reshape(shape)
 
 
-def read_split(folder: Path, prefix: str) -> Split:
+def read_split(folder: Path, prefix: str) -> ArraySplit:
     images = read_idx(folder / f"{prefix}-images-idx3-ubyte.gz")[..., None]
-    return Split(images, read_idx(folder / f"{prefix}-labels-idx1-ubyte.gz").astype(np.int32))
-
-
-def flip_and_shift(key: jax.Array, images: jax.Array) -> jax.Array:
-    first, second = jax.random.split(key)
-    return augment.shift(second, augment.flip(first, images))
+    return ArraySplit(images, read_idx(folder / f"{prefix}-labels-idx1-ubyte.gz").astype(np.int32))
 
 
 def main(
@@ -60,23 +54,27 @@ def main(
       lr: AdamW's peak learning rate.
       seed: of initial weights, shuffling and augmentation.
     """
-    train, test = read_split(data, "train"), read_split(data, "t10k")
+    dataset = Dataset("fashion-mnist", read_split(data, "train"), read_split(data, "t10k"), CLASSES)
     info = model_info(BUNDLED)
-    model = create_model(BUNDLED, num_classes=len(CLASSES), drop_path=0.05)
+    changes = Augmentation(flip=True, shift=2)
+    recipe = Recipe(
+        epochs, batch_size, lr, weight_decay=0.05, clip=1.0, warmup_steps=300, drop_path=0.05, augmentation=changes, seed=seed
+    )
+    model = create_model(BUNDLED, num_classes=len(CLASSES), drop_path=recipe.drop_path)
     size = info.image_size
     variables = model.init(jax.random.key(seed), jnp.zeros((1, size, size, info.channels)))
     print(f"{BUNDLED}: {count_parameters(variables):,} parameters")
-    recipe = Recipe(epochs, batch_size, lr, weight_decay=0.05, clip=1.0, warmup_steps=300, seed=seed)
-    for event in fit(model, info, variables, train, test, recipe, flip_and_shift):
+    trainer = Trainer(model, info, dataset, recipe, size)
+    for event in trainer.fit(trainer.initial_state(variables)):
         match event:
             case Step() if event.number % 50 == 0:
                 print(f"step {event.number}: loss {event.loss:.3f}, {batch_size / event.seconds:.0f} images/s", flush=True)
             case Epoch():
                 print(f"epoch {event.number}: test accuracy {event.test_accuracy:.4f}", flush=True)
                 accuracy = event.test_accuracy
-            case TrainState():
+            case Snapshot() if event.state.step == trainer.steps:
                 metadata = {"model": BUNDLED, "classes": CLASSES, "test_accuracy": round(accuracy, 4)}
-                save_weights(output, {"params": event.params}, metadata)
+                save_weights(output, {"params": event.state.params}, metadata)
 
 
 if __name__ == "__main__":

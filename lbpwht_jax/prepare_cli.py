@@ -2,7 +2,6 @@
 
 import dataclasses
 import importlib.util
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -24,38 +23,30 @@ class Prepare:
     data_dir: Path | None = None
     """Folder for TFDS data sets; by default $TFDS_DATA_DIR, or tensorflow_datasets in the home folder."""
 
-    def prepare(self) -> Callable[[], None]:
-        """Finds the data set's builder.
-
-        Returns:
-          The function that downloads and writes.
+    def prepare(self) -> None:
+        """Downloads and writes the data set.
 
         Raises:
-          ValueError: if the name or version is unknown.
+          ValueError: if the name or version is unknown, or can no longer be prepared.
           ImportError: if TensorFlow is needed and missing.
         """
         if not self.dataset.startswith("tfds:"):
             raise ValueError(f"only TFDS data sets are prepared; write tfds:NAME, not {self.dataset!r}")
         wanted = parse_name(self.dataset.removeprefix("tfds:"))
-        import tensorflow_datasets as tfds
-
         unknown = unknown_name(wanted.name)
         if unknown:
             raise ValueError(unknown)
-        folder = self.data_dir or default_folder()
+        import tensorflow_datasets as tfds
+
+        name = wanted.name + (f":{wanted.version}" if wanted.version else "")
         try:
-            name = wanted.name + (f":{wanted.version}" if wanted.version else "")
-            builder = tfds.builder(name, data_dir=folder, file_format="array_record")
+            builder = tfds.builder(name, data_dir=self.data_dir or default_folder(), file_format="array_record")
         except AssertionError as error:  # how TFDS reports a version it does not have
             raise ValueError(f"{wanted}: {error}") from None
         if type(builder).__module__.startswith("tensorflow_datasets.") and importlib.util.find_spec("tensorflow") is None:
             raise ImportError(
                 f"preparing {wanted} needs TensorFlow (reading it later does not): pip install 'lbpwht_jax[prepare]'"
             )
-
-        def run() -> None:
-            builder.download_and_prepare()
-            counts = ", ".join(f"{split.num_examples:,} {part}" for part, split in builder.info.splits.items())
-            print(f"{builder.data_path}: {counts}; train on it with --dataset {wanted}")
-
-        return run
+        builder.download_and_prepare()
+        counts = ", ".join(f"{split.num_examples:,} {part}" for part, split in builder.info.splits.items())
+        print(f"{builder.data_path}: {counts}; train on it with --dataset {wanted}")

@@ -148,22 +148,19 @@ def mix(key: jax.Array, images: jax.Array, targets: jax.Array, mixup: float, cut
     Returns:
       Images and targets of the same shapes.
     """
-    mixup_key, cutmix_key, place_key, choice_key = jax.random.split(key, 4)
+    choice_key, kept_key, place_key = jax.random.split(key, 3)
     batch, height, width, _ = images.shape
-    # of each pixel, the share that the other image has: for mixup everywhere the same, for cutmix 1 in a box and 0 outside
-    blended = cut = jnp.zeros((batch, height, width))
-    if mixup:
-        blended += 1 - jax.random.beta(mixup_key, mixup, mixup, (batch, 1, 1))
-    if cutmix:
-        edge = jnp.sqrt(1 - jax.random.beta(cutmix_key, cutmix, cutmix, (batch, 1)))
-        places = jax.random.uniform(place_key, (2, batch, 1))
-        rows, columns = (
-            jnp.abs((jnp.arange(n, dtype=jnp.float32) + 0.5).reshape(1, n) / n - place) < edge / 2
-            for n, place in zip((height, width), places, strict=True)
-        )
-        cut += (rows[:, :, None] & columns[:, None, :]).astype(jnp.float32)
-    probability = (1.0 if cutmix else 0.0) if not (mixup and cutmix) else 0.5
-    other = jnp.where(jax.random.bernoulli(choice_key, probability, (batch, 1, 1)), cut, blended)
+    cuts = jax.random.bernoulli(choice_key, 0.5 if mixup and cutmix else float(cutmix > 0), (batch,))
+    alpha = jnp.where(cuts, cutmix, mixup)
+    given = (1 - jax.random.beta(kept_key, alpha, alpha)).reshape(batch, 1, 1)
+    centres = jax.random.uniform(place_key, (2, batch, 1))
+    rows, columns = (
+        jnp.abs((jnp.arange(n, dtype=jnp.float32) + 0.5).reshape(1, n) / n - place) < jnp.sqrt(given[:, 0]) / 2
+        for n, place in zip((height, width), centres, strict=True)
+    )
+    box = (rows[:, :, None] & columns[:, None, :]).astype(jnp.float32)
+    # of each pixel, the share that the other image has
+    other = jnp.where(cuts.reshape(batch, 1, 1), box, given)
     share = other.mean((1, 2))[:, None]
     images = images * (1 - other[..., None]) + images[::-1] * other[..., None]
     return images, targets * (1 - share) + targets[::-1] * share

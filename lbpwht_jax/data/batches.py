@@ -151,10 +151,10 @@ def training_batches(dataset: Dataset, loading: Loading, start_step: int = 0) ->
     def load(indices: np.ndarray) -> _Loaded:
         loaded = _Loaded(len(indices), size, loading.channels)
         for row, first in enumerate(indices):
-            candidates = [int(first + i) % len(split) for i in range(min(len(split), PATIENCE))]
-            if not any(loaded.fill(row, split, i, lambda image: squash(image, size), size) for i in candidates):
+            tries = range(int(first), int(first) + min(len(split), PATIENCE))
+            if not any(loaded.fill(row, split, i % len(split), lambda image: squash(image, size), size) for i in tries):
                 name, reason = next(iter(loaded.skipped.items()))
-                raise ValueError(f"{len(candidates)} training images in a row cannot be read; the first, {name}: {reason}")
+                raise ValueError(f"{len(tries)} training images in a row cannot be read, such as {name}: {reason}")
         return loaded
 
     order = grain.MapDataset.range(len(split)).seed(loading.seed).shuffle()
@@ -176,7 +176,6 @@ def evaluation_batches(split: Split, loading: Loading, crop: float, interpolatio
     Returns:
       The batches. Taking the one after the last raises a ValueError where none of the images could be read.
     """
-
     size = loading.image_size
 
     def load(indices: np.ndarray) -> _Loaded:

@@ -39,9 +39,12 @@ def decode(source: bytes | Image.Image, channels: int, least: int | None = None)
         if least is not None:
             image.draft(None, (least, least))
         image.load()
-        if image.getexif().get(_ORIENTATION) in _TRANSPOSED:
+        orientation = image.getexif().get(_ORIENTATION, 1)
+        if orientation in _TRANSPOSED:
             width, height = height, width
-        image = _eight_bits(ImageOps.exif_transpose(image), mode)
+        if orientation != 1:
+            image = ImageOps.exif_transpose(image)
+        image = _eight_bits(image, mode)
     except Exception as error:  # Pillow's decoders meet damaged bytes with errors of many types
         raise UnreadableImage(f"{type(error).__name__}: {error}") from error
     return image, width / height
@@ -55,7 +58,7 @@ def _eight_bits(image: Image.Image, mode: str) -> Image.Image:
     elif image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert(mode)
+    return image if image.mode == mode else image.convert(mode)
 
 
 def squash(image: Image.Image, size: int) -> np.ndarray:

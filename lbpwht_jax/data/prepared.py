@@ -38,11 +38,13 @@ def unknown_name(name: str) -> str | None:
     """What to tell if TFDS has no builder of this name; None if it has."""
     import tensorflow_datasets as tfds
 
-    bare, known = name.split("/")[0], tfds.list_builders(with_community_datasets=False)
-    if bare in known:
-        return None
-    near = difflib.get_close_matches(bare, known, 3)
-    return f"TFDS has no data set {bare!r}" + (f"; is it {' or '.join(near)}?" if near else "")
+    bare = name.split("/")[0]
+    try:
+        tfds.builder_cls(bare)
+    except tfds.core.DatasetNotFoundError:
+        near = difflib.get_close_matches(bare, tfds.list_builders(with_community_datasets=False), 3)
+        return f"TFDS has no data set {bare!r}" + (f"; is it {' or '.join(near)}?" if near else "")
+    return None
 
 
 def default_folder() -> Path:

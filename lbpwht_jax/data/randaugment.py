@@ -33,11 +33,14 @@ def randaugment(key: jax.Array, images: jax.Array, operations: int, magnitude: f
     Returns:
       Images of the same shape, in [0, 1].
     """
-    for step in jax.random.split(key, operations):
-        kind_key, sign_key = jax.random.split(step)
+
+    def step(images, key):
+        kind_key, sign_key = jax.random.split(key)
         kinds = jax.random.randint(kind_key, (len(images),), 0, len(OPERATIONS))
-        images = apply(kinds, jax.random.rademacher(sign_key, (len(images),), jnp.float32) * (magnitude / 10), images)
-    return images
+        strengths = jax.random.rademacher(sign_key, (len(images),), jnp.float32) * (magnitude / 10)
+        return apply(kinds, strengths, images), None
+
+    return jax.lax.scan(step, images, jax.random.split(key, operations))[0]
 
 
 def apply(kinds: jax.Array, strengths: jax.Array, images: jax.Array) -> jax.Array:
@@ -45,10 +48,10 @@ def apply(kinds: jax.Array, strengths: jax.Array, images: jax.Array) -> jax.Arra
 
     Args:
       kinds: ``[batch]``, indices into ``OPERATIONS``.
-      strengths: ``[batch]``, in [-1, 1]. At 1, rotate turns by 30 degrees, shears move by 0.3 of the distance from the centre,
-        translations by 0.45 of the edge, with grey where there was no image; brightness, color and contrast are multiplied by
-        1.9 (at -1 by 0.1). The others ignore the sign: posterize leaves 8 - 4 bits, solarize inverts what is brighter than
-        1 - strength, autocontrast and invert are the same at any strength.
+      strengths: ``[batch]``, in [-1, 1]. At 1, rotate turns by 30 degrees to the left, shears move by 0.3 of the distance from
+        the centre, translations by 0.45 of the edge, with grey where there was no image; brightness, color and contrast are
+        multiplied by 1.9 (at -1 by 0.1). The others ignore the sign: posterize drops up to 4 of the 8 bits, solarize inverts
+        what is brighter than 1 - strength, autocontrast and invert are the same at any strength.
       images: ``[batch, height, width, channels]``, in [0, 1].
 
     Returns:
@@ -78,7 +81,7 @@ def _affine(kind: jax.Array, strength: jax.Array, shape: tuple[int, ...]) -> tup
         jnp.where(kind == OPERATIONS.index(name), strength, 0.0) for name in GEOMETRIC
     )
     angle = rotate * math.radians(30)
-    matrix = jnp.stack([jnp.cos(angle), -jnp.sin(angle) + 0.3 * shear_y, jnp.sin(angle) + 0.3 * shear_x, jnp.cos(angle)])
+    matrix = jnp.stack([jnp.cos(angle), jnp.sin(angle) + 0.3 * shear_y, 0.3 * shear_x - jnp.sin(angle), jnp.cos(angle)])
     return matrix.reshape(2, 2), 0.45 * jnp.stack([translate_y * shape[0], translate_x * shape[1]])
 
 

@@ -21,7 +21,7 @@ _COMMON = {
 RECIPES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
         "cifar10": _COMMON | {"lr": 1e-4},
-        "cifar100": _COMMON | {"lr": 1e-4, "clip": None},
+        "cifar100": _COMMON | {"lr": 1e-4, "clip": 0.0},
         "cars196": _COMMON | {"lr": 5e-4},
         "oxford_flowers102": _COMMON | {"lr": 2e-4, "warmup_steps": 100, "min_ratio": 0.001},
         "food101": _COMMON | {"lr": 2e-4},
@@ -29,7 +29,7 @@ RECIPES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "places365_small": _COMMON | {"lr": 1e-4},
     }
 )
-"""The fields of a training recipe, by the data set's TFDS name; a ``clip`` of None is no clipping."""
+"""The fields of a training recipe, by the data set's TFDS name; a ``clip`` of 0 is no clipping."""
 
 
 def paper_recipe(dataset: str) -> Mapping[str, Any]:
