@@ -1,4 +1,5 @@
 import contextlib
+import dataclasses
 import io
 import json
 import os
@@ -23,6 +24,7 @@ from lbpwht_jax.finished_run import load_run
 from lbpwht_jax.methods import parse_method
 from lbpwht_jax.metrics import read_metrics
 from lbpwht_jax.models import create_model, model_info
+from lbpwht_jax.train import Placement
 from lbpwht_jax.weights import BUNDLED, load_bundled, load_weights
 
 
@@ -39,6 +41,14 @@ def compared(tmp_path_factory):
 
 def folders(folder):
     return {"lp_l1-4": folder, "full": folder / "compare" / "full", "lp_l1-2": folder / "compare" / "lp_l1-2"}
+
+
+def test_dtype_and_remat_reach_the_model(compared):
+    config = dataclasses.replace(run_folder.read_config(compared[0]), dtype="bfloat16", remat=True)
+    model = config.module()
+    assert model.remat and jax.eval_shape(model.init_with_output, jax.random.key(0), config.images())[0].dtype == "bfloat16"
+    state = config.abstract_state(config.adapted(), Placement())
+    assert {str(leaf.dtype) for leaf in jax.tree.leaves((state.params, state.optimizer)) if leaf.ndim} == {"float32"}
 
 
 def lbpwht(capsys, *arguments):
@@ -170,8 +180,8 @@ def test_a_resumed_run_keeps_its_configuration(compared, capsys, tmp_path):
 
 
 def test_a_signal_stops_and_saves_and_the_run_goes_on_bit_for_bit(capsys, tmp_path):
-    options = ["--epochs", "2", "--batch-size", "360", "--method", "lora-2", "--ema", "0.5", "--checkpoint-every", "3"]
-    options += ["--flip", "True", "--drop-path", "0.1", "--accumulate", "3", "--dtype", "bfloat16", "--remat"]
+    options = ["--epochs", "2", "--batch-size", "96", "--method", "full", "--train", "last_stage", "--ema", "0.5"]
+    options += ["--flip", "True", "--drop-path", "0.1", "--accumulate", "3", "--checkpoint-every", "4"]
     lbpwht(capsys, "finetune", *options, "--output", tmp_path / "whole")
 
     def interrupt():
@@ -186,8 +196,8 @@ def test_a_signal_stops_and_saves_and_the_run_goes_on_bit_for_bit(capsys, tmp_pa
     thread.join()
     steps, _ = read_metrics(tmp_path / "run")
     done = len(steps)
-    assert 1 <= done < 6
-    message = f"stopped by SIGTERM after step {done} of 6, which is saved; go on with lbpwht finetune --resume"
+    assert 1 <= done < 28
+    message = f"stopped by SIGTERM after step {done} of 28, which is saved; go on with lbpwht finetune --resume"
     assert message in capsys.readouterr().err
     assert f"going on after step {done}" in lbpwht(capsys, "finetune", "--resume", tmp_path / "run")
     untimed = [
