@@ -2,8 +2,9 @@
 
     python experiments/soak.py
 
-The run is ``lbpwht finetune`` on digits with a batch of 4. It writes experiments/results/soak.json: resident memory over time, its slope
-over the second half, whether every step is in the metrics once, and whether the last checkpoint is what was exported.
+The run is ``lbpwht finetune`` on digits with a batch of 4. It writes experiments/results/soak.json: resident memory over
+time, its slope over the second half, whether every step is in the metrics once, and whether the last checkpoint is what was
+exported.
 """
 
 import itertools

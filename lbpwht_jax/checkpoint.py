@@ -250,7 +250,7 @@ def shapes(tree: Any) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
 def differences(found: Mapping[str, tuple], wanted: Mapping[str, tuple]) -> list[str]:
     """What two of ``shapes`` differ in, a line each with ``-`` for what was found and ``+`` for what is wanted; at most 20."""
     lines = []
-    for name in sorted(found.keys() | wanted.keys()):
+    for name in sorted(found.keys() | wanted.keys(), key=lambda name: (not name.startswith("params"), name)):
         if found.get(name) != wanted.get(name):
             for sign, side in (("-", found), ("+", wanted)):
                 if name in side:

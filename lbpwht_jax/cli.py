@@ -1,5 +1,6 @@
 """The command line, ``lbpwht``."""
 
+import logging
 import sys
 from collections.abc import Sequence
 
@@ -41,6 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description="Fine-tune vision transformers with low-rank backpropagation through the Walsh-Hadamard transform.",
         args=arguments,
     )
+    # where a checkpoint cannot be read or written, the error is reported once; the other files' errors are not worth a trace
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     try:
         run = command.prepare()
     except (TypeError, ValueError, FileNotFoundError, ImportError) as error:

@@ -174,7 +174,8 @@ class Finetune:
     are kept."""
 
     resume: Path | None = None
-    """Run folder to go on with, from its last checkpoint; its configuration holds, and flags that contradict it are refused."""
+    """The folder of a run to go on with, from its last checkpoint; its configuration holds, and flags that contradict it are
+    refused."""
 
     resume_step: int | None = None
     """With --resume: the checkpoint of this step, such as an older one where the last is damaged."""

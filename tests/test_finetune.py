@@ -1,19 +1,30 @@
 import contextlib
+import dataclasses
 import io
 import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
 
 import jax
 import numpy as np
 import pytest
 from PIL import Image
+from sklearn.datasets import load_digits
 
-from lbpwht_jax import adapt
+from lbpwht_jax import adapt, load_pretrained, run_folder
 from lbpwht_jax.adapter_file import load_adapter
 from lbpwht_jax.cli import main
-from lbpwht_jax.data.arrays import digits
+from lbpwht_jax.finished_run import load_run
 from lbpwht_jax.methods import parse_method
+from lbpwht_jax.metrics import read_metrics
 from lbpwht_jax.models import create_model, model_info
-from lbpwht_jax.train import evaluate, make_eval_step
+from lbpwht_jax.train import Placement
 from lbpwht_jax.weights import BUNDLED, load_bundled, load_weights
 
 
@@ -32,6 +43,30 @@ def folders(folder):
     return {"lp_l1-4": folder, "full": folder / "compare" / "full", "lp_l1-2": folder / "compare" / "lp_l1-2"}
 
 
+def test_dtype_and_remat_reach_the_model(compared):
+    config = dataclasses.replace(run_folder.read_config(compared[0]), dtype="bfloat16", remat=True)
+    model = config.module()
+    assert model.remat and jax.eval_shape(model.init_with_output, jax.random.key(0), config.images())[0].dtype == "bfloat16"
+    state = config.abstract_state(config.adapted(), Placement())
+    assert {str(leaf.dtype) for leaf in jax.tree.leaves((state.params, state.optimizer)) if leaf.ndim} == {"float32"}
+
+
+def lbpwht(capsys, *arguments):
+    """What a command printed."""
+    capsys.readouterr()
+    code = main(list(map(str, arguments)))
+    printed = capsys.readouterr()
+    assert code == 0, printed.err
+    return printed.out
+
+
+def mistake(capsys, *arguments):
+    """What a mistaken command reported."""
+    capsys.readouterr()
+    assert main(list(map(str, arguments))) == 2
+    return capsys.readouterr().err
+
+
 def test_the_run_folder_is_complete(compared):
     for method, folder in folders(compared[0]).items():
         config = json.loads((folder / "config.json").read_text())
@@ -46,14 +81,132 @@ def test_the_run_folder_is_complete(compared):
             assert np.asarray(plot.convert("L")).std() > 5
 
 
-def test_the_weights_rebuild_the_model(compared):
-    variables, metadata = load_weights(compared[0] / "weights.safetensors")
-    model = create_model(metadata["model"], num_classes=len(metadata["classes"]))
-    step = make_eval_step(model, model_info(metadata["model"]))
-    accuracy, _ = evaluate(step, variables, digits(28, 0).test, 64)
-    assert accuracy == json.loads((compared[0] / "result.json").read_text())["test_accuracy"]
+def test_the_folder_is_all_that_evaluation_needs(compared, capsys):
+    accuracy = json.loads((compared[0] / "result.json").read_text())["test_accuracy"]
+    found = json.loads(lbpwht(capsys, "evaluate", compared[0], "--json"))
+    assert (found["accuracy"], found["images"]) == (accuracy, 360)
     # three of fifteen epochs: far from chance, short of the end
     assert accuracy > 0.5
+    best = json.loads(lbpwht(capsys, "evaluate", compared[0], "--checkpoint", "best", "--batch-size", "40", "--json"))
+    assert best["accuracy"] == max(epoch.test_accuracy for epoch in read_metrics(compared[0])[1])
+    assert f"digits, test: accuracy {accuracy:.2%}, loss {found['loss']:.4f}, 360 images" in lbpwht(
+        capsys, "evaluate", compared[0]
+    )
+
+
+def test_the_weights_rebuild_the_model(compared):
+    variables, metadata = load_weights(compared[0] / "weights.safetensors")
+    assert metadata == {"model": BUNDLED, "classes": list("0123456789")}
+    model, images = create_model(BUNDLED, num_classes=10), np.zeros((1, 28, 28, 1), np.float32)
+    last = load_run(compared[0], "last")
+    np.testing.assert_array_equal(model.apply(variables, images), last.module.apply(last.variables, images))
+
+
+def test_predictions(compared, capsys, tmp_path):
+    pixels, targets = load_digits(return_X_y=True)
+    files = [tmp_path / f"{i}.png" for i in range(40)]
+    for file, image in zip(files, pixels, strict=False):
+        Image.fromarray(np.rint(image.reshape(8, 8) * (255 / 16)).astype(np.uint8)).save(file)
+    rows = json.loads(lbpwht(capsys, "predict", compared[0], *files, "--top-k", "10", "--json"))
+    assert [row["image"] for row in rows] == list(map(str, files))
+    first = [row["predictions"][0]["class"] for row in rows]
+    assert np.mean([int(name) == target for name, target in zip(first, targets, strict=False)]) > 0.6
+    for row in rows:
+        probabilities = [each["probability"] for each in row["predictions"]]
+        assert probabilities == sorted(probabilities, reverse=True) and sum(probabilities) == pytest.approx(1)
+        assert {each["class"] for each in row["predictions"]} == set("0123456789")
+    assert f"{first[0]} {rows[0]['predictions'][0]['probability']:.1%}" in lbpwht(capsys, "predict", compared[0], files[0])
+    assert "cannot read the image" in mistake(capsys, "predict", compared[0], tmp_path / "missing.png")
+
+
+def test_export_of_a_run(compared, capsys, tmp_path):
+    lbpwht(capsys, "export", compared[0], tmp_path / "timm.safetensors")
+    again = load_pretrained(BUNDLED, tmp_path / "timm.safetensors")
+    jax.tree.map(np.testing.assert_array_equal, again, load_weights(compared[0] / "weights.safetensors")[0])
+    assert "write lbpwht export vit_micro_patch4_28 SOURCE OUTPUT" in mistake(capsys, "export", BUNDLED, tmp_path / "x")
+    assert "is no run folder: cannot read" in mistake(capsys, "export", tmp_path, tmp_path / "x")
+    assert "--num-classes and --image-size do not go" in mistake(
+        capsys, "export", compared[0], tmp_path / "x", "--num-classes", "3"
+    )
+
+
+def test_other_classes_than_the_run_knows(compared, capsys, tmp_path):
+    for part in ("train", "test"):
+        for name in [*"0123456789", "ten"]:
+            (tmp_path / part / name).mkdir(parents=True)
+            Image.new("L", (8, 8)).save(tmp_path / part / name / "image.png")
+    message = mistake(capsys, "evaluate", compared[0], "--dataset", f"folder:{tmp_path}")
+    assert (
+        "has other classes than the run, which knows no more than those it was trained on: 11 instead of 10; ten new" in message
+    )
+
+
+def test_a_run_that_is_finished_in_use_or_not_there(compared, capsys, tmp_path):
+    assert "is finished; there is nothing to resume" in mistake(capsys, "finetune", "--resume", compared[0])
+    assert "is no run folder" in mistake(capsys, "finetune", "--resume", tmp_path)
+    assert "is no run folder" in mistake(capsys, "evaluate", tmp_path)
+    unfinished = shutil.copytree(compared[0], tmp_path / "run")
+    (unfinished / "result.json").unlink()
+    (unfinished / "weights.safetensors").unlink()
+    assert "is not finished; go on with lbpwht finetune --resume" in mistake(capsys, "evaluate", unfinished)
+    held = run_folder.lock(unfinished, create=False)
+    code = "import sys; from lbpwht_jax.cli import main; sys.exit(main(sys.argv[1:]))"
+    other = subprocess.run([sys.executable, "-c", code, "finetune", "--resume", unfinished], capture_output=True, text=True)
+    held.release()
+    assert other.returncode == 2 and "is in use by another process; wait for it to end" in other.stderr
+    # all but the end is done: weights and result are written again
+    lbpwht(capsys, "finetune", "--resume", unfinished)
+    for name in ("weights.safetensors", "result.json"):
+        assert (unfinished / name).exists()
+    assert read_metrics(unfinished) == read_metrics(compared[0])
+
+
+def test_a_resumed_run_keeps_its_configuration(compared, capsys, tmp_path):
+    for arguments, message in (
+        (["--lr", "1"], "--lr 1.0: the run in .* was started with 0.0005, and a resumed run keeps its configuration"),
+        (["--model", "vit_tiny_patch16_224"], "--model vit_tiny_patch16_224: the run in .* was started with vit_micro"),
+        (["--compare"], "--compare does not go with --resume"),
+        (["--batch-size", "60"], "--batch-size 60: the run in .* was started with 64"),
+    ):
+        assert re.search(message, mistake(capsys, "finetune", "--resume", compared[0], *arguments))
+    other = shutil.copytree(compared[0], tmp_path / "run")
+    (other / "result.json").unlink()
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "method": "lora-2"}))
+    message = mistake(capsys, "finetune", "--resume", other)
+    assert "is not of this model and recipe" in message and "lora_a float32[96, 2]" in message
+    (other / "config.json").write_text("{}")
+    assert "no configuration of this version's" in mistake(capsys, "finetune", "--resume", other)
+
+
+def test_a_signal_stops_and_saves_and_the_run_goes_on_bit_for_bit(capsys, tmp_path):
+    options = ["--epochs", "2", "--batch-size", "96", "--method", "full", "--train", "last_stage", "--ema", "0.5"]
+    options += ["--flip", "True", "--drop-path", "0.1", "--accumulate", "3", "--checkpoint-every", "4"]
+    lbpwht(capsys, "finetune", *options, "--output", tmp_path / "whole")
+
+    def interrupt():
+        deadline = time.monotonic() + 120
+        while len(read_metrics(tmp_path / "run")[0]) < 1 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    assert main(["finetune", *options, "--output", str(tmp_path / "run")]) == 3
+    thread.join()
+    steps, _ = read_metrics(tmp_path / "run")
+    done = len(steps)
+    assert 1 <= done < 28
+    message = f"stopped by SIGTERM after step {done} of 28, which is saved; go on with lbpwht finetune --resume"
+    assert message in capsys.readouterr().err
+    assert f"going on after step {done}" in lbpwht(capsys, "finetune", "--resume", tmp_path / "run")
+    untimed = [
+        [[event._replace(seconds=0) for event in steps], epochs]
+        for steps, epochs in (read_metrics(tmp_path / name) for name in ("whole", "run"))
+    ]
+    assert untimed[0] == untimed[1]
+    weights = [load_weights(tmp_path / name / "weights.safetensors")[0] for name in ("whole", "run")]
+    jax.tree.map(np.testing.assert_array_equal, *weights)
 
 
 def test_the_table_shows_every_method(compared):
@@ -104,11 +257,20 @@ def test_a_sum_on_the_last_stage(tmp_path):
         (["--method", "lp_linf-9"], "lp_linf: r must be from 1 to 8"),
         (["--method", "lora-8+lora_all-8"], "method 'lora-8+lora_all-8' names two of a kind; write full, lp_l1-R"),
         (["--train", "head"], "training the head alone leaves low-rank backpropagation no layer"),
-        (["--epochs", "0"], "--epochs must be positive, got 0"),
-        (["--lr", "-1"], "--lr must be positive, got -1.0"),
-        (["--batch-size", "0"], "--batch-size must be positive, got 0"),
-        (["--batch-size", "5000"], "--batch-size must be at most 1437, the number of training images"),
-        (["--seed", "-1"], "--seed must not be negative, got -1"),
+        (["--epochs", "0"], "epochs must be positive, got 0"),
+        (["--lr", "-1"], "lr must be positive, got -1.0"),
+        (["--batch-size", "0"], "batch-size must be positive, got 0"),
+        (["--seed", "-1"], "seed must not be negative, got -1"),
+        (["--batch-size", "5000"], "batch size 5000 is larger than the 1437 training images; lower it"),
+        (["--batch-size", "60"], "a batch of 60 images cannot be shared equally by 8 devices"),
+        (["--model", "vit_tiny"], "unknown model 'vit_tiny'; nearest: vit_tiny_patch16_224"),
+        (["--model", "deit_tiny_patch16_224"], "no weights of deit_tiny_patch16_224 come with this package; give --pretrained"),
+        (["--pretrained", "nowhere.safetensors"], "nowhere.safetensors: no such file or folder"),
+        (["--dataset", "mnist"], "unknown data set 'mnist'"),
+        (["--recipe", "paper"], "the paper has no recipe for digits"),
+        (["--resume-step", "3"], "--resume-step goes with --resume RUN"),
+        (["--checkpoint-every", "-1"], "--checkpoint-every must not be negative"),
+        (["--coordinator", "localhost:1"], "--coordinator, --num-processes and --process-id go together"),
         (["--output", "/proc/run"], "cannot write the run folder /proc/run: "),
     ],
 )
@@ -122,7 +284,7 @@ def test_mistakes(arguments, message, capsys, tmp_path, monkeypatch):
 def test_an_output_folder_is_never_overwritten(compared, capsys):
     before = (compared[0] / "metrics.jsonl").read_bytes()
     assert main(["finetune", "--output", str(compared[0])]) == 2
-    assert "already holds a run; name another --output, or delete it" in capsys.readouterr().err
+    assert "already holds a run; name another --output, continue it with --resume" in capsys.readouterr().err
     assert (compared[0] / "metrics.jsonl").read_bytes() == before
 
 
@@ -137,6 +299,18 @@ def test_help_explains_every_option(capsys):
     with pytest.raises(SystemExit, match="0"):
         main(["finetune", "--help"])
     text = capsys.readouterr().out
-    for option in ("method", "projection", "epochs", "batch-size", "lr", "seed", "output", "compare", "train"):
+    for option in (
+        "method",
+        "projection",
+        "epochs",
+        "batch-size",
+        "lr",
+        "seed",
+        "output",
+        "compare",
+        "train",
+        "resume",
+        "shard",
+    ):
         assert f"--{option}" in text
     assert "lp_linf-R" in text and "Run folder" not in text

@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 import math
 
 import flax.linen as nn
@@ -55,8 +56,9 @@ def stripes(count, seed=0):
 DATA = Dataset("stripes", stripes(44), stripes(21, seed=1), ("bright", "dark"))
 
 
-def trainer(recipe=RECIPE, model=MODEL, placement=ONE, data=DATA):
-    return Trainer(model, INFO, data, recipe, 4, placement=placement)
+@functools.cache
+def trainer(recipe=RECIPE, model=MODEL, placement=ONE):
+    return Trainer(model, INFO, DATA, recipe, 4, placement=placement)
 
 
 def run(recipe=RECIPE, model=MODEL, variables=VARIABLES, placement=ONE):

@@ -1,0 +1,237 @@
+"""Adapts the pretrained backbone to CIFAR-10 by every method, with several seeds: the paper's claims at a small scale.
+
+    python experiments/transfer.py --data cifar10.zip
+
+appends every run to experiments/results/transfer.json and leaves out those already there, so that it can be stopped and called
+again. ``experiments/results_page.py`` makes tables, claims and plots of it. The images lie as ``.../{train,test}/CLASS/IMAGE``
+in a zip file or folder; the weights are those of ``experiments/transfer_backbone.py``.
+
+Runs of one seed share their new head, their order of images and what augmentation draws. All methods have one learning rate,
+as in the paper, chosen for full backpropagation (``--methods full --seeds 100 --setting.lr ...`` into other files). LoRA is
+also run at four times that, since it often wants more.
+"""
+
+import dataclasses
+import json
+import os
+import platform
+import statistics
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+import flax
+import jax
+import jax.numpy as jnp
+import tyro
+from transfer_backbone import NAME, WEIGHTS, backbone, backbone_info
+from transfer_images import read_dataset
+from transfer_training import AUGMENTATION, make_trainer, train
+
+from lbpwht_jax.adapt import AdaptedModule, adapt
+from lbpwht_jax.cost import backward_flops, saved_bytes
+from lbpwht_jax.data import Dataset
+from lbpwht_jax.methods import Method, parse_method
+from lbpwht_jax.model_cost import layer_costs
+from lbpwht_jax.train import Recipe
+from lbpwht_jax.weights import load_weights, replace_head
+
+RESULTS = Path(__file__).parent / "results" / "transfer.json"
+Train = Literal["last_stage", "all"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """A method with what its short name leaves open.
+
+    Attributes:
+      method: short name, as for ``parse_method``.
+      projection: of low-rank backpropagation.
+      dx: how inputs' gradients are computed.
+      lr_scale: multiplies the learning rate.
+    """
+
+    method: str
+    projection: str = "fitted"
+    dx: str = "low_rank"
+    lr_scale: float = 1.0
+
+    @property
+    def name(self) -> str:
+        """How tables call it."""
+        notes = [self.projection] * (self.projection != "fitted") + ["dW only"] * (self.dx == "exact")
+        notes += [f"{self.lr_scale:g} x lr"] * (self.lr_scale != 1)
+        return f"{self.method} ({', '.join(notes)})" if notes else self.method
+
+    def parse(self) -> Method:
+        """The method."""
+        fields = {"projection": self.projection, "dx": self.dx} if "lp_" in self.method else {}
+        return parse_method(self.method, **fields)
+
+
+RANKS = (2, 4, 6, 8)
+VARIANTS = (
+    Variant("full"),
+    *(Variant(f"lp_l1-{r}") for r in RANKS),
+    Variant("lora-8"),
+    Variant("lora_all-8"),
+    *(Variant(f"lp_l1-{r}", "official") for r in RANKS),
+    Variant("lp_l1-4", dx="exact"),
+    Variant("lp_linf-2"),
+    Variant("lp_linf-4"),
+    Variant("lp_l1-4+lora_all-8"),
+    Variant("lora-8", lr_scale=4.0),
+    Variant("lora_all-8", lr_scale=4.0),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """What all runs of a sweep share.
+
+    Attributes:
+      train_per_class: training images of each class, the same in all runs.
+      test_per_class: test images of each class, the same in all runs.
+      epochs: passes over the training images.
+      batch_size: images a step.
+      lr: AdamW's peak learning rate.
+    """
+
+    train_per_class: int = 500
+    test_per_class: int = 300
+    epochs: int = 3
+    batch_size: int = 64
+    lr: float = 5e-4
+
+    def recipe(self, seed: int, lr_scale: float = 1.0) -> Recipe:
+        """How to train."""
+        return Recipe(self.epochs, self.batch_size, self.lr * lr_scale, warmup_steps=30, augmentation=AUGMENTATION, seed=seed)
+
+
+def adapted_backbone(variant: Variant, train: Literal["last_stage", "all", "head"], num_classes: int) -> AdaptedModule:
+    """The backbone under a method, batch normalisation on its running statistics."""
+    info = backbone_info()
+    images = jax.ShapeDtypeStruct((1, info.image_size, info.image_size, info.channels), jnp.float32)
+    return adapt(backbone(num_classes, frozen_batch_norm=True), variant.parse().rules(info, train), images)
+
+
+def pretrained(weights: Path, num_classes: int, seed: int) -> dict[str, Any]:
+    """The backbone's variables with a new head, drawn by the seed."""
+    info = backbone_info()
+    stored = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), load_weights(weights)[0])
+    init = jax.jit(backbone(num_classes).init)
+    return replace_head(stored, init(jax.random.key(seed), jnp.zeros((1, info.image_size, info.image_size, info.channels))))
+
+
+def run(variant: Variant, trained: Train, seed: int, setting: Setting, weights: Path, dataset: Dataset) -> dict:
+    """Trains and evaluates once.
+
+    Returns:
+      What the run was and came to: accuracies in [0, 1], costs an image, times in seconds.
+    """
+    started = time.perf_counter()
+    info, classes = backbone_info(), len(dataset.classes)
+    model = adapted_backbone(variant, trained, classes)
+    branch_key = jax.random.fold_in(jax.random.key(seed), 1)
+    variables = model.with_branches(branch_key, pretrained(weights, classes, seed))
+    trainer = make_trainer(model, info, dataset, setting.recipe(seed, variant.lr_scale), model.trainable)
+    seconds, losses, before = [], [], time.perf_counter()
+    for _, loss, state in train(trainer, variables):  # noqa: B007, the last state is used below
+        losses.append(loss)
+        seconds.append(time.perf_counter() - before)
+        before = time.perf_counter()
+    accuracy = trainer.evaluator(state.variables, dataset.test).accuracy
+    shape = (info.image_size, info.image_size, info.channels)
+    return {
+        "variant": variant.name,
+        **dataclasses.asdict(variant),
+        "train": trained,
+        "seed": seed,
+        "test_accuracy": accuracy,
+        "last_losses": statistics.mean(losses[-20:]),
+        "trainable_parameters": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
+        "backward_flops": backward_flops(model, variables, shape),
+        "backward_flops_paper": sum(layer.backward_flops_paper for layer in layer_costs(model, variables, shape)),
+        "saved_bytes": saved_bytes(model, variables, shape),
+        "step_seconds": statistics.median(seconds[1:]),
+        "first_step_seconds": seconds[0],
+        "run_seconds": time.perf_counter() - started,
+        "versions": {"jax": jax.__version__, "flax": flax.__version__, "python": platform.python_version()},
+        "device": f"{jax.devices()[0].device_kind}, {platform.machine()}, {os.cpu_count()} cores",
+    }
+
+
+def open_results(output: Path, command: str, setting: dict, **facts: Any) -> dict:
+    """The results that a file holds already, or none yet.
+
+    Raises:
+      SystemExit: if they were made by another setting.
+    """
+    if not output.exists():
+        return {"command": command, "setting": setting, **facts, "runs": []}
+    results = json.loads(output.read_text())
+    if results["setting"] != setting:
+        raise SystemExit(f"{output} holds runs of another setting, {results['setting']}; name another --output, or delete it")
+    return results
+
+
+def write_results(output: Path, results: dict) -> None:
+    """Writes the JSON file in one go: whoever reads it, or stops the program, finds it whole."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    draft = output.with_suffix(".part")
+    draft.write_text(json.dumps(results, indent=1) + "\n")
+    draft.replace(output)
+
+
+def main(
+    data: Path,
+    weights: Path = WEIGHTS,
+    output: Path = RESULTS,
+    cache: Path | None = None,
+    methods: tuple[str, ...] = tuple(variant.name for variant in VARIANTS),
+    trains: tuple[Train, ...] = ("last_stage", "all"),
+    seeds: tuple[int, ...] = (0, 1, 2),
+    limit: int | None = None,
+    setting: Setting = Setting(),
+) -> None:
+    """Runs what is not there yet: for each seed the last stage, then the whole model, by every method.
+
+    Args:
+      data: zip file or folder with the images.
+      weights: the pretrained backbone.
+      output: JSON file to append to.
+      cache: folder to keep decoded images in.
+      methods: names of the variants to run.
+      trains: what is trained, with the head.
+      seeds: of new head, order, augmentation and LoRA's branches.
+      limit: stops after so many runs.
+      setting: what all runs share.
+    """
+    variants = {variant.name: variant for variant in VARIANTS}
+    unknown = [name for name in methods if name not in variants]
+    if unknown:
+        raise SystemExit(f"unknown methods {unknown}; there are: {', '.join(variants)}")
+    if not weights.exists():
+        raise SystemExit(f"{weights} is missing; make it by experiments/transfer_backbone.py")
+    dataset = read_dataset([data], backbone_info().image_size, setting.train_per_class, setting.test_per_class, cache)
+    facts = {"model": NAME, "images": dataset.name, "pretrained_test_accuracy": load_weights(weights)[1]["test_accuracy"]}
+    values, defaults = dataclasses.asdict(setting), dataclasses.asdict(Setting())
+    flags = [f"--setting.{name.replace('_', '-')} {value}" for name, value in values.items() if value != defaults[name]]
+    results = open_results(output, " ".join(["python experiments/transfer.py --data", data.name, *flags]), values, **facts)
+    done = {(run["variant"], run["train"], run["seed"]) for run in results["runs"]}
+    todo: list[tuple[str, Train, int]] = [
+        (name, t, seed) for seed in seeds for t in trains for name in methods if (name, t, seed) not in done
+    ]
+    print(f"{len(dataset.train):,} training and {len(dataset.test):,} test images", flush=True)
+    print(f"{len(done)} runs done, {len(todo[:limit])} to do", flush=True)
+    for number, (name, trained, seed) in enumerate(todo[:limit], 1):
+        results["runs"].append(run(variants[name], trained, seed, setting, weights, dataset))
+        write_results(output, results)
+        last = results["runs"][-1]
+        came_to = f"{last['test_accuracy']:.2%}, {last['run_seconds']:.0f} s"
+        print(f"{number}/{len(todo[:limit])} {trained} {name}, seed {seed}: {came_to}", flush=True)
+        jax.clear_caches()
+
+
+if __name__ == "__main__":
+    tyro.cli(main)

@@ -1,0 +1,239 @@
+"""Tables, claims and plots of the transfer sweep, from its JSON, for ``experiments/results_page.py``."""
+
+import dataclasses
+import math
+import re
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from scipy import stats
+
+TRAINS = {"last_stage": "last stage and head", "all": "whole model"}
+RANKS = (2, 4, 6, 8)
+_L1 = tuple(f"lp_l1-{r}" for r in RANKS)
+FAMILIES: Mapping[str, tuple[tuple[str, ...], str, str]] = {
+    "full": (("full",), "black", "*"),
+    "LP L1-2, 4, 6, 8, fitted": (_L1, "C0", "o"),
+    "LP L1-2, 4, 6, 8, official": (tuple(f"{name} (official)" for name in _L1), "C1", "s"),
+    "LP Linf-2, 4": (("lp_linf-2", "lp_linf-4"), "C2", "^"),
+    "LP L1-4, dW only": (("lp_l1-4 (dW only)",), "C4", "v"),
+    "LoRA-8": (("lora-8",), "C3", "D"),
+    "LoRA-8, 4 x rate": (("lora-8 (4 x lr)",), "C3", "x"),
+    "LoRA-all-8": (("lora_all-8",), "C5", "D"),
+    "LoRA-all-8, 4 x rate": (("lora_all-8 (4 x lr)",), "C5", "x"),
+    "LP L1-4 + LoRA-all-8": (("lp_l1-4+lora_all-8",), "C6", "P"),
+}
+
+
+def accuracies(runs: Sequence[Mapping[str, Any]], train: str) -> dict[str, dict[int, float]]:
+    """Test accuracy in percent by variant and seed, of the runs that trained ``train``."""
+    found: dict[str, dict[int, float]] = {}
+    for run in runs:
+        if run["train"] == train:
+            found.setdefault(run["variant"], {})[run["seed"]] = 100 * run["test_accuracy"]
+    return found
+
+
+def interval(values: Sequence[float]) -> tuple[float, float, float]:
+    """Mean and the bounds of its 95 % confidence interval (Student's t); bounds are infinite for a single value."""
+    mean = statistics.mean(values)
+    if len(values) < 2:
+        return mean, -math.inf, math.inf
+    half = float(stats.t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
+    return mean, mean - half, mean + half
+
+
+@dataclasses.dataclass(frozen=True)
+class Claim:
+    """A claim as a difference of accuracies in points, which it says is at least ``bound``.
+
+    Attributes:
+      text: what is claimed.
+      shown: the difference, in words.
+      plus, minus: variants; the difference is that of their means.
+      bound: in points.
+    """
+
+    text: str
+    shown: str
+    plus: tuple[str, ...]
+    minus: tuple[str, ...]
+    bound: float = 0.0
+
+    def differences(self, found: Mapping[str, Mapping[int, float]]) -> list[float]:
+        """The difference in points for each seed that has all of the runs."""
+        names = (*self.plus, *self.minus)
+        if any(name not in found for name in names):
+            return []
+        seeds = sorted(set.intersection(*(set(found[name]) for name in names)))
+        return [
+            statistics.mean(found[n][seed] for n in self.plus) - statistics.mean(found[n][seed] for n in self.minus)
+            for seed in seeds
+        ]
+
+    def verdict(self, low: float, high: float) -> str:
+        """What a confidence interval says of the claim."""
+        return "holds" if low >= self.bound else "does not hold" if high < self.bound else "open"
+
+
+CLAIMS = (
+    Claim("LP_{L1-2} beats LoRA on the attention layers", "lp_l1-2 - lora-8", ("lp_l1-2",), ("lora-8",)),
+    Claim("... also when LoRA has four times the rate", "lp_l1-2 - lora-8 (4 x lr)", ("lp_l1-2",), ("lora-8 (4 x lr)",)),
+    Claim("Accuracy rises with r", "lp_l1-8 - lp_l1-2", ("lp_l1-8",), ("lp_l1-2",)),
+    Claim("LP_{L1-8} is within 0.5 points of full", "lp_l1-8 - full", ("lp_l1-8",), ("full",), -0.5),
+    Claim(
+        "LP with LoRA is within 1 point of LoRA on all layers",
+        "lp_l1-4+lora_all-8 - lora_all-8",
+        ("lp_l1-4+lora_all-8",),
+        ("lora_all-8",),
+        -1.0,
+    ),
+    Claim(
+        "`fitted` is at least as good as `official`",
+        "fitted - official, mean over r = 2, 4, 6, 8",
+        _L1,
+        tuple(f"{name} (official)" for name in _L1),
+    ),
+    Claim(
+        "Low rank on dW alone is at least as good as on both",
+        "lp_l1-4 (dW only) - lp_l1-4",
+        ("lp_l1-4 (dW only)",),
+        ("lp_l1-4",),
+    ),
+)
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def table(runs: Sequence[Mapping[str, Any]], train: str) -> str:
+    """The runs of one kind of training as a Markdown table, a row a variant, in the order they were run."""
+    rows = []
+    for name, by_seed in accuracies(runs, train).items():
+        own = [run for run in runs if run["train"] == train and run["variant"] == name]
+        values = list(by_seed.values())
+        rows.append(
+            [
+                name,
+                f"{statistics.mean(values):.2f} % ({min(values):.2f} to {max(values):.2f})",
+                str(len(values)),
+                f"{own[0]['backward_flops'] / 1e6:.1f}",
+                f"{own[0]['saved_bytes'] / 1e3:,.0f}",
+                f"{own[0]['trainable_parameters']:,}",
+                f"{statistics.median(run['step_seconds'] for run in own) * 1e3:.0f}",
+            ]
+        )
+    header = [
+        "method",
+        "test accuracy, mean (lowest to highest)",
+        "seeds",
+        "backward MFLOPs/image",
+        "saved KB/image",
+        "trained parameters",
+        "median step, ms",
+    ]
+    return markdown(header, rows)
+
+
+def claims_table(runs: Sequence[Mapping[str, Any]]) -> str:
+    """Every claim for both kinds of training: the difference paired over seeds, its confidence interval, the verdict."""
+    rows = []
+    for claim in CLAIMS:
+        for train, words in TRAINS.items():
+            values = claim.differences(accuracies(runs, train))
+            if not values:
+                rows.append([claim.text, words, claim.shown, "not run yet", "0", ""])
+                continue
+            mean, low, high = interval(values)
+            bounds = f"({low:+.2f} to {high:+.2f})" if math.isfinite(low) else "(one seed)"
+            rows.append([claim.text, words, claim.shown, f"{mean:+.2f} {bounds}", str(len(values)), claim.verdict(low, high)])
+    return markdown(["claim", "trained", "difference", "points (95 % interval)", "seeds", "verdict"], rows)
+
+
+def plot(runs: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Draws accuracy against backward FLOPs, saved bytes and step time, a row for each kind of training."""
+    axes_of: list[tuple[str, Callable[[Mapping[str, Any]], float]]] = [
+        ("backward MFLOPs an image", lambda run: run["backward_flops"] / 1e6),
+        ("saved KB an image", lambda run: run["saved_bytes"] / 1e3),
+        ("median step (ms)", lambda run: run["step_seconds"] * 1e3),
+    ]
+    figure = Figure(figsize=(12, 7.6), layout="constrained")
+    grid = figure.subplots(len(TRAINS), len(axes_of), sharey="row", squeeze=False)
+    handles: dict[str, Any] = {}
+    for row, (train, words) in zip(grid, TRAINS.items(), strict=True):
+        found = accuracies(runs, train)
+        for axes, (label, cost) in zip(row, axes_of, strict=True):
+            for family, (names, color, marker) in FAMILIES.items():
+                points = []
+                for name in (n for n in names if n in found):
+                    own = [run for run in runs if run["train"] == train and run["variant"] == name]
+                    values = list(found[name].values())
+                    points.append((statistics.median(map(cost, own)), statistics.mean(values), min(values), max(values)))
+                if points:
+                    x, y, low, high = (list(column) for column in zip(*points, strict=True))
+                    errors = [[a - b for a, b in zip(y, low, strict=True)], [b - a for a, b in zip(y, high, strict=True)]]
+                    drawn = axes.errorbar(x, y, errors, color=color, marker=marker, linewidth=1, markersize=6, capsize=2)
+                    handles.setdefault(family, drawn)
+            axes.set(xlabel=label, xlim=(0, None))
+            axes.grid(alpha=0.3)
+        row[0].set_ylabel(f"{words}\ntest accuracy (%)")
+    figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=4, frameon=False)
+    figure.savefig(path, dpi=110)
+
+
+def plot_gradients(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Draws the cosine similarity with the full gradient by layer, a line for each rank."""
+    chosen = [row for row in rows if row["method"] in ("lp_l1-1", *_L1)]
+    kinds = [
+        (projection, dx)
+        for dx in ("exact", "low_rank")
+        for projection in ("fitted", "official")
+        if any(row["projection"] == projection and row["dx"] == dx for row in chosen)
+    ]
+    layers = list(chosen[0]["cosine"])
+    short = [re.sub(r"stages_|blocks_|mlp/|token_mixer/", "", layer) for layer in layers]
+    figure = Figure(figsize=(12, 7.6), layout="constrained")
+    grid = figure.subplots(2, (len(kinds) + 1) // 2, sharex=True, sharey=True, squeeze=False)
+    for axes, (projection, dx) in zip(grid.flat, kinds, strict=False):
+        own = [row for row in chosen if row["projection"] == projection and row["dx"] == dx]
+        for i, row in enumerate(own):
+            color = stats.uniform.cdf(i, -1, len(own) + 1)
+            values = [row["cosine"][layer] for layer in layers]
+            axes.plot(
+                short,
+                values,
+                marker="o",
+                markersize=4,
+                color=(0.1, 0.75 - 0.7 * color, 0.9 - 0.4 * color),
+                label=row["method"],
+            )
+        axes.set_title(f"{projection}, low rank on {'dW alone' if dx == 'exact' else 'dW and dx'}", fontsize=10)
+        axes.grid(alpha=0.3)
+        axes.tick_params(axis="x", labelrotation=90, labelsize=8)
+    for axes in grid[-1]:
+        axes.set_xlabel("stage / block / layer")
+    for axes in grid[:, 0]:
+        axes.set_ylabel("cosine similarity to full")
+    grid[0, 0].legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+
+
+def gradients_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Mean over the layers of the cosine similarity with the full gradient, a row a method."""
+    columns = [(projection, dx) for dx in ("exact", "low_rank") for projection in ("fitted", "official")]
+    lines = []
+    for method in dict.fromkeys(row["method"] for row in rows):
+        own = {(row["projection"], row["dx"]): row for row in rows if row["method"] == method}
+        means = [
+            f"{statistics.mean(own[c]['cosine'].values()):.3f} ({min(own[c]['cosine'].values()):.3f})" if c in own else ""
+            for c in columns
+        ]
+        lines.append([method, str(next(iter(own.values()))["functions"]), *means])
+    header = ["method", "functions"] + [f"{p}, {'dW alone' if dx == 'exact' else 'both'}" for p, dx in columns]
+    return markdown(header, lines)
