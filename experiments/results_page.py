@@ -139,6 +139,77 @@ def kept_bytes(results: Mapping[str, Any]) -> str:
     return f"An image, float32, 100 classes.\n\n{markdown(header, rows)}"
 
 
+def _machine(results: Mapping[str, Any]) -> str:
+    machine = results["machine"]
+    return (
+        f"{machine['processor']}, {machine['cores']} cores, device {machine['device']}, JAX {machine['jax']}, "
+        f"Python {machine['python']}, {results['dtype']}; medians of {results['rounds']} interleaved samples."
+    )
+
+
+def bench_layers(results: Mapping[str, Any]) -> str:
+    """Layers on the clock."""
+    rows = []
+    for row in results["rows"]:
+        authors = row["authors_seconds"]
+        rows.append(
+            [
+                f"{row['inputs']}->{row['outputs']}",
+                "x".join(map(str, row["grid"])),
+                str(row["batch"]),
+                str(row["r"]),
+                f"{1e3 * row['dense_seconds']:.2f}",
+                f"{1e3 * row['seconds']:.2f}",
+                f"{row['speedup']:.2f}",
+                f"{row['flop_ratio']:.1f}",
+                f"{100 * row['efficiency']:.0f} %",
+                f"{1e3 * row['floor_seconds']:.2f}",
+                f"{row['over_floor']:.1f}",
+                f"{row['predicted']:.1f}",
+                "" if authors is None else f"{authors / row['seconds']:.0f}",
+            ]
+        )
+    text = f"""
+        The backward pass of one dense layer (the paper's Table 8, and a layer of each other stage of EfficientFormer-L1), the
+        projection of the input in the forward pass included. The floor is what its FLOPs take at the measured
+        {results["peak_flops"] / 1e9:.0f} GFLOP/s, or its inputs and outputs at {results["bandwidth"] / 1e9:.0f} GB/s; predicted
+        is the speed-up that the automatic choice goes by. {_machine(results)}
+    """
+    header = ["layer", "grid", "batch", "r", "exact, ms", "low-rank, ms", "speed-up", "FLOP ratio", "of it", "floor, ms"]
+    header += ["over floor", "predicted", "authors' form over ours"]
+    return f"{prose(text)}\n\n{markdown(header, rows)}\n\n![speed-up against FLOP ratio](images/bench_layers.png)"
+
+
+def bench_step(results: Mapping[str, Any]) -> str:
+    """Training steps on the clock."""
+    rows = [
+        [
+            row["model"],
+            row["method"],
+            row["train"],
+            str(row["batch"]),
+            f"{1e3 * row['seconds']:.0f}",
+            f"{row['images_per_second']:.1f}",
+            f"{row['speedup']:.2f}",
+            f"{row['backward_flops'] / 1e6:,.0f}",
+            f"{row['saved_bytes'] / 1e6:.1f}",
+        ]
+        for row in results["rows"]
+    ]
+    header = [
+        "model",
+        "method",
+        "trained",
+        "batch",
+        "step, ms",
+        "images/s",
+        "speed-up",
+        "backward MFLOPs/image",
+        "saved MB/image",
+    ]
+    return f"{prose(_machine(results))}\n\n{markdown(header, rows)}"
+
+
 def paper_table(results: Mapping[str, Any]) -> str:
     """The runs of one of the paper's tables."""
     rows = [
@@ -159,11 +230,18 @@ def paper_table(results: Mapping[str, Any]) -> str:
     return f"{results['device']}, JAX {results['jax']}.\n\n{markdown(header, rows)}"
 
 
+_STEP = "lbpwht bench step --models efficientformer_l1 --train {train} --rounds 5"
+_OTHERS = "lbpwht bench step --models vit_small_patch16_224 swinv2_tiny_window8_256 --batch-size 8 --rounds 3"
+
 Section = Callable[[Mapping[str, Any]], str]
 SECTIONS: tuple[tuple[str, str, str, Section], ...] = (
     ("Digits", "digits", "digits.py", digits),
     ("Tiny-ImageNet to CIFAR-10", "transfer", "transfer.py --data cifar10.zip", transfer),
     ("How much of the gradient survives", "transfer_gradients", "transfer_gradients.py --data cifar10.zip", gradients),
+    ("A layer on the clock, the paper's Table 8", "bench_layers", "lbpwht bench layers --authors --rounds 11", bench_layers),
+    ("A training step on the clock", "bench_step", _STEP.format(train="all"), bench_step),
+    ("The last stage alone", "bench_step_last_stage", _STEP.format(train="last_stage"), bench_step),
+    ("Other models", "bench_step_others", _OTHERS, bench_step),
     ("The paper's cost tables", "cost_tables", "cost_tables.py", cost_tables),
     ("Kept bytes", "saved_bytes", "saved_bytes.py", kept_bytes),
     ("Accuracy, the paper's Table 5", "paper_table_5", "paper_tables.py 5 --data DATA --hub", paper_table),
@@ -183,7 +261,7 @@ def render() -> str:
     parts = ["# Results", prose(HEAD)]
     for title, name, command, section in SECTIONS:
         results = read(name) or {}
-        shown = results.get("command", f"python experiments/{command}")
+        shown = results.get("command", command if command.startswith("lbpwht") else f"python experiments/{command}")
         parts += [f"## {title}", f"```sh\n{shown}\n```", section(results) if results else "Not measured yet."]
     return "\n\n".join(parts) + "\n"
 

@@ -17,7 +17,7 @@ from lbpwht_jax.data.recipes import paper_recipe
 from lbpwht_jax.methods import Train, parse_method
 from lbpwht_jax.models import model_info
 from lbpwht_jax.results import table
-from lbpwht_jax.run_config import BUNDLED_WEIGHTS, DType, Projection, RunConfig
+from lbpwht_jax.run_config import BUNDLED_WEIGHTS, DType, Projection, RunConfig, When
 from lbpwht_jax.train import Placement, Recipe, Shard
 from lbpwht_jax.train.processes import connect, is_first
 from lbpwht_jax.training_run import TrainingRun
@@ -84,6 +84,10 @@ class Finetune:
     projection: Projection = "fitted"
     """Blocks that the grid does not fill: fitted (orthogonal, exact when every function is kept) or official (reflected, as
     the paper's authors do)."""
+
+    when: When = "faster"
+    """Which of the method's layers are low-rank: faster (those that it is predicted to speed up, the others being
+    backpropagated exactly, their activations kept whole) or always (all of them)."""
 
     recipe: Literal["default", "paper"] = "default"
     """Where the numbers below come from if they are not given. default: 15 epochs, batch size 64, lr 5e-4, weight decay 1e-5,
@@ -252,6 +256,7 @@ class Finetune:
             method=self.method,
             train=self.train,
             projection=self.projection,
+            when=self.when,
             dtype=self.dtype,
             remat=self.remat,
             recipe=recipe,

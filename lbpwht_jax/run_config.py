@@ -19,6 +19,7 @@ from lbpwht_jax.weights import BUNDLED, bundled_file, replace_head
 
 DType = Literal["float32", "bfloat16"]
 Projection = Literal["fitted", "official"]
+When = Literal["always", "faster"]
 BUNDLED_WEIGHTS, NO_WEIGHTS = "bundled", "none"
 
 
@@ -37,6 +38,7 @@ class RunConfig:
       method: a short name, as ``parse_method`` takes it.
       train: what is trained.
       projection: of low-rank backpropagation.
+      when: whether layers that low rank would make slower stay exact, as in ``LowRankSpec``.
       dtype: of the computation; parameters are float32.
       remat: whether blocks are computed again in the backward pass.
       recipe: how to train.
@@ -56,6 +58,7 @@ class RunConfig:
     method: str
     train: Train
     projection: Projection
+    when: When
     dtype: DType
     remat: bool
     recipe: Recipe
@@ -104,7 +107,7 @@ class RunConfig:
         Raises:
           ValueError: if a name is unknown, or the method trains nothing.
         """
-        rules = parse_method(self.method, projection=self.projection).rules(self.info, self.train)
+        rules = parse_method(self.method, projection=self.projection, when=self.when).rules(self.info, self.train)
         return adapt(self.module(), rules, self.images())
 
     def start(self, model: AdaptedModule) -> dict[str, Any]:

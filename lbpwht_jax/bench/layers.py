@@ -1,6 +1,7 @@
 """``lbpwht bench layers``: the backward pass of single dense layers, exact against low-rank."""
 
 import dataclasses
+import itertools
 import math
 import sys
 from collections.abc import Callable
@@ -237,13 +238,14 @@ def _plot(rows: list[Row], file: Path, title: str) -> None:
     """Speed-up over FLOP ratio, a mark a row, with the diagonal that spending FLOPs at an equal rate would give."""
     figure = Figure(figsize=(6, 5), layout="constrained")
     axes = figure.subplots()
-    for inputs, outputs, grid in dict.fromkeys((row.inputs, row.outputs, row.grid) for row in rows):
-        for batch, marker in zip(sorted({row.batch for row in rows}), "os^vD*", strict=False):
-            chosen = [row for row in rows if (row.inputs, row.outputs, row.grid, row.batch) == (inputs, outputs, grid, batch)]
-            if chosen:
-                label = f"{inputs}->{outputs}, {grid[0]}x{grid[1]}, batch {batch}"
-                ratios, speedups = [row.flop_ratio for row in chosen], [row.speedup for row in chosen]
-                axes.plot(ratios, speedups, marker=marker, markersize=4, linewidth=0.8, label=label)
+    layers = list(dict.fromkeys((row.inputs, row.outputs, row.grid) for row in rows))
+    markers = dict(zip(sorted({row.batch for row in rows}), itertools.cycle("os^vD*"), strict=False))
+    for (n, layer), (batch, marker) in itertools.product(enumerate(layers), markers.items()):
+        chosen = [row for row in rows if (row.inputs, row.outputs, row.grid) == layer and row.batch == batch]
+        if chosen:
+            label = f"{layer[0]}->{layer[1]}, {layer[2][0]}x{layer[2][1]}, batch {batch}"
+            style = {"color": f"C{n}", "marker": marker, "markersize": 4, "linewidth": 0.8}
+            axes.plot([row.flop_ratio for row in chosen], [row.speedup for row in chosen], label=label, **style)
     ends = [min(row.flop_ratio for row in rows), max(row.flop_ratio for row in rows)]
     axes.plot(ends, ends, color="grey", linestyle="--", linewidth=0.8, label="as many FLOP/s as exact")
     axes.axhline(1, color="black", linewidth=0.8)
