@@ -10,6 +10,8 @@ writes experiments/results/loader_speed.json.
 import json
 import os
 import platform
+import shlex
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -122,7 +124,7 @@ def main(
             with loader(edge, workers[0]) as batches:
                 together[f"{edge} px"] = rate(lambda batches=batches: step(next(batches)), batch_size, steps)
     results = {
-        "command": "python experiments/loader_speed.py",
+        "command": shlex.join(["python", *sys.argv]),
         "model": f"{MODEL}, {f'lp_l1-{rank}' if rank else 'full'}, {image_size} px, batch {batch_size}",
         "jax": jax.__version__,
         "python": platform.python_version(),
