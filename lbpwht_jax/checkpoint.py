@@ -83,7 +83,7 @@ class Checkpoints:
         return sorted(self._manager.all_steps())
 
     def begin(self, state: TrainState, placement: Placement, restored: Facts | None = None) -> None:
-        """Prepares for saving; writes the frozen parameters of a new run.
+        """Prepares for saving: writes the frozen parameters of a new run, removes later checkpoints of one that goes on.
 
         Args:
           state: that training begins with.
@@ -91,11 +91,14 @@ class Checkpoints:
           restored: the facts of the checkpoint it was read from, if it was.
 
         Raises:
-          OSError: if the frozen parameters cannot be written.
+          OSError: if this cannot be done.
         """
         self._frozen = _fingerprints({"frozen": state.frozen})
         if restored is not None:
             self._best = restored.best
+            with _failing_to_save(f"checkpoints in {self._run}"):
+                for later in (step for step in self.steps if step > restored.step):
+                    self._manager.delete(later)
             return
         frozen = placement.gather(state.frozen)
         if frozen and jax.process_index() == 0:

@@ -147,8 +147,10 @@ def test_a_damaged_checkpoint_is_named_with_an_older_one(copied):
     message = r"checkpoint 20 of .* is damaged \(its contents changed at .*an older one can be used by naming its step: .*18"
     with pytest.raises(ValueError, match=message):
         resumed(copied, trainer())
-    events, _ = resumed(copied, trainer(), 18)
+    events, state = resumed(copied, trainer(), 18)
     assert [event.number for event in events if isinstance(event, Step)] == [19, 20]
+    with Checkpoints(copied, CONFIG, write=False) as checkpoints:
+        jax.tree.map(np.testing.assert_array_equal, checkpoints.restore(abstract(trainer()), ONE, 20)[0], state)
 
 
 def test_a_checkpoint_that_lacks_a_file(copied):
