@@ -210,6 +210,22 @@ def bench_step(results: Mapping[str, Any]) -> str:
     return f"{prose(_machine(results))}\n\n{markdown(header, rows)}"
 
 
+def readme_steps(results: Mapping[str, Any]) -> str:
+    """The README's table of training steps."""
+    rows = [
+        [
+            row["method"],
+            f"{1e3 * row['seconds']:,.0f}",
+            f"{row['images_per_second']:.1f}",
+            f"{row['speedup']:.2f}",
+            f"{row['backward_flops'] / 1e6:,.0f}",
+            f"{row['saved_bytes'] / 1e6:.1f}",
+        ]
+        for row in results["rows"]
+    ]
+    return markdown(["method", "step, ms", "images/s", "speed-up", "backward MFLOPs/image", "saved MB/image"], rows)
+
+
 def paper_table(results: Mapping[str, Any]) -> str:
     """The runs of one of the paper's tables."""
     rows = [

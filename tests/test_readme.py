@@ -7,6 +7,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import results_page
 
 from lbpwht_jax import create_model
 
@@ -52,6 +53,12 @@ def test_the_table_is_what_the_experiment_measured():
     means = {method: sum(run["test_accuracy"] for run in runs) / len(runs) for method, runs in results["runs"].items()}
     assert means["full"] - means["lp_l1-4"] <= 0.015
     assert len(results["runs"]["full"]) >= 3
+
+
+def test_the_steps_are_what_the_bench_measured():
+    results = json.loads((ROOT / "experiments" / "results" / "bench_step.json").read_text())
+    assert results_page.readme_steps(results) in README
+    assert {(row["model"], row["train"], row["batch"]) for row in results["rows"]} == {("efficientformer_l1", "all", 16)}
 
 
 def test_the_test_command_is_the_one_ci_runs():
