@@ -80,5 +80,5 @@ SHELL = [
 @pytest.mark.parametrize(("page", "arguments"), SHELL, ids=lambda value: " ".join(value) if isinstance(value, list) else value)
 def test_the_commands_parse(page, arguments):
     command = {"evaluate": cli.Evaluate, "finetune": cli.Finetune, "predict": cli.Predict, "export": cli.Export}
-    command |= {"prepare": cli.Prepare, "models": cli.Models, "convert": cli.Convert, "cost": cli.Cost}
+    command |= {"prepare": cli.Prepare, "models": cli.Models, "convert": cli.Convert, "cost": cli.Cost, "bench": cli.Bench}
     tyro.cli(command[arguments[0]], args=arguments[1:])
