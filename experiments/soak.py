@@ -2,7 +2,7 @@
 
     python experiments/soak.py
 
-The run is ``lbpwht finetune`` on digits with a batch of 4. It writes experiments/results/soak.json: resident memory over
+The run is ``lbpwht finetune`` on digits with a batch of 2. It writes experiments/results/soak.json: resident memory over
 time, its slope over the second half, whether every step is in the metrics once, and whether the last checkpoint is what was
 exported.
 """
@@ -35,7 +35,7 @@ def resident_mib(process: int) -> float | None:
         return None
 
 
-def main(steps: int = 20_000, batch_size: int = 4, checkpoint_every: int = 100, every: float = 2.0) -> None:
+def main(steps: int = 20_000, batch_size: int = 2, checkpoint_every: int = 100, every: float = 2.0) -> None:
     """Runs it.
 
     Args:
