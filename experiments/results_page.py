@@ -210,6 +210,58 @@ def bench_step(results: Mapping[str, Any]) -> str:
     return f"{prose(_machine(results))}\n\n{markdown(header, rows)}"
 
 
+def kill_and_resume(results: Mapping[str, Any]) -> str:
+    """Interrupted runs."""
+    rows = [
+        [
+            run["signal"],
+            str(run["last_step_written"]),
+            str(run["resumed_after"]),
+            "yes" if run["unfinished_checkpoint"] else "no",
+            "equal" if run["same_metrics"] else "differ",
+            "equal" if run["same_weights"] else "differ",
+        ]
+        for run in results["runs"]
+    ]
+    text = f"""
+        A run of {results["steps"]} steps, with a moving average and augmentation, ended at random moments and gone on with:
+        its loss curve and weights beside those of the uninterrupted run, bit for bit. {results["device"]}, JAX {results["jax"]}.
+    """
+    header = ["ended by", "last step written", "resumed after step", "in the middle of a save", "loss curve", "weights"]
+    return f"{prose(text)}\n\n{markdown(header, rows)}"
+
+
+def soak(results: Mapping[str, Any]) -> str:
+    """A long run."""
+    memory = results["resident_mib"]
+    return prose(
+        f"""
+        {results["steps"]:,} steps on digits with {results["checkpoints_written"]} checkpoints in {results["seconds"]:,.0f} s: every
+        step {"once" if results["every_step_once"] else "NOT once"} in the metrics, the last checkpoint
+        {"equal" if results["last_checkpoint_is_the_export"] else "NOT equal"} to the exported weights. Resident memory
+        {memory["at_half"]:.0f} MiB at half time, {memory["at_end"]:.0f} MiB at the end, {memory["most"]:.0f} MiB at most;
+        {results["mib_per_1000_steps_second_half"]:.1f} MiB per 1,000 steps by regression over the second half.
+        {results["device"]}, JAX {results["jax"]}.
+        """
+    )
+
+
+def loader_speed(results: Mapping[str, Any]) -> str:
+    """The loader beside a step."""
+    loader = results["loader_images_per_second_by_workers"]
+    workers = list(next(iter(loader.values())))
+    rows = [
+        [source, *(f"{rates[w]:,.0f}" for w in workers), f"{results['loader_over_step'][source]:.0f}"]
+        for source, rates in loader.items()
+    ]
+    text = f"""
+        Images a second of the loader alone, from JPEG files, by threads; and over the
+        {results["step_images_per_second"]:.1f} images/s of a training step ({results["model"]}) on the same machine.
+        {results["device"]}, JAX {results["jax"]}.
+    """
+    return f"{prose(text)}\n\n{markdown(['images', *(f'{w} threads' for w in workers), 'over the step'], rows)}"
+
+
 def readme_steps(results: Mapping[str, Any]) -> str:
     """The README's table of training steps: the methods people choose between."""
     rows = [
@@ -259,6 +311,9 @@ SECTIONS: tuple[tuple[str, str, str, Section], ...] = (
     ("A training step on the clock", "bench_step", _STEP.format(train="all"), bench_step),
     ("The last stage alone", "bench_step_last_stage", _STEP.format(train="last_stage"), bench_step),
     ("Other models", "bench_step_others", _OTHERS, bench_step),
+    ("The loader", "loader_speed", "loader_speed.py", loader_speed),
+    ("Ended and resumed", "kill_and_resume", "kill_and_resume.py", kill_and_resume),
+    ("A long run", "soak", "soak.py", soak),
     ("The paper's cost tables", "cost_tables", "cost_tables.py", cost_tables),
     ("Kept bytes", "saved_bytes", "saved_bytes.py", kept_bytes),
     ("Accuracy, the paper's Table 5", "paper_table_5", "paper_tables.py 5 --data DATA --hub", paper_table),

@@ -144,8 +144,10 @@ class Trainer:
 
     @functools.cached_property
     def loading(self) -> Loading:
-        """How this process loads its share of the images."""
-        return loading(self.info, self.image_size, self.recipe.batch_size, self.recipe.seed, self.workers)
+        """How this process loads its share of the images; random crops are cut from one and a half times the size."""
+        share = loading(self.info, self.image_size, self.recipe.batch_size, self.recipe.seed, self.workers)
+        crops = self.recipe.augmentation.crop_scale is not None
+        return dataclasses.replace(share, canvas=round(1.5 * self.image_size)) if crops else share
 
     @functools.cached_property
     def evaluator(self) -> Evaluator:
