@@ -224,8 +224,9 @@ def kill_and_resume(results: Mapping[str, Any]) -> str:
         for run in results["runs"]
     ]
     text = f"""
-        A run of {results["steps"]} steps, with a moving average and augmentation, ended at random moments and gone on with:
-        its loss curve and weights beside those of the uninterrupted run, bit for bit. {results["device"]}, JAX {results["jax"]}.
+        A run of {results["steps"]} steps, with a moving average and augmentation, ended at random moments and gone on with: its
+        loss curve and weights beside those of the uninterrupted run, bit for bit. {results["device"]}, JAX
+        {results["jax"]}.
     """
     header = ["ended by", "last step written", "resumed after step", "in the middle of a save", "loss curve", "weights"]
     return f"{prose(text)}\n\n{markdown(header, rows)}"
@@ -236,8 +237,8 @@ def soak(results: Mapping[str, Any]) -> str:
     memory = results["resident_mib"]
     return prose(
         f"""
-        {results["steps"]:,} steps on digits with {results["checkpoints_written"]} checkpoints in {results["seconds"]:,.0f} s: every
-        step {"once" if results["every_step_once"] else "NOT once"} in the metrics, the last checkpoint
+        {results["steps"]:,} steps on digits with {results["checkpoints_written"]} checkpoints in {results["seconds"]:,.0f} s:
+        every step {"once" if results["every_step_once"] else "NOT once"} in the metrics, the last checkpoint
         {"equal" if results["last_checkpoint_is_the_export"] else "NOT equal"} to the exported weights. Resident memory
         {memory["at_half"]:.0f} MiB at half time, {memory["at_end"]:.0f} MiB at the end, {memory["most"]:.0f} MiB at most;
         {results["mib_per_1000_steps_second_half"]:.1f} MiB per 1,000 steps by regression over the second half.
