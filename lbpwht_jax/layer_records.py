@@ -112,7 +112,7 @@ def layer_records(
       ValueError: if the model has a loop or a branch of JAX's, such as ``nn.scan`` makes.
     """
     images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
-    params = flatten_dict(variables["params"], sep="/")
+    params: dict[str, Any] = flatten_dict(variables["params"], sep="/")
     others = {name: tree for name, tree in variables.items() if name != "params"}
     modules = _Modules()
 

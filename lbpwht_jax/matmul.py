@@ -256,8 +256,8 @@ def low_rank_matmul(
     output = jnp.result_type(x, kernel) if preferred_element_type is None else jnp.dtype(preferred_element_type)
     if bias is not None and bias.shape != kernel.shape[1:]:
         raise ValueError(f"{name}: the bias must be [{kernel.shape[1]}], one a channel of the output, got {list(bias.shape)}")
-    folds = bias is not None and _sharding(x) is None and token_sum_weights(spec, flat_grid) is not None
-    x, kernel, *folded = _vary_alike(x, kernel, *([bias] if folds else []))
+    folded = [] if bias is None or is_explicit(x) or token_sum_weights(spec, flat_grid) is None else [bias]
+    x, kernel, *folded = _vary_alike(x, kernel, *folded)
     tokens = x if grid is not None else x.reshape(*x.shape[: -1 - spec.ndim], math.prod(flat_grid), x.shape[-1])
     static = _Static(
         chosen(spec, flat_grid, operator.index(prefix_tokens), *kernel.shape),
@@ -274,4 +274,4 @@ def low_rank_matmul(
     )
     y: Any = _matmul(tokens, kernel, folded[0] if folded else None, static)
     y = y if grid is not None else y.reshape(*x.shape[:-1], kernel.shape[1])
-    return y if folds or bias is None else y + bias.reshape((1,) * (y.ndim - 1) + (-1,))
+    return y if folded or bias is None else y + bias.reshape((1,) * (y.ndim - 1) + (-1,))

@@ -153,7 +153,10 @@ class Layers:
         seconds = interleaved({str(r): (lambda f=f: f(x, kernel, g)) for r, f in passes.items()}, self.rounds)
         slow = {}
         if self.authors:
-            forms = {r: jax.jit(lambda *a, spec=spec: authors_form.backward(*a, spec, grid)) for r, spec in specs.items()}
+            forms = {
+                r: jax.jit(lambda x, kernel, g, spec=spec: authors_form.backward(x, kernel, g, spec, grid))
+                for r, spec in specs.items()
+            }
             slow = interleaved({str(r): (lambda f=f: f(x, kernel, g)) for r, f in forms.items()}, min(self.rounds, 3))
         flops = {r: product_flops(f, x, kernel, g) for r, f in passes.items()}
         moved = sum(array.nbytes for array in (x, kernel, g, x, kernel))

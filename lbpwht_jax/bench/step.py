@@ -163,9 +163,11 @@ class Step:
 
 def _batch(size: int, shape: tuple[int, int, int]) -> Batch:
     rng = np.random.default_rng(0)
-    images = jnp.asarray(rng.integers(0, 256, (size, *shape), dtype=np.uint8))
-    labels = jnp.asarray(rng.integers(0, _CLASSES, size).astype(np.int32))
-    return Batch(images, labels, jnp.ones(size, bool), jnp.ones(size, jnp.float32))
+    images: Any = jnp.asarray(rng.integers(0, 256, (size, *shape), dtype=np.uint8))
+    labels: Any = jnp.asarray(rng.integers(0, _CLASSES, size).astype(np.int32))
+    real: Any = jnp.ones(size, bool)
+    aspect: Any = jnp.ones(size, jnp.float32)
+    return Batch(images, labels, real, aspect)
 
 
 def _table(rows: list[Row]) -> Table:
