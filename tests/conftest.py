@@ -1,10 +1,17 @@
-"""Settings of every test run: eight CPU devices, strict dtype and rank promotion, warnings as errors."""
+"""Settings of every test run: eight CPU devices, strict dtype and rank promotion, warnings as errors.
+
+Tests spend most of their time compiling programs that run once, so XLA leaves out LLVM's optimisations.
+"""
+
+import os
 
 import hypothesis
 import jax
 import pytest
 
 DEVICES = 8
+
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
 
 hypothesis.settings.register_profile("suite", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("suite")

@@ -1,7 +1,6 @@
 import dataclasses
 import functools
 import os
-import resource
 import shutil
 import subprocess
 
@@ -192,22 +191,6 @@ def keeps_the_one_before(run, fill):
     assert last_step(run) == 5
     events, _ = resumed(run, training)
     assert [event.number for event in events if isinstance(event, Step)] == list(range(6, 21))
-
-
-class NoLargeFiles:
-    """No file of this process can grow beyond 100 bytes."""
-
-    def __enter__(self):
-        self.before = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100, self.before[1]))
-
-    def __exit__(self, *_):
-        resource.setrlimit(resource.RLIMIT_FSIZE, self.before)
-
-
-@unread_errors
-def test_files_that_cannot_be_written(tmp_path):
-    keeps_the_one_before(tmp_path, NoLargeFiles)
 
 
 @unread_errors
