@@ -28,7 +28,7 @@ _ELEMENTWISE_MODULES = {
     "AveragePool": "pooling",
 }
 # What single equations count as elsewhere.
-_ELEMENTWISE_EQUATIONS = {"erf": "gelu", "erfc": "gelu", "exp": "softmax", "add": "add"}
+_ELEMENTWISE_EQUATIONS = {"erf": "gelu", "erfc": "gelu", "exp": "softmax", "reduce_window_sum": "pooling", "add": "add"}
 # Equations through which a parameter stays recognisable (a stem pads its kernel to four channels).
 _VIEWS = ("reshape", "transpose", "pad", "convert_element_type", "squeeze", "broadcast_in_dim", "stop_gradient")
 _ENTER, _LEAVE = "enter ", "leave"

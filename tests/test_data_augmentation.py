@@ -152,7 +152,8 @@ def test_the_key_decides_and_devices_do_not():
     mesh = jax.make_mesh((8,), ("batch",), axis_types=(jax.sharding.AxisType.Auto,))
     place = functools.partial(jax.device_put, device=NamedSharding(mesh, PartitionSpec("batch")))
     spread = run(KEY, place(IMAGES), place(ASPECT), place(LABELS), 3)
-    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-6), one, spread)
+    # float32 sums of a few products of numbers up to 1, in another order
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=5e-6), one, spread)
 
 
 @pytest.mark.parametrize(
