@@ -49,8 +49,8 @@ def digits(results: Mapping[str, Any]) -> str:
     ]
     header = ["method", "test accuracy, mean", "seeds", "backward MFLOPs/image", "saved KB/image", "step time over full's"]
     text = f"""
-        The bundled vision transformer, pretrained on Fashion-MNIST, fine-tuned on scikit-learn's digits; 360 test images. Measured
-        at version 0.1.0, before today's loader.
+        The bundled vision transformer, pretrained on Fashion-MNIST, fine-tuned on scikit-learn's digits; 360 test images.
+        Measured at version 0.1.0, before today's loader.
         {results["device"]}, JAX {results["jax"]}, Python {results["python"]}.
     """
     return f"{prose(text)}\n\n{markdown(header, rows)}"
