@@ -266,8 +266,7 @@ class Finetune:
     def _recipe(self) -> Recipe:
         base = Recipe(epochs=15)
         if self.recipe == "paper":
-            paper = paper_recipe(self.dataset)
-            base = dataclasses.replace(base, **{**paper, "clip": paper["clip"] or 0.0})
+            base = dataclasses.replace(base, **paper_recipe(self.dataset))
         augmentation = dataclasses.replace(base.augmentation, **self._given(Augmentation))
         return dataclasses.replace(base, augmentation=augmentation, **self._given(Recipe))
 

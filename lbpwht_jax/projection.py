@@ -156,10 +156,10 @@ def project(x: jax.Array, spec: LowRankSpec, grid: Grid, prefix_tokens: int = 0,
     """
 
     def coefficients(x: jax.Array) -> jax.Array:
-        by_block = max(aligned_pieces(spec, grid)) > 1
-        if not by_block and math.prod(grid) <= _MATRIX_TOKENS:
+        by_axis = goes_by_axis(spec, grid)
+        if not by_axis and max(aligned_pieces(spec, grid)) == 1:
             return _apply(projection_matrices(spec, grid, prefix_tokens)[0], x, precision)
-        form = _project_by_block if by_block else _project_by_axis
+        form = _project_by_axis if by_axis else _project_by_block
         of_grid = form(x[..., prefix_tokens:, :], spec, grid, precision)
         return jnp.concatenate([x[..., :prefix_tokens, :], of_grid], axis=-2) if prefix_tokens else of_grid
 

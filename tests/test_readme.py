@@ -7,7 +7,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import results_page
+import results_costs
 
 from lbpwht_jax import create_model
 
@@ -57,7 +57,7 @@ def test_the_table_is_what_the_experiment_measured():
 
 def test_the_steps_are_what_the_bench_measured():
     results = json.loads((ROOT / "experiments" / "results" / "bench_step.json").read_text())
-    assert results_page.readme_steps(results) in README
+    assert results_costs.readme_steps(results) in README
     assert {(row["model"], row["train"], row["batch"]) for row in results["rows"]} == {("efficientformer_l1", "all", 16)}
 
 

@@ -1,0 +1,190 @@
+"""The results page's sections on speed, costs and the training engine, and the README's table of steps."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from transfer_report import markdown, prose
+
+
+def _machine(results: Mapping[str, Any]) -> str:
+    machine = results["machine"]
+    return (
+        f"{machine['processor']}, {machine['cores']} cores, device {machine['device']}, JAX {machine['jax']}, "
+        f"Python {machine['python']}, {results['dtype']}; medians of {results['rounds']} interleaved samples."
+    )
+
+
+def bench_layers(results: Mapping[str, Any]) -> str:
+    """Layers on the clock."""
+    rows = []
+    for row in results["rows"]:
+        authors = row["authors_seconds"]
+        rows.append(
+            [
+                f"{row['inputs']}->{row['outputs']}",
+                "x".join(map(str, row["grid"])),
+                str(row["batch"]),
+                str(row["r"]),
+                f"{1e3 * row['dense_seconds']:.2f}",
+                f"{1e3 * row['seconds']:.2f}",
+                f"{row['speedup']:.2f}",
+                f"{row['flop_ratio']:.1f}",
+                f"{100 * row['efficiency']:.0f} %",
+                f"{1e3 * row['floor_seconds']:.2f}",
+                f"{row['over_floor']:.1f}",
+                f"{row['predicted']:.1f}",
+                "" if authors is None else f"{authors / row['seconds']:.0f}",
+            ]
+        )
+    text = f"""
+        The backward pass of one dense layer (the paper's Table 8, and a layer of each other stage of EfficientFormer-L1), the
+        projection of the input in the forward pass included. The floor is what its FLOPs take at the measured
+        {results["peak_flops"] / 1e9:.0f} GFLOP/s, or its inputs and outputs at {results["bandwidth"] / 1e9:.0f} GB/s; predicted
+        is the speed-up that the automatic choice goes by. {_machine(results)}
+    """
+    header = ["layer", "grid", "batch", "r", "exact, ms", "low-rank, ms", "speed-up", "FLOP ratio", "of it", "floor, ms"]
+    header += ["over floor", "predicted", "authors' form over ours"]
+    return f"{prose(text)}\n\n{markdown(header, rows)}\n\n![speed-up against FLOP ratio](images/bench_layers.png)"
+
+
+def bench_step(results: Mapping[str, Any]) -> str:
+    """Training steps on the clock."""
+    rows = [
+        [
+            row["model"],
+            row["method"],
+            row["train"],
+            str(row["batch"]),
+            f"{1e3 * row['seconds']:.0f}",
+            f"{row['images_per_second']:.1f}",
+            f"{row['speedup']:.2f}",
+            f"{row['backward_flops'] / 1e6:,.0f}",
+            f"{row['saved_bytes'] / 1e6:.1f}",
+        ]
+        for row in results["rows"]
+    ]
+    header = [
+        "model",
+        "method",
+        "trained",
+        "batch",
+        "step, ms",
+        "images/s",
+        "speed-up",
+        "backward MFLOPs/image",
+        "saved MB/image",
+    ]
+    return f"{prose(_machine(results))}\n\n{markdown(header, rows)}"
+
+
+def readme_steps(results: Mapping[str, Any]) -> str:
+    """The README's table of training steps: the methods people choose between."""
+    rows = [
+        [
+            row["method"],
+            f"{1e3 * row['seconds']:,.0f}",
+            f"{row['images_per_second']:.1f}",
+            f"{row['speedup']:.2f}",
+            f"{row['backward_flops'] / 1e6:,.0f}",
+            f"{row['saved_bytes'] / 1e6:.1f}",
+        ]
+        for row in results["rows"]
+        if row["method"] in ("full", "lp_l1-2", "lp_l1-4", "lora_all-8")
+    ]
+    return markdown(["method", "step, ms", "images/s", "speed-up", "backward MFLOPs/image", "saved MB/image"], rows)
+
+
+def loader_speed(results: Mapping[str, Any]) -> str:
+    """The loader beside a step."""
+    loader = results["loader_images_per_second_by_workers"]
+    workers = list(next(iter(loader.values())))
+    rows = [
+        [source, *(f"{rates[w]:,.0f}" for w in workers), f"{results['loader_over_step'][source]:.0f}"]
+        for source, rates in loader.items()
+    ]
+    text = f"""
+        Images a second of the loader alone, from JPEG files, by threads; and over the
+        {results["step_images_per_second"]:.1f} images/s of a training step ({results["model"]}) on the same machine.
+        {results["device"]}, JAX {results["jax"]}.
+    """
+    return f"{prose(text)}\n\n{markdown(['images', *(f'{w} threads' for w in workers), 'over the step'], rows)}"
+
+
+def kill_and_resume(results: Mapping[str, Any]) -> str:
+    """Interrupted runs."""
+    rows = [
+        [
+            run["signal"],
+            str(run["last_step_written"]),
+            str(run["resumed_after"]),
+            "yes" if run["unfinished_checkpoint"] else "no",
+            "equal" if run["same_metrics"] else "differ",
+            "equal" if run["same_weights"] else "differ",
+        ]
+        for run in results["runs"]
+    ]
+    text = f"""
+        A run of {results["steps"]} steps, with a moving average and augmentation, ended at random moments and gone on with: its
+        loss curve and weights beside those of the uninterrupted run, bit for bit. {results["device"]}, JAX
+        {results["jax"]}.
+    """
+    header = ["ended by", "last step written", "resumed after step", "in the middle of a save", "loss curve", "weights"]
+    return f"{prose(text)}\n\n{markdown(header, rows)}"
+
+
+def soak(results: Mapping[str, Any]) -> str:
+    """A long run."""
+    memory = results["resident_mib"]
+    return prose(
+        f"""
+        {results["steps"]:,} steps on digits with {results["checkpoints_written"]} checkpoints in {results["seconds"]:,.0f} s:
+        every step {"once" if results["every_step_once"] else "NOT once"} in the metrics, the last checkpoint
+        {"equal" if results["last_checkpoint_is_the_export"] else "NOT equal"} to the exported weights. Resident memory
+        {memory["at_half"]:.0f} MiB at half time, {memory["at_end"]:.0f} MiB at the end, {memory["most"]:.0f} MiB at most;
+        {results["mib_per_1000_steps_second_half"]:.1f} MiB per 1,000 steps by regression over the second half.
+        {results["device"]}, JAX {results["jax"]}.
+        """
+    )
+
+
+def cost_tables(results: Mapping[str, Any]) -> str:
+    """The paper's cost tables."""
+    text = f"""
+        Counted on shapes. Root mean square difference of a row of Tables 5 and 7: {100 * results["rms_difference"]:.1f} %; the
+        worst: {100 * results["worst_difference"]:.1f} % of FLOPs,
+        {100 * results["worst_speedup_difference"]:.1f} % of speed-up.
+    """
+    parts = [prose(text)]
+    for name in ("table_5", "table_7"):
+        rows = [
+            [
+                row["model"],
+                row["row"],
+                f"{row['paper_mflops']:,.1f}",
+                f"{row['our_mflops']:,.1f}",
+                f"{100 * row['difference']:+.1f} %",
+                f"{row['paper_speedup']:.2f}",
+                f"{row['our_speedup']:.2f}",
+            ]
+            for row in results[name]
+        ]
+        header = ["model", "method", "paper, MFLOPs", "ours, MFLOPs", "difference", "paper, speed-up", "ours, speed-up"]
+        parts += [f"### Table {name[-1]}", markdown(header, rows)]
+    return "\n\n".join(parts)
+
+
+def kept_bytes(results: Mapping[str, Any]) -> str:
+    """Kept bytes, with and without recomputation."""
+    rows = [
+        [
+            row["model"],
+            row["method"],
+            *(
+                f"{row[key]:.1f}"
+                for key in ("layers_mb", "model_mb", "remat_model_mb", "backward_mflops", "remat_backward_mflops")
+            ),
+        ]
+        for row in results["rows"]
+    ]
+    header = ["model", "method", "MB kept: layers", "whole model", "with remat", "backward MFLOPs", "with remat"]
+    return f"An image, float32, 100 classes.\n\n{markdown(header, rows)}"
