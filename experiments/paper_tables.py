@@ -18,7 +18,7 @@ from typing import Annotated, Literal, NamedTuple
 import jax
 import tyro
 from cost_tables import L1, L7, S0, SWIN, TABLE_5, TABLE_7, L
-from results_page import paper_table
+from results_accuracy import paper_table
 from transfer import write_results
 
 from lbpwht_jax.cli import main as lbpwht
