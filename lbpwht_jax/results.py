@@ -29,9 +29,9 @@ class Result:
 
 def table(results: Sequence[Result]) -> Table:
     """Runs side by side."""
-    table = Table(title="What it came to")
+    table = Table(title="What it came to; FLOPs and saved bytes are those of an image")
     table.add_column("method")
-    for heading in ("test accuracy", "trained parameters", "backward MFLOPs/image", "saved KB/image", "median step"):
+    for heading in ("test accuracy", "trained parameters", "backward MFLOPs", "saved KB", "median step"):
         table.add_column(heading, justify="right")
     for result in results:
         table.add_row(

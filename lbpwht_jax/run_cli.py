@@ -13,7 +13,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from lbpwht_jax.data import load_image, open_dataset
+from lbpwht_jax.data import image_files, load_image, open_dataset
 from lbpwht_jax.finished_run import FINAL, FinishedRun, load_run
 from lbpwht_jax.train import Evaluator, Placement, loading, normalise
 
@@ -84,7 +84,7 @@ class Predict:
     run: _Run
     """The run folder; model, image size, normalisation and classes are read from it."""
     images: _Images
-    """Image files."""
+    """Image files; a folder stands for all images in it and below."""
     top_k: int = 5
     """How many classes are shown, the most probable first."""
     checkpoint: str = FINAL
@@ -99,7 +99,7 @@ class Predict:
           The function that predicts and prints.
 
         Raises:
-          ValueError: if the folder holds no such run, or an image cannot be read.
+          ValueError: if the run folder holds no such run, an image cannot be read, or a folder holds none.
         """
         if self.top_k < 1:
             raise ValueError(f"--top-k must be positive, got {self.top_k}")
@@ -107,19 +107,20 @@ class Predict:
             raise ValueError("name at least one image")
         loaded = load_run(self.run, self.checkpoint)
         info, size = loaded.config.info, loaded.config.image_size
-        images = np.stack([load_image(path, size, info.channels, info.crop, info.interpolation) for path in self.images])
+        files = [file for path in self.images for file in (image_files(path) if path.is_dir() else [path])]
+        images = np.stack([load_image(file, size, info.channels, info.crop, info.interpolation) for file in files])
 
         def run() -> None:
             probabilities = predict(loaded, images)
             found = [self._top(row, loaded.config.classes) for row in probabilities]
             if self.json:
-                rows = zip(self.images, found, strict=True)
+                rows = zip(files, found, strict=True)
                 print(json.dumps([{"image": str(path), "predictions": top} for path, top in rows], indent=2))
                 return
             table = Table()
             table.add_column("image", overflow="fold")
             table.add_column("classes")
-            for path, top in zip(self.images, found, strict=True):
+            for path, top in zip(files, found, strict=True):
                 table.add_row(str(path), ", ".join(f"{each['class']} {each['probability']:.1%}" for each in top))
             Console().print(table)
 

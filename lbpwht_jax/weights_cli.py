@@ -43,7 +43,7 @@ class Convert:
 
     def prepare(self) -> None:
         """Writes the file; raises as ``load_pretrained`` does."""
-        _rewrite(self, self.output, "flax")
+        _rewrite(self, self.source, self.output, "flax")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Export:
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN|MODEL")]
     """A run folder; or the name of a model, which `lbpwht models` lists."""
-    source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="[SOURCE]")]
+    source: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="[SOURCE]")] = None
     """Of a model: a .safetensors file of this library or timm, or anything `lbpwht convert` reads. Left out for a run."""
     output: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="OUTPUT")] = None
     """The .safetensors file to write."""
@@ -71,14 +71,21 @@ class Export:
     """Takes hub weights from the local cache alone, without the network."""
 
     def prepare(self) -> None:
-        """Writes the file; raises as ``load_pretrained`` and ``load_run`` do."""
+        """Writes the file.
+
+        Raises:
+          ValueError: if the file to write is not named, or an option goes with the other use; and as ``load_pretrained`` and
+            ``load_run`` do.
+        """
+        if self.output is None and self.model in list_models():
+            raise ValueError(f"write lbpwht export {self.model} SOURCE OUTPUT, or lbpwht export RUN OUTPUT for a run folder")
+        if self.source is None:
+            raise ValueError(f"write lbpwht export {self.model} OUTPUT: the .safetensors file to write is not named")
         if self.output is not None:
             if self.checkpoint != FINAL:
                 raise ValueError("--checkpoint goes with a run folder: lbpwht export RUN OUTPUT")
-            _rewrite(self, self.output, self.format)
+            _rewrite(self, self.source, self.output, self.format)
             return
-        if self.model in list_models():
-            raise ValueError(f"write lbpwht export {self.model} SOURCE OUTPUT, or lbpwht export RUN OUTPUT for a run folder")
         if self.num_classes is not None or self.image_size is not None:
             raise ValueError("--num-classes and --image-size do not go with a run folder, which has its own")
         run, output = load_run(Path(self.model), self.checkpoint), Path(self.source)
@@ -148,8 +155,8 @@ def describe(name: str) -> Description:
     )
 
 
-def _rewrite(command: Convert | Export, output: Path, format: Literal["timm", "flax"]) -> None:
-    variables = load_pretrained(command.model, command.source, command.num_classes, command.image_size, offline=command.offline)
+def _rewrite(command: Convert | Export, source: str, output: Path, format: Literal["timm", "flax"]) -> None:
+    variables = load_pretrained(command.model, source, command.num_classes, command.image_size, offline=command.offline)
     classes = number_of_classes(command.model, variables)
     module = create_model(command.model, num_classes=classes, image_size=command.image_size)
     _write(command.model, module, variables, output, format)

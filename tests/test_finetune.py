@@ -116,7 +116,15 @@ def test_predictions(compared, capsys, tmp_path):
         assert probabilities == sorted(probabilities, reverse=True) and sum(probabilities) == pytest.approx(1)
         assert {each["class"] for each in row["predictions"]} == set("0123456789")
     assert f"{first[0]} {rows[0]['predictions'][0]['probability']:.1%}" in lbpwht(capsys, "predict", compared[0], files[0])
+    (tmp_path / "notes.txt").write_text("no image")
+    (tmp_path / "deeper").mkdir()
+    files[0].rename(tmp_path / "deeper" / "0.png")
+    of_folder = json.loads(lbpwht(capsys, "predict", compared[0], tmp_path, "--top-k", "10", "--json"))
+    assert [row["image"] for row in of_folder] == sorted(map(str, [tmp_path / "deeper" / "0.png", *files[1:]]))
+    assert of_folder[-1]["predictions"] == rows[0]["predictions"]
     assert "cannot read the image" in mistake(capsys, "predict", compared[0], tmp_path / "missing.png")
+    (tmp_path / "empty").mkdir()
+    assert "holds no images" in mistake(capsys, "predict", compared[0], tmp_path / "empty")
 
 
 def test_export_of_a_run(compared, capsys, tmp_path):
@@ -124,6 +132,7 @@ def test_export_of_a_run(compared, capsys, tmp_path):
     again = load_pretrained(BUNDLED, tmp_path / "timm.safetensors")
     jax.tree.map(np.testing.assert_array_equal, again, load_weights(compared[0] / "weights.safetensors")[0])
     assert "write lbpwht export vit_micro_patch4_28 SOURCE OUTPUT" in mistake(capsys, "export", BUNDLED, tmp_path / "x")
+    assert f"write lbpwht export {compared[0]} OUTPUT" in mistake(capsys, "export", compared[0])
     assert "is no run folder: cannot read" in mistake(capsys, "export", tmp_path, tmp_path / "x")
     assert "--num-classes and --image-size do not go" in mistake(
         capsys, "export", compared[0], tmp_path / "x", "--num-classes", "3"

@@ -3,6 +3,7 @@
 from lbpwht_jax.data.augmentation import Augmentation, make_augmentation
 from lbpwht_jax.data.batches import Batch, Batches, Loading, evaluation_batches, steps_per_epoch, training_batches
 from lbpwht_jax.data.decode import load_image
+from lbpwht_jax.data.folder import image_files
 from lbpwht_jax.data.open import open_dataset
 from lbpwht_jax.data.split import ArraySplit, Dataset, Split
 
@@ -15,6 +16,7 @@ __all__ = [
     "Loading",
     "Split",
     "evaluation_batches",
+    "image_files",
     "load_image",
     "make_augmentation",
     "open_dataset",

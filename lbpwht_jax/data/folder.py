@@ -65,8 +65,7 @@ def open_folder(name: str, path: Path, seed: int) -> Dataset:
     if not path.exists():
         raise FileNotFoundError(f"folder:{path}: there is no such folder or zip file")
     paths, read_bytes = _list_folder(path) if path.is_dir() else _list_zip(path)
-    paths = sorted(p for p in paths if "/." not in f"/{p}" and not p.startswith("__MACOSX/"))
-    images = [p for p in paths if p.lower().endswith(SUFFIXES)]
+    paths, images = _visible(paths)
     if not images:
         raise ValueError(f"folder:{path} holds no images ({', '.join(SUFFIXES)}); {_LAYOUT}")
     top = _common_top(images)
@@ -90,6 +89,24 @@ def open_folder(name: str, path: Path, seed: int) -> Dataset:
         raise ValueError(f"folder:{path}: of the classes in {test}, train lacks {len(unknown)}: {shown}")
     tested = FileSplit(path, files, np.asarray([classes.index(c) for c in names], np.int32)[labels], read_bytes)
     return Dataset(name, train, tested, tuple(classes))
+
+
+def image_files(folder: Path) -> list[Path]:
+    """The images in a folder and all below it, sorted: what has one of ``SUFFIXES``, in any case, and is not hidden.
+
+    Raises:
+      ValueError: if there are none.
+    """
+    _, images = _visible(_list_folder(folder)[0])
+    if not images:
+        raise ValueError(f"{folder} holds no images ({', '.join(SUFFIXES)})")
+    return [folder / image for image in images]
+
+
+def _visible(paths: Iterable[str]) -> tuple[list[str], list[str]]:
+    """Those that are not hidden, sorted, and the images among them."""
+    paths = sorted(p for p in paths if "/." not in f"/{p}" and not p.startswith("__MACOSX/"))
+    return paths, [p for p in paths if p.lower().endswith(SUFFIXES)]
 
 
 def _list_folder(path: Path) -> tuple[Iterable[str], Callable[[str], bytes]]:
