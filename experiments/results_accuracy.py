@@ -43,8 +43,7 @@ def transfer(results: Mapping[str, Any]) -> str:
         Tiny-ImageNet to {100 * results["pretrained_test_accuracy"]:.1f} % of its 200 classes, adapted to CIFAR-10, which it has
         not seen: {10 * setting["train_per_class"]:,} training and {10 * setting["test_per_class"]:,} test images, the same ones
         always; {setting["epochs"]} epochs, batch {setting["batch_size"]}, AdamW at {setting["lr"]:g}, flips and shifts.
-        {len(runs)} runs, {hours:.1f} hours in all, on {"; ".join(devices)}. Step times are medians of a run's
-        and of the runs'.
+        {len(runs)} runs, {hours:.1f} hours of these in all, on {"; ".join(devices)}, two at a time.
     """
     claims = """
         Differences are paired over seeds, in points of accuracy, with 95 % intervals by Student's t. A claim holds or does not
@@ -61,6 +60,18 @@ def transfer(results: Mapping[str, Any]) -> str:
         if any(run["train"] == train for run in runs):
             parts += [f"### Training the {words}", transfer_report.table(runs, train)]
     return "\n\n".join(parts)
+
+
+def transfer_steps(results: Mapping[str, Any]) -> str:
+    """The steps of the transfer sweep."""
+    machine = results["machine"]
+    text = f"""
+        Whole training steps of the sweep's methods in turn in one process, medians of {results["rounds"]}, batch
+        {results["batch_size"]}, in brackets the speed-up over full backpropagation. Low rank is taken everywhere, also where it
+        is slower (`when="always"`). {machine["processor"]}, {machine["cores"]} cores, JAX {machine["jax"]}, Python
+        {machine["python"]}.
+    """
+    return f"{prose(text)}\n\n{transfer_report.steps_table(results['seconds'])}"
 
 
 def gradients(results: Mapping[str, Any]) -> str:

@@ -33,6 +33,7 @@ Section = Callable[[Mapping[str, Any]], str]
 SECTIONS: tuple[tuple[str, str, str, Section], ...] = (
     ("Digits", "digits", "digits.py", accuracy.digits),
     ("Tiny-ImageNet to CIFAR-10", "transfer", "transfer.py --data cifar10.zip", accuracy.transfer),
+    ("The sweep's steps on the clock", "transfer_steps", "transfer_steps.py", accuracy.transfer_steps),
     ("How much of the gradient survives", "transfer_gradients", "transfer_gradients.py --data cifar10.zip", accuracy.gradients),
     (
         "A layer on the clock, the paper's Table 8",
@@ -74,8 +75,8 @@ def main() -> None:
     """Writes the page and its plots."""
     PAGE.write_text(render())
     IMAGES.mkdir(parents=True, exist_ok=True)
-    if sweep := read("transfer"):
-        transfer_report.plot(sweep["runs"], IMAGES / "transfer.png")
+    if (sweep := read("transfer")) and (steps := read("transfer_steps")):
+        transfer_report.plot(sweep["runs"], steps["seconds"], IMAGES / "transfer.png")
     if compared := read("transfer_gradients"):
         transfer_report.plot_gradients(compared["rows"], IMAGES / "transfer_gradients.png")
 

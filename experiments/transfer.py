@@ -3,20 +3,26 @@
     python experiments/transfer.py --data cifar10.zip
 
 appends every run to experiments/results/transfer.json and leaves out those already there, so that it can be stopped and called
-again. ``experiments/results_page.py`` makes tables, claims and plots of it. The images lie as ``.../{train,test}/CLASS/IMAGE``
-in a zip file or folder; the weights are those of ``experiments/transfer_backbone.py``.
+again. ``--processes 2`` runs two at a time, each on half of the cores, which for a model this small is faster than one on all.
+``experiments/transfer_steps.py`` times the steps, and ``experiments/results_page.py`` makes tables, claims and plots of all.
+The images lie as ``.../{train,test}/CLASS/IMAGE`` in a zip file or folder; the weights are those of
+``experiments/transfer_backbone.py``.
 
 Runs of one seed share their new head, their order of images and what augmentation draws. All methods have one learning rate,
 as in the paper, chosen for full backpropagation (``--methods full --seeds 100 --setting.lr ...`` into other files). LoRA is
 also run at four times that, since it often wants more.
 """
 
+import concurrent.futures
 import dataclasses
+import functools
 import json
+import multiprocessing
 import os
 import platform
 import statistics
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -38,6 +44,7 @@ from lbpwht_jax.weights import load_weights, replace_head
 
 RESULTS = Path(__file__).parent / "results" / "transfer.json"
 Train = Literal["last_stage", "all"]
+Task = tuple["Variant", Train, int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +104,7 @@ class Setting:
       lr: AdamW's peak learning rate.
     """
 
-    train_per_class: int = 500
+    train_per_class: int = 300
     test_per_class: int = 300
     epochs: int = 3
     batch_size: int = 64
@@ -135,11 +142,9 @@ def run(variant: Variant, trained: Train, seed: int, setting: Setting, weights: 
     branch_key = jax.random.fold_in(jax.random.key(seed), 1)
     variables = model.with_branches(branch_key, pretrained(weights, classes, seed))
     trainer = make_trainer(model, info, dataset, setting.recipe(seed, variant.lr_scale), model.trainable)
-    seconds, losses, before = [], [], time.perf_counter()
+    losses = []
     for _, loss, state in train(trainer, variables):  # noqa: B007, the last state is used below
         losses.append(loss)
-        seconds.append(time.perf_counter() - before)
-        before = time.perf_counter()
     accuracy = trainer.evaluator(state.variables, dataset.test).accuracy
     shape = (info.image_size, info.image_size, info.channels)
     return {
@@ -153,12 +158,68 @@ def run(variant: Variant, trained: Train, seed: int, setting: Setting, weights: 
         "backward_flops": backward_flops(model, variables, shape),
         "backward_flops_paper": sum(layer.backward_flops_paper for layer in layer_costs(model, variables, shape)),
         "saved_bytes": saved_bytes(model, variables, shape),
-        "step_seconds": statistics.median(seconds[1:]),
-        "first_step_seconds": seconds[0],
         "run_seconds": time.perf_counter() - started,
         "versions": {"jax": jax.__version__, "flax": flax.__version__, "python": platform.python_version()},
-        "device": f"{jax.devices()[0].device_kind}, {platform.machine()}, {os.cpu_count()} cores",
+        "device": f"{jax.devices()[0].device_kind}, {platform.machine()}, {cores()}",
     }
+
+
+def cores() -> str:
+    """Those this process runs on, in words."""
+    number = len(os.sched_getaffinity(0))
+    return "1 core" if number == 1 else f"{number} cores"
+
+
+@functools.cache
+def sweep_images(data: Path, setting: Setting, cache: Path | None) -> Dataset:
+    """The images, read once in each process; arguments as of ``main``."""
+    return read_dataset([data], backbone_info().image_size, setting.train_per_class, setting.test_per_class, cache)
+
+
+def run_task(task: Task, setting: Setting, weights: Path, data: Path, cache: Path | None) -> dict:
+    """``run``, in whichever process, leaving no compiled function behind."""
+    try:
+        return run(*task, setting, weights, sweep_images(data, setting, cache))
+    finally:
+        jax.clear_caches()
+
+
+def _take_cores(shares: Any) -> None:
+    """Confines this process to a share of the cores that no other has taken; JAX, not yet started, makes as many threads."""
+    os.sched_setaffinity(0, shares.get())
+
+
+def run_all(tasks: Sequence[Task], processes: int, *arguments: Any) -> Iterator[dict]:
+    """Runs every task, in this process or in several at a time, each on its share of the cores.
+
+    Args:
+      tasks: the runs.
+      processes: runs at a time.
+      *arguments: as of ``run_task``, after the task.
+
+    Yields:
+      What each run came to, as they end.
+
+    Raises:
+      ValueError: if there are more processes than cores.
+    """
+    if processes == 1:
+        yield from (run_task(task, *arguments) for task in tasks)
+        return
+    usable = sorted(os.sched_getaffinity(0))
+    if not 1 < processes <= len(usable):
+        raise ValueError(f"--processes must be between 1 and the {len(usable)} cores, got {processes}")
+    context = multiprocessing.get_context("spawn")
+    shares = context.Queue()
+    for first in range(processes):
+        shares.put(set(usable[first::processes]))
+    with concurrent.futures.ProcessPoolExecutor(processes, context, _take_cores, (shares,)) as pool:
+        futures = [pool.submit(run_task, task, *arguments) for task in tasks]
+        try:
+            for future in concurrent.futures.as_completed(futures):
+                yield future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def open_results(output: Path, command: str, setting: dict, **facts: Any) -> dict:
@@ -192,6 +253,7 @@ def main(
     trains: tuple[Train, ...] = ("last_stage", "all"),
     seeds: tuple[int, ...] = (0, 1, 2),
     limit: int | None = None,
+    processes: int = 1,
     setting: Setting = Setting(),
 ) -> None:
     """Runs what is not there yet: for each seed the last stage, then the whole model, by every method.
@@ -205,6 +267,7 @@ def main(
       trains: what is trained, with the head.
       seeds: of new head, order, augmentation and LoRA's branches.
       limit: stops after so many runs.
+      processes: runs at a time.
       setting: what all runs share.
     """
     variants = {variant.name: variant for variant in VARIANTS}
@@ -213,24 +276,23 @@ def main(
         raise SystemExit(f"unknown methods {unknown}; there are: {', '.join(variants)}")
     if not weights.exists():
         raise SystemExit(f"{weights} is missing; make it by experiments/transfer_backbone.py")
-    dataset = read_dataset([data], backbone_info().image_size, setting.train_per_class, setting.test_per_class, cache)
+    dataset = sweep_images(data, setting, cache)
     facts = {"model": NAME, "images": dataset.name, "pretrained_test_accuracy": load_weights(weights)[1]["test_accuracy"]}
     values, defaults = dataclasses.asdict(setting), dataclasses.asdict(Setting())
     flags = [f"--setting.{name.replace('_', '-')} {value}" for name, value in values.items() if value != defaults[name]]
     results = open_results(output, " ".join(["python experiments/transfer.py --data", data.name, *flags]), values, **facts)
     done = {(run["variant"], run["train"], run["seed"]) for run in results["runs"]}
-    todo: list[tuple[str, Train, int]] = [
-        (name, t, seed) for seed in seeds for t in trains for name in methods if (name, t, seed) not in done
+    todo: list[Task] = [
+        (variants[name], t, seed) for seed in seeds for t in trains for name in methods if (name, t, seed) not in done
     ]
     print(f"{len(dataset.train):,} training and {len(dataset.test):,} test images", flush=True)
     print(f"{len(done)} runs done, {len(todo[:limit])} to do", flush=True)
-    for number, (name, trained, seed) in enumerate(todo[:limit], 1):
-        results["runs"].append(run(variants[name], trained, seed, setting, weights, dataset))
+    for number, result in enumerate(run_all(todo[:limit], processes, setting, weights, data, cache), 1):
+        results["runs"].append(result)
         write_results(output, results)
-        last = results["runs"][-1]
-        came_to = f"{last['test_accuracy']:.2%}, {last['run_seconds']:.0f} s"
-        print(f"{number}/{len(todo[:limit])} {trained} {name}, seed {seed}: {came_to}", flush=True)
-        jax.clear_caches()
+        what = f"{result['train']} {result['variant']}, seed {result['seed']}"
+        came_to = f"{result['test_accuracy']:.2%}, {result['run_seconds']:.0f} s"
+        print(f"{number}/{len(todo[:limit])} {what}: {came_to}", flush=True)
 
 
 if __name__ == "__main__":

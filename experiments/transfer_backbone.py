@@ -71,6 +71,7 @@ def main(
       seed: of initial weights, shuffling and augmentation.
       limit: training and test images of each class; all by default.
     """
+    output.parent.mkdir(parents=True, exist_ok=True)
     info = backbone_info()
     dataset = read_dataset(data, info.image_size, limit, limit, cache)
     model = backbone(len(dataset.classes))

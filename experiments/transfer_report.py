@@ -132,7 +132,6 @@ def table(runs: Sequence[Mapping[str, Any]], train: str) -> str:
                 f"{own[0]['backward_flops'] / 1e6:.1f}",
                 f"{own[0]['saved_bytes'] / 1e3:,.0f}",
                 f"{own[0]['trainable_parameters']:,}",
-                f"{statistics.median(run['step_seconds'] for run in own) * 1e3:.0f}",
             ]
         )
     header = [
@@ -142,8 +141,34 @@ def table(runs: Sequence[Mapping[str, Any]], train: str) -> str:
         "backward MFLOPs/image",
         "saved KB/image",
         "trained parameters",
-        "median step, ms",
     ]
+    return markdown(header, rows)
+
+
+README_METHODS = ("full", "lp_l1-8", "lp_l1-4", "lp_l1-2", "lora_all-8", "lp_l1-4+lora_all-8", "lora-8")
+
+
+def readme_table(runs: Sequence[Mapping[str, Any]], seconds: Mapping[str, Mapping[str, float]]) -> str:
+    """The README's excerpt: some methods, training the whole model.
+
+    Args:
+      runs: of the sweep.
+      seconds: of a step, by what is trained and the variant.
+    """
+    found, rows = accuracies(runs, "all"), []
+    for name in README_METHODS:
+        first = next(run for run in runs if run["train"] == "all" and run["variant"] == name)
+        values = list(found[name].values())
+        rows.append(
+            [
+                name,
+                f"{statistics.mean(values):.1f} % ({min(values):.1f} to {max(values):.1f})",
+                f"{first['backward_flops'] / 1e6:.0f}",
+                f"{first['saved_bytes'] / 1e3:,.0f}",
+                f"{seconds['all']['full'] / seconds['all'][name]:.2f}",
+            ]
+        )
+    header = ["method", "test accuracy (lowest to highest)", "backward MFLOPs/image", "saved KB/image", "speed-up of a step"]
     return markdown(header, rows)
 
 
@@ -162,12 +187,33 @@ def claims_table(runs: Sequence[Mapping[str, Any]]) -> str:
     return markdown(["claim", "trained", "difference", "points (95 % interval)", "seeds", "verdict"], rows)
 
 
-def plot(runs: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Draws accuracy against backward FLOPs, saved bytes and step time, a row for each kind of training."""
+def base_name(variant: str) -> str:
+    """The variant at the learning rate of all others."""
+    return re.sub(r" \(.* x lr\)$", "", variant)
+
+
+def steps_table(seconds: Mapping[str, Mapping[str, float]]) -> str:
+    """Time of a step and speed-up over full backpropagation, by method, for each kind of training."""
+    rows = []
+    for name in next(iter(seconds.values())):
+        own = [by_name[name] for by_name in seconds.values()]
+        speedups = [by_name["full"] / by_name[name] for by_name in seconds.values()]
+        rows.append([name, *(f"{1e3 * s:.0f} ms ({ratio:.2f}x)" for s, ratio in zip(own, speedups, strict=True))])
+    return markdown(["method", *(TRAINS[train] for train in seconds)], rows)
+
+
+def plot(runs: Sequence[Mapping[str, Any]], seconds: Mapping[str, Mapping[str, float]], path: Path) -> None:
+    """Draws accuracy against backward FLOPs, saved bytes and step time, a row for each kind of training.
+
+    Args:
+      runs: of the sweep.
+      seconds: of a step, by what is trained and the variant.
+      path: of the image.
+    """
     axes_of: list[tuple[str, Callable[[Mapping[str, Any]], float]]] = [
         ("backward MFLOPs an image", lambda run: run["backward_flops"] / 1e6),
         ("saved KB an image", lambda run: run["saved_bytes"] / 1e3),
-        ("median step (ms)", lambda run: run["step_seconds"] * 1e3),
+        ("step (ms)", lambda run: seconds[run["train"]][base_name(run["variant"])] * 1e3),
     ]
     figure = Figure(figsize=(12, 7.6), layout="constrained")
     grid = figure.subplots(len(TRAINS), len(axes_of), sharey="row", squeeze=False)
