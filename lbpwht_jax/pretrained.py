@@ -1,10 +1,11 @@
 """Published weights into variables, and variables into files that timm loads."""
 
 import dataclasses
+import json
 import logging
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -85,6 +86,7 @@ def export_weights(
     variables: Mapping[str, Any],
     path: str | os.PathLike,
     format: Literal["timm", "flax"] = "timm",
+    classes: Sequence[str] | None = None,
 ) -> None:
     """Writes a model's variables as ``.safetensors``.
 
@@ -95,17 +97,24 @@ def export_weights(
       path: of the file, replaced if it exists.
       format: ``"timm"`` for keys and layouts that timm's ``load_state_dict(..., strict=True)`` takes; ``"flax"`` for the
         variables as they are, under keys such as ``"params/blocks_0/attn/qkv/kernel"``.
+      classes: names of the model's outputs in their order, kept as JSON under ``"classes"`` in the file's header.
 
     Raises:
-      ValueError: if the name or format is unknown, or the variables are not the module's.
+      ValueError: if the name or format is unknown, the variables are not the module's, or the classes are not as many as its
+        outputs.
     """
     if format not in ("timm", "flax"):
         raise ValueError(f"export_weights: format must be 'timm' or 'flax', got {format!r}")
+    outputs = getattr(module, "num_classes", None)
+    if classes is not None and len(classes) != outputs:
+        raise ValueError(f"export_weights: {len(classes)} classes are named, and {name} has {outputs} outputs")
     tensors = to_timm(name, module, variables)
+    known = {} if classes is None else {"classes": list(classes)}
     if format == "flax":
-        save_weights(path, variables, {"model": name})
+        save_weights(path, variables, {"model": name, **known})
     else:
-        safetensors.numpy.save_file(tensors, path, metadata={"format": "pt"})
+        header = {"format": "pt"} | {key: json.dumps(value) for key, value in known.items()}
+        safetensors.numpy.save_file(tensors, path, metadata=header)
 
 
 def number_of_classes(name: str, variables: Mapping[str, Any]) -> int:

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import math
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -89,7 +90,7 @@ class Export:
         if self.num_classes is not None or self.image_size is not None:
             raise ValueError("--num-classes and --image-size do not go with a run folder, which has its own")
         run, output = load_run(Path(self.model), self.checkpoint), Path(self.source)
-        _write(run.config.model, run.module, run.variables, output, self.format)
+        _write(run.config.model, run.module, run.variables, output, self.format, run.config.classes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,6 +163,13 @@ def _rewrite(command: Convert | Export, source: str, output: Path, format: Liter
     _write(command.model, module, variables, output, format)
 
 
-def _write(name: str, module: Any, variables: Any, output: Path, format: Literal["timm", "flax"]) -> None:
-    export_weights(name, module, variables, output, format)
+def _write(
+    name: str,
+    module: Any,
+    variables: Any,
+    output: Path,
+    format: Literal["timm", "flax"],
+    classes: Sequence[str] | None = None,
+) -> None:
+    export_weights(name, module, variables, output, format, classes)
     print(f"{output}: {name} for {module.num_classes} classes at {module.image_size} pixels, {format} layout")

@@ -15,6 +15,7 @@ import safetensors.numpy
 from lbpwht_jax.keys import entries, to_timm
 from lbpwht_jax.models import create_model
 from lbpwht_jax.pretrained import export_weights, load_pretrained, number_of_classes, read_weights
+from lbpwht_jax.weights import read_safetensors
 
 NAME = "vit_micro_patch4_28"
 KEYS = Path(__file__).parent / "fixtures" / "keys"
@@ -63,8 +64,10 @@ def test_folder(tmp_path):
 def test_save_and_load(tmp_path, weights, format):
     path, state = weights
     variables = load_pretrained(NAME, path)
-    export_weights(NAME, create_model(NAME, num_classes=10), variables, tmp_path / "saved.safetensors", format)
+    names = [f"class {i}" for i in range(10)]
+    export_weights(NAME, create_model(NAME, num_classes=10), variables, tmp_path / "saved.safetensors", format, names)
     written = read_weights(tmp_path / "saved.safetensors")
+    assert json.loads(read_safetensors(tmp_path / "saved.safetensors")[1]["classes"]) == names
     if format == "timm":
         assert written.keys() == state.keys()
     else:
@@ -80,6 +83,8 @@ def test_saving_errors(tmp_path, weights):
         export_weights(NAME, create_model(NAME, num_classes=10), variables, tmp_path / "a", "npz")
     with pytest.raises(ValueError, match="do not fit the module"):
         export_weights(NAME, create_model(NAME, num_classes=11), variables, tmp_path / "a", "flax")
+    with pytest.raises(ValueError, match=r"1 classes are named, and .* has 10 outputs"):
+        export_weights(NAME, create_model(NAME, num_classes=10), variables, tmp_path / "a", classes=["one"])
     assert not (tmp_path / "a").exists()
 
 
