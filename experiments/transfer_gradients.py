@@ -92,7 +92,7 @@ def main(
     images, names = read_split([data], "train", info.image_size, train_per_class, cache)
     classes, dataset = len(names), Dataset(data.stem, images, images, names)
     head = adapted_backbone(Variant("full"), "head", classes)
-    trainer = make_trainer(head, info, dataset, Setting(epochs=1).recipe(seed, lr_scale=4.0), head.trainable)
+    trainer = make_trainer(head, info, dataset, Setting(epochs=1).recipe(seed), head.trainable)
     for _, loss, state in train(trainer, pretrained(weights, classes, seed)):  # noqa: B007, used below
         pass
     variables = jax.device_get(state.variables)

@@ -119,9 +119,10 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def table(runs: Sequence[Mapping[str, Any]], train: str) -> str:
-    """The runs of one kind of training as a Markdown table, a row a variant, in the order they were run."""
-    rows = []
-    for name, by_seed in accuracies(runs, train).items():
+    """The runs of one kind of training as a Markdown table, a row a variant, in the order of ``FAMILIES``."""
+    rows, found = [], accuracies(runs, train)
+    for name in (name for names, *_ in FAMILIES.values() for name in names if name in found):
+        by_seed = found[name]
         own = [run for run in runs if run["train"] == train and run["variant"] == name]
         values = list(by_seed.values())
         rows.append(
@@ -145,7 +146,7 @@ def table(runs: Sequence[Mapping[str, Any]], train: str) -> str:
     return markdown(header, rows)
 
 
-README_METHODS = ("full", "lp_l1-8", "lp_l1-4", "lp_l1-2", "lora_all-8", "lp_l1-4+lora_all-8", "lora-8")
+README_METHODS = ("full", "lp_l1-8", "lp_l1-4", "lp_l1-2", "lora-8", "lora_all-8")
 
 
 def readme_table(runs: Sequence[Mapping[str, Any]], seconds: Mapping[str, Mapping[str, float]]) -> str:

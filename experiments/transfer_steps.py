@@ -41,7 +41,7 @@ def step_function(variant: Variant, trained: Train, variables: Any, dataset: Dat
 def main(
     weights: Path = WEIGHTS,
     output: Path = RESULTS,
-    rounds: int = 11,
+    rounds: int = 9,
     trains: tuple[Train, ...] = ("last_stage", "all"),
 ) -> None:
     """Times steps.

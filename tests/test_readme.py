@@ -1,6 +1,5 @@
 """What the README says is so."""
 
-import importlib.util
 import json
 import re
 from pathlib import Path
@@ -8,10 +7,12 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import results_costs
+import transfer_report
 
 from lbpwht_jax import create_model
 
 ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "experiments" / "results"
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
@@ -43,20 +44,15 @@ def test_the_rules_fit_a_model():
     assert float(jnp.abs(names["logits"] - plain).max()) < 1e-5
 
 
-def test_the_table_is_what_the_experiment_measured():
-    spec = importlib.util.spec_from_file_location("digits", ROOT / "experiments" / "digits.py")
-    digits = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(digits)
-    results = json.loads((ROOT / "experiments" / "results" / "digits.json").read_text())
-    assert digits.table(results) in README
-    # the claim beside it
-    means = {method: sum(run["test_accuracy"] for run in runs) / len(runs) for method, runs in results["runs"].items()}
-    assert means["full"] - means["lp_l1-4"] <= 0.015
-    assert len(results["runs"]["full"]) >= 3
+def test_the_table_is_what_the_sweep_measured():
+    sweep, steps = (json.loads((RESULTS / f"{name}.json").read_text()) for name in ("transfer", "transfer_steps"))
+    assert transfer_report.readme_table(sweep["runs"], steps["seconds"]) in README
+    assert {run["seed"] for run in sweep["runs"]} >= {0, 1, 2}
+    assert 10 * sweep["setting"]["train_per_class"] == 2_000
 
 
 def test_the_steps_are_what_the_bench_measured():
-    results = json.loads((ROOT / "experiments" / "results" / "bench_step.json").read_text())
+    results = json.loads((RESULTS / "bench_step.json").read_text())
     assert results_costs.readme_steps(results) in README
     assert {(row["model"], row["train"], row["batch"]) for row in results["rows"]} == {("efficientformer_l1", "all", 16)}
 
