@@ -43,7 +43,8 @@ def transfer(results: Mapping[str, Any]) -> str:
         Tiny-ImageNet to {100 * results["pretrained_test_accuracy"]:.1f} % of its 200 classes, adapted to CIFAR-10, which it has
         not seen: {10 * setting["train_per_class"]:,} training and {10 * setting["test_per_class"]:,} test images, the same ones
         always; {setting["epochs"]} epochs, batch {setting["batch_size"]}, AdamW at {setting["lr"]:g}, flips and shifts.
-        {len(runs)} runs, {hours:.1f} hours of these in all, on {"; ".join(devices)}, two at a time.
+        {len(runs)} runs, {hours:.1f} hours together, two at a time, each on {"; ".join(devices)}. The last
+        stage's seeds 3 and 4 are those of `--trains last_stage --seeds 3 4`.
     """
     claims = """
         Differences are paired over seeds, in points of accuracy, with 95 % intervals by Student's t. A claim holds or does not
