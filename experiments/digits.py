@@ -2,7 +2,7 @@
 
     python experiments/digits.py
 
-reproduces the README's table: it writes experiments/results/digits.json and prints the table. Runs of one seed share their
+writes experiments/results/digits.json, for the results page, and prints the table. Runs of one seed share their
 data, their new head and their order of images.
 """
 

@@ -165,9 +165,14 @@ def run(variant: Variant, trained: Train, seed: int, setting: Setting, weights: 
     }
 
 
+def usable_cores() -> list[int]:
+    """Those this process may run on: all, where the system (macOS, Windows) confines no process to some."""
+    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+
+
 def cores() -> str:
-    """Those this process runs on, in words."""
-    number = len(os.sched_getaffinity(0))
+    """How many this process may run on, in words."""
+    number = len(usable_cores())
     return "1 core" if number == 1 else f"{number} cores"
 
 
@@ -202,14 +207,16 @@ def run_all(tasks: Sequence[Task], processes: int, *arguments: Any) -> Iterator[
       What each run came to, as they end.
 
     Raises:
-      ValueError: if there are more processes than cores.
+      SystemExit: if there are more processes than cores, or the system cannot share these out.
     """
     if processes == 1:
         yield from (run_task(task, *arguments) for task in tasks)
         return
-    usable = sorted(os.sched_getaffinity(0))
+    if not hasattr(os, "sched_setaffinity"):
+        raise SystemExit("--processes needs Linux, where a process can be confined to some of the cores; leave it out")
+    usable = usable_cores()
     if not 1 < processes <= len(usable):
-        raise ValueError(f"--processes must be between 1 and the {len(usable)} cores, got {processes}")
+        raise SystemExit(f"--processes must be between 1 and the {len(usable)} cores, got {processes}")
     context = multiprocessing.get_context("spawn")
     shares = context.Queue()
     for first in range(processes):

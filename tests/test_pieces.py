@@ -10,8 +10,8 @@ from lbpwht_jax.pieces import aligned_pieces, piece_sizes
 from lbpwht_jax.projection import expand, goes_by_axis, project, projection_matrices
 
 # every form: one block, whole blocks, partial blocks aligned with pieces or not, large, one and three axes
-GRIDS = [(7, 7), (8, 8), (14, 14), (28, 28), (16, 24), (17, 33), (100,), (4, 8, 12)]
-SELECTIONS = [(lp_l1, 2), (lp_l1, 3), (lp_l1, 6), (lp_linf, 2)]
+GRIDS = [(7, 7), (8, 8), (14, 14), (28, 28), (16, 24), (12, 20), (17, 33), (100,), (4, 8, 12)]
+SELECTIONS = [(lp_l1, 1), (lp_l1, 2), (lp_l1, 3), (lp_l1, 6), (lp_linf, 2), (lp_linf, 4)]
 
 
 def assert_equals_the_matrices(spec, grid):

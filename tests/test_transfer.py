@@ -98,7 +98,7 @@ def test_a_sweep_goes_on_where_it_stopped(archive, tmp_path, capsys, monkeypatch
     stage = sum(leaf.size for leaf in jax.tree.leaves(variables["params"]["stages_1"]))
     width = info.arguments["dims"][-1]
     assert found["trainable_parameters"] == stage + 2 * width + 2 * (width + 1) * 2
-    with pytest.raises(ValueError, match=r"--processes must be between 1 and the \d+ cores, got 1000"):
+    with pytest.raises(SystemExit, match=r"--processes must be between 1 and the \d+ cores, got 1000"):
         transfer.main(archive, methods=("full",), processes=1000, **common)
     with pytest.raises(SystemExit, match="another setting"):
         transfer.main(archive, methods=("full",), **{**common, "setting": transfer.Setting(lr=1.0)})
