@@ -12,7 +12,9 @@ import platform
 import statistics
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -63,7 +65,7 @@ def interleaved_steps(methods: tuple[str, ...], projection: str, batch_size: int
     return {method: median / medians[methods[0]] for method, median in medians.items()}
 
 
-def table(results: dict) -> str:
+def table(results: Mapping[str, Any]) -> str:
     """The results as a Markdown table: mean and range of accuracy, costs an image, step time over full backprop's."""
     rows = [
         "| method | test accuracy, mean (lowest to highest) | backward MFLOPs/image | saved KB/image | step time over full's |",
