@@ -7,13 +7,13 @@ Data are TFDS data sets that ``lbpwht prepare`` prepared in the folder, or ``NAM
 ``{train,test}/CLASS/IMAGE``. Weights are ``MODEL.safetensors`` in the folder, in any layout that ``load_pretrained`` reads, or
 come from the Hugging Face hub with ``--hub``. What is missing is listed, with what would get it, and the rest is run: every run
 is ``lbpwht finetune --recipe paper``, in a folder of its own; finished ones are left as they are and interrupted ones resumed.
-Results go to experiments/results/paper_table_N.json. Costs are counted by ``experiments/cost_tables.py``; Table 8, latency, by
-``lbpwht bench layers``.
+Results go to experiments/results/paper_table_N.json, a row for each finished run of the table. Costs are counted by
+``experiments/cost_tables.py``; Table 8, latency, by ``lbpwht bench layers``.
 """
 
 import json
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import tyro
@@ -84,6 +84,12 @@ def find_weights(model: str, weights: Path | None, hub: bool) -> tuple[str | Non
     )
 
 
+def row(run: Run, folder: Path) -> dict[str, Any]:
+    """What a finished run was and came to."""
+    config, result = (json.loads((folder / name).read_text()) for name in ("config.json", "result.json"))
+    return {**run._asdict(), **{key: config[key] for key in ("dtype", "recipe", "versions", "device")}, **result}
+
+
 def main(
     number: Annotated[Literal["5", "6", "7"], tyro.conf.Positional],
     data: Path,
@@ -95,6 +101,7 @@ def main(
     models: tuple[str, ...] = tuple(HUB),
     datasets: tuple[str, ...] = (*SIX, "places365_small"),
     limit: int | None = None,
+    output: Path | None = None,
     dry_run: bool = False,
 ) -> None:
     """Runs a table.
@@ -110,38 +117,38 @@ def main(
       models: takes only these.
       datasets: takes only these.
       limit: stops after so many runs.
+      output: JSON file for the runs that are finished, also those of earlier calls; experiments/results/paper_table_N.json
+        by default.
       dry_run: says what is missing and what would be run, and runs nothing.
     """
-    chosen = [run for run in table_runs(number) if run.model in models and run.dataset in datasets]
+    folder_of = {run: runs / f"table_{number}" / f"{run.name}-{dtype}-{epochs}" for run in table_runs(number)}
+    chosen = [run for run in folder_of if run.model in models and run.dataset in datasets]
     found_data = {run.dataset: find_data(run.dataset, data) for run in chosen}
     found_weights = {run.model: find_weights(run.model, weights, hub) for run in chosen}
     missing = [why for _, why in (*found_data.values(), *found_weights.values()) if why]
-    ready = [run for run in chosen if found_data[run.dataset][0] and found_weights[run.model][0]][:limit]
+    ready = [run for run in chosen if found_data[run.dataset][0] and found_weights[run.model][0]]
     print(f"Table {number}: {len(ready)} of {len(chosen)} runs have what they need.")
     for why in missing:
         print(f"missing: {why}")
-    results, failed = [], 0
-    for run in ready:
-        folder = runs / f"table_{number}" / f"{run.name}-{dtype}-{epochs}"
+    output, failed = output or RESULTS / f"paper_table_{number}.json", 0
+    for run in ready[:limit]:
+        folder = folder_of[run]
         arguments = ["--output", str(folder), "--model", run.model, "--pretrained", str(found_weights[run.model][0])]
         arguments += ["--dataset", str(found_data[run.dataset][0]), "--data-dir", str(data), "--recipe", "paper"]
         arguments += ["--method", run.method, "--train", run.train, "--dtype", dtype, "--epochs", str(epochs)]
-        if (folder / "checkpoints").exists():
+        if (folder / "config.json").exists():
             arguments = ["--resume", str(folder), "--data-dir", str(data)]
         if not (folder / "result.json").exists():
             print(f"lbpwht finetune {' '.join(arguments)}", flush=True)
             if dry_run:
                 continue
-            if lbpwht(["finetune", *arguments]):
-                failed += 1
-                continue
+            failed += lbpwht(["finetune", *arguments]) != 0
             jax.clear_caches()
-        results.append({**run._asdict(), "epochs": epochs, "dtype": dtype, **json.loads((folder / "result.json").read_text())})
-        device = jax.devices()[0].device_kind
-        facts = {"command": f"python experiments/paper_tables.py {number}", "jax": jax.__version__, "device": device}
-        measured = {**facts, "rows": results}
-        write_results(RESULTS / f"paper_table_{number}.json", measured)
-        print(paper_table(measured))
+        rows = [row(done, path) for done, path in folder_of.items() if (path / "result.json").exists()]
+        if rows:
+            measured = {"command": f"python experiments/paper_tables.py {number}", "rows": rows}
+            write_results(output, measured)
+            print(paper_table(measured))
     if failed or (missing and not ready):
         raise SystemExit(1)
 

@@ -13,7 +13,6 @@ def digits(results: Mapping[str, Any]) -> str:
     text = f"""
         The bundled vision transformer, pretrained on Fashion-MNIST, fine-tuned on scikit-learn's digits with seeds 0 to
         2; 360 test images.
-        Measured at version 0.1.0, before today's loader.
         {results["device"]}, JAX {results["jax"]}, Python {results["python"]}.
     """
     return f"{prose(text)}\n\n{digits_experiment.table(results)}"
@@ -23,14 +22,15 @@ def transfer(results: Mapping[str, Any]) -> str:
     """The transfer sweep."""
     setting, runs = results["setting"], results["runs"]
     devices = sorted({f"{run['device']}, JAX {run['versions']['jax']}, Python {run['versions']['python']}" for run in runs})
+    seeds = sorted({run["seed"] for run in runs})
     hours = sum(run["run_seconds"] for run in runs) / 3600
     text = f"""
         A narrow EfficientFormer (`experiments/transfer_backbone.py`: 56 pixels, grids of 14x14 and 7x7), pretrained on
         Tiny-ImageNet to {100 * results["pretrained_test_accuracy"]:.1f} % of its 200 classes, adapted to CIFAR-10, which it has
         not seen: {10 * setting["train_per_class"]:,} training and {10 * setting["test_per_class"]:,} test images, the same ones
         always; {setting["epochs"]} epochs, batch {setting["batch_size"]}, AdamW at {setting["lr"]:g}, flips and shifts.
-        {len(runs)} runs, {hours:.1f} hours together, two at a time, each on {"; ".join(devices)}. The last
-        stage's seeds 3 and 4 are those of `--trains last_stage --seeds 3 4`.
+        {len(runs)} runs, {hours:.1f} hours together, two at a time (`--processes 2`), each on {"; ".join(devices)}.
+        Seeds beyond the first three: `--seeds {" ".join(str(seed) for seed in seeds)}`.
     """
     claims = """
         Differences are paired over seeds, in points of accuracy, with 95 % intervals by Student's t. A claim holds or does not
@@ -80,7 +80,7 @@ def paper_table(results: Mapping[str, Any]) -> str:
             row["model"],
             row["method"],
             row["train"],
-            str(row["epochs"]),
+            str(row["recipe"]["epochs"]),
             f"{100 * row['test_accuracy']:.2f} %",
             f"{row['backward_flops'] / 1e6:,.1f}",
             f"{row['saved_bytes'] / 1e6:,.1f}",
@@ -89,4 +89,5 @@ def paper_table(results: Mapping[str, Any]) -> str:
         for row in results["rows"]
     ]
     header = ["data set", "model", "method", "trained", "epochs", "test accuracy", "MFLOPs/image", "saved MB/image", "step, ms"]
-    return f"{results['device']}, JAX {results['jax']}.\n\n{markdown(header, rows)}"
+    devices = sorted({f"{row['device']}, {row['dtype']}, JAX {row['versions']['jax']}" for row in results["rows"]})
+    return f"{'; '.join(devices)}.\n\n{markdown(header, rows)}"

@@ -16,7 +16,7 @@ from scipy import stats
 from transfer_backbone import backbone, backbone_info
 from transfer_images import read_split
 
-from lbpwht_jax.weights import save_weights
+from lbpwht_jax.weights import load_bundled, save_weights
 
 
 def run(variant, seed, accuracy, train="all"):
@@ -28,7 +28,7 @@ def archive(tmp_path_factory):
     """Two classes, dark and bright, of images that are not square."""
     path, rng = tmp_path_factory.mktemp("images") / "shades.zip", np.random.default_rng(0)
     with zipfile.ZipFile(path, "w") as file:
-        for split, count in (("train", 8), ("test", 4)):
+        for split, count in (("train", 40), ("test", 4)):
             for label, name in enumerate(("bright", "dark")):
                 for i in range(count):
                     pixels = rng.integers(0, 64, (20, 30, 3)) + 160 * (1 - label)
@@ -112,3 +112,30 @@ def test_the_papers_tables_have_their_runs_and_say_what_is_missing(tmp_path, cap
     printed = capsys.readouterr().out
     assert "0 of 7 runs" in printed
     assert "lbpwht prepare tfds:places365_small" in printed and "timm/efficientformer_l1" in printed
+
+
+def test_the_papers_tables_go_on_where_they_stopped(archive, tmp_path, capsys, monkeypatch):
+    model, weights, runs = "vit_micro_patch4_28", tmp_path / "weights", tmp_path / "runs"
+    chosen = [paper_tables.Run(model, "cifar10", method, "last_stage") for method in ("full", "lp_l1-2")]
+    monkeypatch.setattr(paper_tables, "table_runs", lambda number: chosen)
+    weights.mkdir()
+    variables, metadata = load_bundled()
+    save_weights(weights / f"{model}.safetensors", variables, metadata)
+    (tmp_path / "cifar10.zip").symlink_to(archive)
+
+    def run_table(**arguments):
+        where = {"weights": weights, "runs": runs, "output": tmp_path / "table.json"}
+        paper_tables.main("5", tmp_path, epochs=1, models=(model,), **where, **arguments)
+        return json.loads((tmp_path / "table.json").read_text())["rows"]
+
+    [first] = run_table(limit=1)
+    assert first["method"] == "full" and first["test_accuracy"] in np.arange(9) / 8
+    assert first["recipe"]["batch_size"] == 64 and first["recipe"]["epochs"] == 1
+    rows = run_table()
+    assert rows[0] == first and rows[1]["method"] == "lp_l1-2"
+    assert rows[1]["backward_flops"] < first["backward_flops"]
+    # one that was cut off is resumed from its last checkpoint
+    (runs / "table_5" / f"{chosen[1].name}-float32-1" / "result.json").unlink()
+    capsys.readouterr()
+    assert run_table()[1]["test_accuracy"] == rows[1]["test_accuracy"]
+    assert "lbpwht finetune --resume" in capsys.readouterr().out
