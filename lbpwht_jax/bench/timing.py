@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 _SAMPLE_SECONDS = 0.004
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # of <malloc.h>
+_M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8  # of <malloc.h>
 _PEAK_SIZE, _COPY_BYTES = 4096, 1 << 26
 
 
@@ -52,7 +52,7 @@ def keep_freed_memory() -> bool:
     if platform.libc_ver()[0] != "glibc":
         return False
     libc = ctypes.CDLL(None)
-    settings = ((_M_TRIM_THRESHOLD, 2**31 - 1), (_M_MMAP_THRESHOLD, 2**31 - 1), (_M_ARENA_MAX, 1))
+    settings = ((_M_TRIM_THRESHOLD, -1), (_M_MMAP_MAX, 0), (_M_ARENA_MAX, 1))
     return all(libc.mallopt(*setting) for setting in settings)
 
 
