@@ -47,7 +47,8 @@ def keep_freed_memory() -> bool:
     """Has glibc keep freed memory instead of handing it back to the kernel; returns whether it does.
 
     Results of over 32 MB otherwise come in fresh pages at every call, and on a CPU the kernel's clearing of them is what one
-    measures: a third of the low-rank backward pass of a large layer. To be called before JAX's first computation.
+    measures: a third of the low-rank backward pass of a large layer. To be called before JAX's first computation. Freed
+    memory stays with the process, which never shrinks.
     """
     if platform.libc_ver()[0] != "glibc":
         return False
