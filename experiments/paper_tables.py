@@ -119,7 +119,7 @@ def main(
       limit: stops after so many runs.
       output: JSON file for the runs that are finished, also those of earlier calls; experiments/results/paper_table_N.json
         by default.
-      dry_run: says what is missing and what would be run, and runs nothing.
+      dry_run: says what is missing and what would be run; runs and writes nothing.
     """
     folder_of = {run: runs / f"table_{number}" / f"{run.name}-{dtype}-{epochs}" for run in table_runs(number)}
     chosen = [run for run in folder_of if run.model in models and run.dataset in datasets]
@@ -138,10 +138,12 @@ def main(
         arguments += ["--method", run.method, "--train", run.train, "--dtype", dtype, "--epochs", str(epochs)]
         if (folder / "config.json").exists():
             arguments = ["--resume", str(folder), "--data-dir", str(data)]
-        if not (folder / "result.json").exists():
+        finished = (folder / "result.json").exists()
+        if not finished:
             print(f"lbpwht finetune {' '.join(arguments)}", flush=True)
-            if dry_run:
-                continue
+        if dry_run:
+            continue
+        if not finished:
             failed += lbpwht(["finetune", *arguments]) != 0
             jax.clear_caches()
         rows = [row(done, path) for done, path in folder_of.items() if (path / "result.json").exists()]

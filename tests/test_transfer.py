@@ -128,7 +128,12 @@ def test_the_papers_tables_go_on_where_they_stopped(archive, tmp_path, capsys, m
         paper_tables.main("5", tmp_path, epochs=1, models=(model,), **where, **arguments)
         return json.loads((tmp_path / "table.json").read_text())["rows"]
 
+    with pytest.raises(FileNotFoundError):
+        run_table(dry_run=True)
     [first] = run_table(limit=1)
+    before = (tmp_path / "table.json").stat()
+    run_table(dry_run=True)
+    assert (tmp_path / "table.json").stat().st_ino == before.st_ino
     assert first["method"] == "full" and first["test_accuracy"] in np.arange(9) / 8
     assert first["recipe"]["batch_size"] == 64 and first["recipe"]["epochs"] == 1
     rows = run_table()
