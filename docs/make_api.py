@@ -16,20 +16,20 @@ ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "api.md"
 PACKAGE = "lbpwht_jax"
 MODULES = (
-    "adapt",
-    "rules",
-    "methods",
+    "adaptation.linen",
+    "adaptation.rules",
+    "adaptation.presets",
     "models.info",
-    "pretrained",
-    "weights",
-    "adapter_file",
+    "weights.pretrained",
+    "weights.files",
+    "weights.peft",
     "data",
     "train",
-    "run_config",
-    "projection",
-    "cost",
-    "model_cost",
-    "paper_cost",
+    "runs.config",
+    "ops.projection",
+    "cost.backward",
+    "cost.report",
+    "cost.paper",
 )
 HEAD = """# API reference
 

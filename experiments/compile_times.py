@@ -16,8 +16,8 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from lbpwht_jax.adapt import adapt
-from lbpwht_jax.methods import parse_method
+from lbpwht_jax.adaptation.linen import adapt
+from lbpwht_jax.adaptation.presets import parse_method
 from lbpwht_jax.models import create_model, model_info
 
 

@@ -22,12 +22,12 @@ import matplotlib.pyplot as plt
 import tyro
 
 from lbpwht_jax import Freeze, adapt, create_model, list_models, lp_l1
-from lbpwht_jax.adapt import AdaptedModule
-from lbpwht_jax.cost import abstract_variables
-from lbpwht_jax.layer_records import Product, Record, layer_records
-from lbpwht_jax.methods import Train, adapted_model, parse_method
+from lbpwht_jax.adaptation.linen import AdaptedModule
+from lbpwht_jax.adaptation.presets import Train, adapted_model, parse_method
+from lbpwht_jax.cost.backward import abstract_variables
+from lbpwht_jax.cost.paper import paper_flops
+from lbpwht_jax.cost.trace import Product, Record, layer_records
 from lbpwht_jax.models import model_info
-from lbpwht_jax.paper_cost import paper_flops
 
 RESULTS = Path(__file__).parent / "results"
 

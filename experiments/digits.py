@@ -20,13 +20,13 @@ import jax
 import jax.numpy as jnp
 import tyro
 
-from lbpwht_jax.adapt import adapt
+from lbpwht_jax.adaptation.linen import adapt
+from lbpwht_jax.adaptation.presets import parse_method
 from lbpwht_jax.cli import main as lbpwht
 from lbpwht_jax.data import Loading, open_dataset, training_batches
-from lbpwht_jax.methods import parse_method
 from lbpwht_jax.models import create_model, model_info
 from lbpwht_jax.train import Recipe, initial_state, make_train_step
-from lbpwht_jax.weights import BUNDLED, load_bundled
+from lbpwht_jax.weights.files import BUNDLED, load_bundled
 
 RESULTS = Path(__file__).parent / "results" / "digits.json"
 

@@ -23,7 +23,7 @@ import jax
 import numpy as np
 import tyro
 
-from lbpwht_jax.weights import read_safetensors
+from lbpwht_jax.weights.files import read_safetensors
 
 RESULTS = Path(__file__).parent / "results" / "kill_and_resume.json"
 _STOPPED = 3

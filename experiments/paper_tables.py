@@ -21,9 +21,9 @@ from cost_tables import L1, L7, S0, SWIN, TABLE_5, TABLE_7, L
 from results_accuracy import paper_table
 from transfer import write_results
 
+from lbpwht_jax.adaptation.presets import Train
 from lbpwht_jax.cli import main as lbpwht
 from lbpwht_jax.data import open_dataset
-from lbpwht_jax.methods import Train
 
 RESULTS = Path(__file__).parent / "results"
 HUB = {

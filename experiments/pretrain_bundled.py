@@ -18,7 +18,7 @@ import tyro
 from lbpwht_jax.data import ArraySplit, Augmentation, Dataset
 from lbpwht_jax.models import create_model, model_info
 from lbpwht_jax.train import Epoch, Recipe, Snapshot, Step, Trainer
-from lbpwht_jax.weights import BUNDLED, count_parameters, save_weights
+from lbpwht_jax.weights.files import BUNDLED, count_parameters, save_weights
 
 CLASSES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
 

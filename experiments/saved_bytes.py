@@ -12,9 +12,9 @@ from pathlib import Path
 
 import tyro
 
-from lbpwht_jax.cost import abstract_variables, backward_flops, saved_bytes
-from lbpwht_jax.methods import adapted_model
-from lbpwht_jax.model_cost import layer_costs
+from lbpwht_jax.adaptation.presets import adapted_model
+from lbpwht_jax.cost.backward import abstract_variables, backward_flops, saved_bytes
+from lbpwht_jax.cost.report import layer_costs
 from lbpwht_jax.models import model_info
 
 RESULTS = Path(__file__).parent / "results" / "saved_bytes.json"

@@ -21,7 +21,7 @@ import jax
 import numpy as np
 import tyro
 
-from lbpwht_jax.finished_run import load_run
+from lbpwht_jax.runs.finished import load_run
 
 RESULTS = Path(__file__).parent / "results" / "soak.json"
 

@@ -35,13 +35,13 @@ from transfer_backbone import NAME, WEIGHTS, backbone, backbone_info
 from transfer_images import read_dataset
 from transfer_training import AUGMENTATION, make_trainer, train
 
-from lbpwht_jax.adapt import AdaptedModule, adapt
-from lbpwht_jax.cost import backward_flops, saved_bytes
+from lbpwht_jax.adaptation.linen import AdaptedModule, adapt
+from lbpwht_jax.adaptation.presets import Method, parse_method
+from lbpwht_jax.cost.backward import backward_flops, saved_bytes
+from lbpwht_jax.cost.report import layer_costs
 from lbpwht_jax.data import Dataset
-from lbpwht_jax.methods import Method, parse_method
-from lbpwht_jax.model_cost import layer_costs
 from lbpwht_jax.train import Recipe
-from lbpwht_jax.weights import load_weights, replace_head
+from lbpwht_jax.weights.files import load_weights, replace_head
 
 RESULTS = Path(__file__).parent / "results" / "transfer.json"
 Train = Literal["last_stage", "all"]

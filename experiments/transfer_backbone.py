@@ -24,7 +24,7 @@ from transfer_training import AUGMENTATION, make_trainer, train
 from lbpwht_jax.models import model_info
 from lbpwht_jax.models.info import ModelInfo
 from lbpwht_jax.train import Recipe
-from lbpwht_jax.weights import count_parameters, save_weights
+from lbpwht_jax.weights.files import count_parameters, save_weights
 
 IMAGE_SIZE = 56
 DIMS, DEPTHS, ATTENTION = (48, 160), (2, 4), 1

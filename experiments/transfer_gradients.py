@@ -23,9 +23,9 @@ from transfer_backbone import NAME, WEIGHTS, backbone_info
 from transfer_images import read_split
 from transfer_training import make_trainer, train
 
-from lbpwht_jax.adapt import AdaptedModule
+from lbpwht_jax.adaptation.linen import AdaptedModule
 from lbpwht_jax.data import ArraySplit, Dataset
-from lbpwht_jax.spec import LowRankSpec
+from lbpwht_jax.ops.spec import LowRankSpec
 from lbpwht_jax.train import normalise
 
 RESULTS = Path(__file__).parent / "results" / "transfer_gradients.json"

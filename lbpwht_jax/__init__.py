@@ -1,14 +1,14 @@
 """Low-rank backpropagation through the Walsh-Hadamard transform, for fine-tuning vision transformers in JAX and Flax."""
 
-from lbpwht_jax.adapt import adapt
-from lbpwht_jax.layers import LowRankDense
-from lbpwht_jax.matmul import low_rank_matmul
+from lbpwht_jax.adaptation.linen import adapt
+from lbpwht_jax.adaptation.rules import Freeze, LoRA, LowRank
+from lbpwht_jax.layers.linen import LowRankDense
+from lbpwht_jax.layers.nnx import LowRankLinear
 from lbpwht_jax.models import create_model, list_models
-from lbpwht_jax.nnx import LowRankLinear
-from lbpwht_jax.pretrained import load_pretrained
-from lbpwht_jax.rules import Freeze, LoRA, LowRank
-from lbpwht_jax.spec import LowRankSpec, lp_l1, lp_linf
-from lbpwht_jax.wht import fast_walsh_hadamard, walsh_matrix
+from lbpwht_jax.ops.matmul import low_rank_matmul
+from lbpwht_jax.ops.spec import LowRankSpec, lp_l1, lp_linf
+from lbpwht_jax.ops.walsh import fast_walsh_hadamard, walsh_matrix
+from lbpwht_jax.weights.pretrained import load_pretrained
 
 __all__ = [
     "Freeze",

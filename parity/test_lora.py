@@ -14,8 +14,8 @@ from flax import traverse_util
 from timm.models.vision_transformer import VisionTransformer
 
 from lbpwht_jax import Freeze, LoRA, adapt, create_model
-from lbpwht_jax.adapter_file import load_adapter, save_adapter
-from lbpwht_jax.keys import from_timm
+from lbpwht_jax.weights.peft import load_adapter, save_adapter
+from lbpwht_jax.weights.timm_keys import from_timm
 from parity.util import images_for, randomise, relative, state_of
 
 with warnings.catch_warnings():

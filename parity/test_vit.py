@@ -8,8 +8,8 @@ from safetensors.torch import load_file
 
 from lbpwht_jax.models import create_model, list_models
 from lbpwht_jax.models.vit import resample_positions
-from lbpwht_jax.pretrained import export_weights, load_pretrained
-from lbpwht_jax.torch_file import read_torch_file
+from lbpwht_jax.weights.pretrained import export_weights, load_pretrained
+from lbpwht_jax.weights.torch_file import read_torch_file
 from parity import util
 
 NAMES = sorted({*list_models("vit_*_224"), *list_models("deit_*")} - {"vit_large_patch16_224"})

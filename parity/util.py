@@ -13,8 +13,8 @@ import torch
 from flax import traverse_util
 
 from lbpwht_jax import lp_l1
-from lbpwht_jax.keys import entries, from_timm, to_timm
 from lbpwht_jax.models import create_model, model_info
+from lbpwht_jax.weights.timm_keys import entries, from_timm, to_timm
 
 LOGITS = 2e-5  # float32 rounding leaves about 1e-6; the tanh form of GELU, say, is 2e-4 off in vit_tiny_patch16_224
 GRADIENTS = 1e-3

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lbpwht_jax.spec import Grid, LowRankSpec
-from lbpwht_jax.wht import walsh_matrix
+from lbpwht_jax.ops.spec import Grid, LowRankSpec
+from lbpwht_jax.ops.walsh import walsh_matrix
 
 
 def backward(x: jax.Array, kernel: jax.Array, g: jax.Array, spec: LowRankSpec, grid: Grid) -> tuple[jax.Array, jax.Array]:

@@ -18,12 +18,12 @@ from rich.table import Table
 
 from lbpwht_jax.bench import authors_form
 from lbpwht_jax.bench.timing import bandwidth, interleaved, keep_freed_memory, machine, peak_flops
-from lbpwht_jax.choice import predicted_speedup
-from lbpwht_jax.cost import product_flops
-from lbpwht_jax.grid_functions import projection_matrices
-from lbpwht_jax.matmul import low_rank_matmul
-from lbpwht_jax.run_folder import write_json
-from lbpwht_jax.spec import LowRankSpec, lp_l1
+from lbpwht_jax.cost.backward import product_flops
+from lbpwht_jax.ops.basis import projection_matrices
+from lbpwht_jax.ops.heuristic import predicted_speedup
+from lbpwht_jax.ops.matmul import low_rank_matmul
+from lbpwht_jax.ops.spec import LowRankSpec, lp_l1
+from lbpwht_jax.runs.folder import write_json
 
 # Input and output channels and grid: the layers of the paper's Table 8, then one of each other stage of EfficientFormer-L1.
 TABLE_8 = ((448, 1792, (7, 7)), (1792, 448, (7, 7)), (768, 3072, (7, 7)), (3072, 768, (7, 7)))
@@ -52,7 +52,7 @@ class Row:
         each once, at the measured bandwidth, whichever is more.
       over_floor: ``seconds`` over ``floor_seconds``.
       authors_seconds: of the authors' form, where asked for.
-      predicted: the speed-up that the automatic choice (``lbpwht_jax.choice``) goes by.
+      predicted: the speed-up that the automatic choice (``lbpwht_jax.ops.heuristic``) goes by.
       error: largest difference of a cotangent from the reference, over its largest value.
     """
 

@@ -13,12 +13,12 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
+from lbpwht_jax.adaptation.presets import Train, adapted_model
 from lbpwht_jax.bench.timing import interleaved, keep_freed_memory, machine
-from lbpwht_jax.cost import backward_flops, saved_bytes
+from lbpwht_jax.cost.backward import backward_flops, saved_bytes
 from lbpwht_jax.data import Batch
-from lbpwht_jax.methods import Train, adapted_model
 from lbpwht_jax.models import model_info
-from lbpwht_jax.run_folder import write_json
+from lbpwht_jax.runs.folder import write_json
 from lbpwht_jax.train import Recipe, initial_state, make_train_step
 
 _MODELS = ("efficientformer_l1", "vit_small_patch16_224", "swinv2_tiny_window8_256")

@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lbpwht_jax.dtypes import accumulation_dtype
-from lbpwht_jax.layers import LowRankDense
-from lbpwht_jax.spec import Grid, LowRankSpec
+from lbpwht_jax.layers.linen import LowRankDense
+from lbpwht_jax.ops.dtypes import accumulation_dtype
+from lbpwht_jax.ops.spec import Grid, LowRankSpec
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,8 +13,8 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 from jax import lax
 
-from lbpwht_jax.dtypes import accumulation_dtype
 from lbpwht_jax.models.blocks import Plan, dense
+from lbpwht_jax.ops.dtypes import accumulation_dtype
 
 
 def batch_norm(parent: Any, name: str, x: jax.Array, train: bool) -> jax.Array:

@@ -14,11 +14,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lbpwht_jax.dtypes import accumulation_dtype
 from lbpwht_jax.models.blocks import DropPath, Mlp, Plan, check_images, dense, drop_path_rates
 from lbpwht_jax.models.info import ModelInfo
 from lbpwht_jax.models.windows import from_windows, relative_coordinates, relative_index, shift_mask, to_windows
-from lbpwht_jax.spec import Grid
+from lbpwht_jax.ops.dtypes import accumulation_dtype
+from lbpwht_jax.ops.spec import Grid
 
 _PATCH_SIZE = 4
 _MLP_RATIO = 4

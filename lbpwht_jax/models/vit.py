@@ -11,7 +11,7 @@ import numpy as np
 
 from lbpwht_jax.models.blocks import DropPath, Mlp, Plan, check_images, dense, drop_path_rates
 from lbpwht_jax.models.info import IMAGENET_MEAN, IMAGENET_STD, ModelInfo
-from lbpwht_jax.spec import Grid
+from lbpwht_jax.ops.spec import Grid
 
 
 def _norm(parent: Any, name: str, x: jax.Array) -> jax.Array:

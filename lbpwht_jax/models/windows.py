@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 
-from lbpwht_jax.spec import Grid
+from lbpwht_jax.ops.spec import Grid
 
 
 def relative_coordinates(window: Grid) -> np.ndarray:

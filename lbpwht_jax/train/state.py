@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lbpwht_jax.partition import join_params, split_params
+from lbpwht_jax.adaptation.partition import join_params, split_params
 
 
 class TrainState(NamedTuple):

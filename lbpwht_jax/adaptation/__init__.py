@@ -1,0 +1,1 @@
+"""Models under rules: low rank, LoRA and freezing, for Linen and NNX."""

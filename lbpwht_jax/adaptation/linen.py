@@ -1,0 +1,264 @@
+"""``adapt``: a Flax model under rules, through Flax's public interfaces, its source and its parameters' names untouched."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+from flax import nnx, traverse_util
+from jax import lax
+
+from lbpwht_jax.adaptation import lora
+from lbpwht_jax.adaptation.nnx import adapt_nnx, find_nnx_layers
+from lbpwht_jax.adaptation.rules import Adaptation, Layer, Resolution, Rule, resolve_rules
+from lbpwht_jax.adaptation.shapes import abstract_call
+from lbpwht_jax.layers.linen import LowRankDense
+from lbpwht_jax.ops.spec import LowRankSpec
+
+_DENSE = (nn.Dense, nn.DenseGeneral, LowRankDense)
+
+
+@dataclasses.dataclass(frozen=True)
+class AdaptedModule:
+    """A Linen model under rules, used as the model itself is: ``init`` and ``apply`` with the same arguments.
+
+    The variables are the model's own; LoRA adds ``lora_a``, ``[inputs, rank]``, and ``lora_b``, ``[rank, outputs]``, beside
+    the kernels. Frozen parameters get zero gradients, which cost nothing.
+
+    Attributes:
+      module: the model as it was.
+      resolution: what the rules came to; print it.
+    """
+
+    module: nn.Module
+    resolution: Resolution
+
+    def init(self, rngs: Any, *args: Any, **kwargs: Any) -> Any:
+        """Fresh variables, as ``module.init`` makes them, with LoRA's."""
+        with nn.intercept_methods(self._intercept):
+            return self.module.init(rngs, *args, **kwargs)
+
+    def apply(self, variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """What ``module.apply`` returns; the backward pass is as the rules say."""
+
+        def stop(path, leaf):
+            return leaf if self.trainable(_joined(path)) else lax.stop_gradient(leaf)
+
+        variables = {**variables, "params": jax.tree.map_with_path(stop, variables["params"])}
+        with nn.intercept_methods(self._intercept):
+            return self.module.apply(variables, *args, **kwargs)
+
+    def trainable(self, path: str) -> bool:
+        """Whether the parameter at ``path``, such as ``"blocks_0/mlp/fc1/kernel"``, is trained."""
+        module, _, leaf = path.rpartition("/")
+        return module not in self.resolution.frozen or (leaf in (lora.A, lora.B) and module in self._branches)
+
+    def spec(self, path: str) -> LowRankSpec | None:
+        """The spec the rules gave the layer at ``path``; ``None`` for an exact backward pass."""
+        return self._by_path[path].spec if path in self._by_path else None
+
+    def rank(self, path: str) -> int:
+        """Rank of the LoRA branch of the layer at ``path``, 0 without one."""
+        return self._by_path[path].rank if path in self._by_path else 0
+
+    def with_branches(self, key: jax.Array, variables: Mapping[str, Any]) -> dict[str, Any]:
+        """Variables of ``module`` with fresh LoRA branches, which leave its output as it is.
+
+        Args:
+          key: of the random ``A``; each layer draws its own.
+          variables: of ``module``.
+        """
+        flat = _flat(variables)
+        for path, adaptation in self._branches.items():
+            key, own = jax.random.split(key)
+            kernel = flat[_leaf(path, "kernel")]
+            stack = kernel.shape[: kernel.ndim - len(adaptation.layer.kernel_shape)]
+            wanted = {name: (*stack, *shape) for name, shape in lora.shapes(adaptation).items()}
+            flat[_leaf(path, lora.A)] = lora.init_a(own, wanted[lora.A], kernel.dtype)
+            flat[_leaf(path, lora.B)] = lora.init_b(own, wanted[lora.B], kernel.dtype)
+        return {**variables, "params": traverse_util.unflatten_dict(flat, sep="/")}
+
+    def merge(self, variables: Mapping[str, Any]) -> dict[str, Any]:
+        """Variables of ``module`` that compute the same: LoRA's branches added to the kernels, and gone.
+
+        Args:
+          variables: of this adapted model.
+        """
+        flat = _flat(variables)
+        for path, adaptation in self._branches.items():
+            kernel = flat[_leaf(path, "kernel")]
+            change = lora.delta(adaptation, flat.pop(_leaf(path, lora.A)), flat.pop(_leaf(path, lora.B)))
+            flat[_leaf(path, "kernel")] = kernel + change.astype(kernel.dtype)
+        return {**variables, "params": traverse_util.unflatten_dict(flat, sep="/")}
+
+    def unmerge(self, variables: Mapping[str, Any], branches: Mapping[str, Any]) -> dict[str, Any]:
+        """The inverse of ``merge``, to rounding.
+
+        Args:
+          variables: of ``module``, as ``merge`` returns them.
+          branches: variables that hold the branches, such as those ``merge`` was given.
+        """
+        flat = _flat(variables)
+        source = _flat(branches)
+        for path, adaptation in self._branches.items():
+            kernel = flat[_leaf(path, "kernel")]
+            a, b = (source[_leaf(path, name)] for name in (lora.A, lora.B))
+            flat |= {_leaf(path, lora.A): a, _leaf(path, lora.B): b}
+            flat[_leaf(path, "kernel")] = kernel - lora.delta(adaptation, a, b).astype(kernel.dtype)
+        return {**variables, "params": traverse_util.unflatten_dict(flat, sep="/")}
+
+    @functools.cached_property
+    def _by_path(self) -> dict[str, Adaptation]:
+        return {adaptation.layer.path: adaptation for adaptation in self.resolution.adaptations}
+
+    @functools.cached_property
+    def _branches(self) -> dict[str, Adaptation]:
+        return {path: adaptation for path, adaptation in self._by_path.items() if adaptation.rank}
+
+    def _intercept(self, call: Any, args: Any, kwargs: Any, context: Any) -> Any:
+        adaptation = self._by_path.get("/".join(context.module.path))
+        if adaptation is None or not _is_layer_call(context) or _is_adapted(context.module, adaptation):
+            return call(*args, **kwargs)
+        return _twin(context.module, adaptation)(*args, **kwargs)
+
+
+def adapt(model: Any, rules: Sequence[Rule], *args: Any, **kwargs: Any) -> Any:
+    """Puts a model under rules, without touching it.
+
+    Args:
+      model: a Linen module of any source, whose dense layers are ``nn.Dense``, ``nn.DenseGeneral``, 1x1 ``nn.Conv`` or
+        ``LowRankDense``; or an NNX module with ``nnx.Linear``, ``nnx.LinearGeneral`` and 1x1 ``nnx.Conv``.
+      rules: ``LowRank``, ``LoRA`` and ``Freeze``; for each module the first that matches its path holds, and a module that
+        none matches is trained with exact backpropagation. A layer used under ``LowRank`` or ``LoRA`` backpropagates as the
+        rule says, whatever it did before.
+      *args, **kwargs: an example of what the model is called with: arrays or ``jax.ShapeDtypeStruct``, and anything else as
+        it is. Nothing is computed; the grids of maps and the shapes of LoRA's branches are read off it.
+
+    Returns:
+      For a Linen module an ``AdaptedModule``. For an NNX module a copy, with the branches as submodules of the layers'
+      ``dot_general``, and frozen parameters as ``FrozenParam``, which ``nnx.grad`` and ``nnx.Optimizer`` leave out by default.
+
+    Raises:
+      TypeError: if model or rules are none.
+      ValueError: if a rule matches nothing, with the nearest paths; if a layer's grid cannot be known or does not fit; if a
+        layer that a rule takes has a ``dot_general`` of its own; if a Linen model has modules made by ``nn.jit``.
+    """
+    resolution = resolve(model, rules, *args, **kwargs)
+    if isinstance(model, nnx.Module):
+        return adapt_nnx(model, resolution)
+    adapted = AdaptedModule(model, resolution)
+    abstract_call(lambda *args, **kwargs: adapted.init(jax.random.key(0), *args, **kwargs), args, kwargs)
+    return adapted
+
+
+def resolve(model: Any, rules: Sequence[Rule], *args: Any, **kwargs: Any) -> Resolution:
+    """What rules come to on a model; arguments and errors as of ``adapt``."""
+    if isinstance(model, nnx.Module):
+        return resolve_rules(*find_nnx_layers(model, args, kwargs), rules)
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"adapt: model must be a Linen or an NNX module, got {type(model).__name__}")
+    layers: dict[str, Layer] = {}
+
+    def record(call, args, kwargs, context):
+        _refuse_jit(context.module)
+        output = call(*args, **kwargs)
+        if _is_layer_call(context):
+            layer = _describe(context.module, args[0].shape)
+            layers.setdefault(layer.path, layer)
+        return output
+
+    def init(*args, **kwargs):
+        with nn.intercept_methods(record):
+            return model.init(jax.random.key(0), *args, **kwargs)
+
+    counts: dict[str, int] = {}
+    for path, leaf in jax.tree.leaves_with_path(abstract_call(init, args, kwargs).get("params", {})):
+        module = _joined(path).rpartition("/")[0]
+        counts[module] = counts.get(module, 0) + leaf.size
+    return resolve_rules(list(layers.values()), counts, rules)
+
+
+def _joined(path: Any) -> str:
+    return "/".join(str(entry.key) for entry in path if isinstance(entry, jax.tree_util.DictKey))
+
+
+def _flat(variables: Mapping[str, Any]) -> dict[str, Any]:
+    """Parameters by path."""
+    return traverse_util.flatten_dict(dict(variables["params"]), sep="/")
+
+
+def _leaf(path: str, name: str) -> str:
+    return f"{path}/{name}" if path else name
+
+
+def _is_layer_call(context: Any) -> bool:
+    module = context.module
+    if context.method_name != "__call__":
+        return False
+    return isinstance(module, _DENSE) or (isinstance(module, nn.Conv) and _is_pointwise(module))
+
+
+def _is_pointwise(module: nn.Conv) -> bool:
+    def ones(value: Any) -> bool:
+        return value is None or set(value if isinstance(value, Sequence) else (value,)) <= {1}
+
+    dilations = (module.input_dilation, module.kernel_dilation)
+    plain = all(ones(value) for value in (module.kernel_size, module.strides, *dilations))
+    return plain and module.feature_group_count == 1 and module.padding in ("SAME", "VALID", 0)
+
+
+def _describe(module: Any, shape: tuple[int, ...]) -> Layer:
+    kernel = module.get_variable("params", "kernel")
+    kernel = jax.tree.leaves(kernel)[0].shape
+    path, kind = "/".join(module.path), type(module).__name__
+    if isinstance(module, nn.Conv):
+        spatial = len(kernel) - 2
+        batch = math.prod(shape[: len(shape) - 1 - spatial])
+        return Layer(path, kind, (batch, *shape[len(shape) - 1 - spatial :]), kernel, kernel[-1])
+    features = len(module.features) if isinstance(module.features, Sequence) else 1
+    contracted = len(kernel) - features
+    inputs = (*shape[: len(shape) - contracted], math.prod(kernel[:contracted]))
+    layer = Layer(path, kind, inputs, kernel, math.prod(kernel[contracted:]), contracted)
+    if isinstance(module, LowRankDense):
+        return dataclasses.replace(layer, grid=module.grid, prefix_tokens=module.prefix_tokens)
+    return layer
+
+
+def _is_adapted(module: Any, adaptation: Adaptation) -> bool:
+    if isinstance(module, LowRankDense) and not adaptation.rank:
+        own = (module.dot_general, module.spec, module.grid, module.prefix_tokens)
+        return own == (None, adaptation.spec, adaptation.grid, adaptation.prefix_tokens)
+    field = "conv_general_dilated" if isinstance(module, nn.Conv) else "dot_general"
+    return isinstance(getattr(module, field), lora.AdaptedProduct)
+
+
+def _refuse_jit(module: nn.Module) -> None:
+    own, *bases = type(module).__mro__
+    if own.__name__ == f"Jit{bases[0].__name__}":
+        raise ValueError(
+            f"adapt: the model has a {bases[0].__name__} made by nn.jit, whose traces hide the paths inside and are kept "
+            "between models, adapted or not; leave nn.jit out and compile the whole step with jax.jit"
+        )
+
+
+def _twin(module: Any, adaptation: Adaptation) -> Any:
+    """The bound module with the same parameters and another product."""
+    field = "conv_general_dilated" if isinstance(module, nn.Conv) else "dot_general"
+    if not isinstance(module, LowRankDense) and (getattr(module, field) or getattr(module, f"{field}_cls")):
+        raise ValueError(f"adapt: {adaptation.layer.path} has a {field} of its own; leave it out of the rules' patterns")
+    scope: Any = module.scope
+
+    def branch() -> tuple[jax.Array, jax.Array]:
+        shapes = lora.shapes(adaptation)
+        a = scope.param(lora.A, lora.init_a, shapes[lora.A], module.param_dtype)
+        return a, scope.param(lora.B, lora.init_b, shapes[lora.B], module.param_dtype)
+
+    if isinstance(module, LowRankDense) and not adaptation.rank:
+        at = {"grid": adaptation.grid, "prefix_tokens": adaptation.prefix_tokens}
+        return module.clone(parent=scope, dot_general=None, spec=adaptation.spec, **at)
+    dense = lora.convolution(adaptation) if isinstance(module, nn.Conv) else lora.dense_product(adaptation)
+    replaced: dict[str, Any] = {field: lora.AdaptedProduct(adaptation, dense, branch)}
+    return module.clone(parent=scope, **replaced)

@@ -1,0 +1,141 @@
+"""The methods by their short names on the command line, and the rules they stand for."""
+
+import dataclasses
+import re
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+
+from lbpwht_jax.adaptation.linen import AdaptedModule, adapt
+from lbpwht_jax.adaptation.rules import Freeze, LoRA, LowRank, Rule
+from lbpwht_jax.models import create_model, model_info
+from lbpwht_jax.models.info import ModelInfo
+from lbpwht_jax.ops.spec import LowRankSpec, lp_l1, lp_linf
+
+Train = Literal["all", "last_stage", "head"]
+
+_SELECTIONS = {"lp_l1": lp_l1, "lp_linf": lp_linf}
+_BRANCHES = {"lora": "attention", "lora_all": "all"}
+_ALPHA = 8
+_HELP = (
+    "write full, lp_l1-R or lp_linf-R (low-rank backpropagation, such as lp_l1-4), lora-R or lora_all-R (LoRA of rank R on the "
+    "attention layers or on all, such as lora-8), or a sum of one of each kind, such as lp_l1-4+lora_all-8"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """What a short name stands for.
+
+    Attributes:
+      spec: of low-rank backpropagation; ``None`` backpropagates exactly.
+      branches: which layers get a LoRA branch.
+      rank: of the branches; layers that make query, key and value at once have three times as much. Alpha is 8 (times 3).
+    """
+
+    spec: LowRankSpec | None = None
+    branches: Literal["none", "attention", "all"] = "none"
+    rank: int = 0
+
+    def rules(self, info: ModelInfo, train: Train = "all") -> tuple[Rule, ...]:
+        """The rules for a model of the registry: the paper's choice of layers, where the paper has the family.
+
+        Args:
+          info: of the model.
+          train: ``"all"``; ``"last_stage"``, the last stage (``info.last_stage``) and the head alone; ``"head"``, the head
+            and LoRA's branches alone, the other layers being backpropagated exactly.
+
+        Raises:
+          ValueError: if ``train`` is none of these, or is ``"head"`` and the method adapts layers without training a branch.
+        """
+        layers, spec = info.layers, self.spec
+        rules: list[Rule] = []
+        if self.branches != "none":
+            pattern = layers if self.branches == "all" else _both(info.attention, layers)
+            rules.append(LoRA(pattern, self.rank, _ALPHA, spec, fused=info.fused))
+        if train not in get_args(Train):
+            raise ValueError(f"train must be one of {', '.join(get_args(Train))}, got {train!r}")
+        if train == "head":
+            if spec is not None and not rules:
+                raise ValueError(
+                    "training the head alone leaves low-rank backpropagation no layer; use the method full, a sum with LoRA, "
+                    "or train the last stage"
+                )
+            return (*rules, Freeze(_outside(info.head)))
+        if spec is not None and self.branches != "all":
+            rules.append(LowRank(layers, spec))
+        if train == "last_stage":
+            rules.insert(0, Freeze(_outside(info.last_stage)))
+        return tuple(rules)
+
+
+def _both(first: str, second: str) -> str:
+    """A regular expression found where both are."""
+    return f"^(?=.*(?:{first}))(?=.*(?:{second}))"
+
+
+def _outside(pattern: str) -> str:
+    """A regular expression found where ``pattern`` is not."""
+    return f"^(?!.*(?:{pattern}))"
+
+
+def parse_method(method: str, **fields: Any) -> Method:
+    """The method that a short name stands for.
+
+    Args:
+      method: ``"full"`` (exact backpropagation); ``"lp_l1-R"`` or ``"lp_linf-R"``; ``"lora-R"`` (LoRA of rank R on the
+        attention layers) or ``"lora_all-R"`` (on every layer of the family's default choice); or a sum, such as
+        ``"lp_l1-4+lora_all-8"``, where the low-rank backward also serves the branches.
+      **fields: of the ``LowRankSpec``, such as ``projection``.
+
+    Raises:
+      ValueError: if the name is none of these, or R is out of range.
+    """
+    if method == "full":
+        return Method()
+    found: dict[str, Any] = {}
+    for part in method.split("+"):
+        match = re.fullmatch(r"(lp_l1|lp_linf|lora|lora_all)-(\d+)", part)
+        if match is None:
+            raise ValueError(f"unknown method {method!r}; {_HELP}")
+        kind, rank = match[1], int(match[2])
+        new = (
+            {"spec": _SELECTIONS[kind](rank, **fields)} if kind in _SELECTIONS else {"branches": _BRANCHES[kind], "rank": rank}
+        )
+        if found.keys() & new.keys():
+            raise ValueError(f"method {method!r} names two of a kind; {_HELP}")
+        if new.get("rank") == 0:
+            raise ValueError(f"method {method!r}: LoRA's rank must be at least 1")
+        found |= new
+    return Method(**found)
+
+
+def adapted_model(
+    name: str,
+    method: str = "full",
+    train: Train = "all",
+    num_classes: int = 1000,
+    image_size: int | None = None,
+    when: Literal["always", "faster"] = "always",
+    **fields: Any,
+) -> AdaptedModule:
+    """A model of the registry under a method, batch normalisation on its running statistics.
+
+    Args:
+      name: of the model.
+      method: a short name, as for ``parse_method``.
+      train: what is trained, as for ``Method.rules``.
+      num_classes: outputs of the head.
+      image_size: height and width of the images, in pixels; by default the model's.
+      when: whether layers that low rank would make slower stay exact, as in ``LowRankSpec``.
+      **fields: of ``create_model``, such as ``dtype`` and ``remat``.
+
+    Raises:
+      ValueError: if a name is unknown, or as ``Method.rules`` does.
+    """
+    info = model_info(name)
+    rules = parse_method(method, when=when).rules(info, train)
+    module = create_model(name, num_classes=num_classes, image_size=image_size, frozen_batch_norm=True, **fields)
+    images = jax.ShapeDtypeStruct((1, module.image_size, module.image_size, info.channels), jnp.float32)
+    return adapt(module, rules, images)

@@ -1,0 +1,1 @@
+"""Layers with a low-rank backward pass, for Linen and NNX."""

@@ -1,0 +1,86 @@
+"""Linen layers with a low-rank backward pass."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.linen.dtypes import promote_dtype
+
+from lbpwht_jax.ops.matmul import low_rank_matmul
+from lbpwht_jax.ops.spec import Grid, LowRankSpec, lp_l1
+
+
+class LowRankDense(nn.Module):
+    """``nn.Dense`` with a low-rank backward pass along the token grid; the same arguments and parameters.
+
+    Parameters are ``kernel``, ``[in, features]``, and ``bias``, ``[features]``: a checkpoint of ``nn.Dense`` loads as it is,
+    and the forward pass is the same.
+
+    Attributes:
+      features: output channels.
+      spec: the Walsh functions kept; ``None`` backpropagates exactly, as ``nn.Dense`` does.
+      grid: tokens along each axis, for inputs ``[..., prefix_tokens + tokens, channels]``; ``None`` for channels-last maps,
+        ``[batch, height, width, channels]``.
+      prefix_tokens: leading tokens outside the grid (class or register tokens), backpropagated exactly.
+      use_bias: whether to add a bias.
+      dtype: of the computation; by default that of inputs and parameters together.
+      param_dtype: of the parameters.
+      precision: of the products, forward and backward, as for ``jax.lax.dot_general``.
+      kernel_init: initializer of the kernel.
+      bias_init: initializer of the bias.
+      promote_dtype: brings input, kernel and bias to one dtype.
+      preferred_element_type: dtype of the product, as for ``jax.lax.dot_general``.
+      dot_general: makes the product in place of what ``spec`` says, with the signature of ``jax.lax.dot_general``.
+    """
+
+    features: int
+    spec: LowRankSpec | None = lp_l1(4)
+    grid: Grid | None = None
+    prefix_tokens: int = 0
+    use_bias: bool = True
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+    precision: Any = None
+    kernel_init: Any = nn.initializers.lecun_normal()
+    bias_init: Any = nn.initializers.zeros_init()
+    promote_dtype: Any = promote_dtype
+    preferred_element_type: Any = None
+    dot_general: Any = None
+
+    @nn.compact
+    def __call__(self, inputs: jax.Array) -> jax.Array:
+        """Applies the layer.
+
+        Args:
+          inputs: ``[..., prefix_tokens + tokens, channels]`` with ``grid``, ``[batch, *grid, channels]`` without.
+
+        Returns:
+          Array of the inputs' shape with ``features`` channels.
+
+        Raises:
+          ValueError, TypeError: as ``low_rank_matmul`` does, naming this module's path, at trace time.
+        """
+        kernel = self.param("kernel", self.kernel_init, (jnp.shape(inputs)[-1], self.features), self.param_dtype)
+        bias = self.param("bias", self.bias_init, (self.features,), self.param_dtype) if self.use_bias else None
+        inputs, kernel, bias = self.promote_dtype(inputs, kernel, bias, dtype=self.dtype)
+        if self.dot_general is None and self.spec is not None:
+            return low_rank_matmul(
+                inputs,
+                kernel,
+                self.spec,
+                self.grid,
+                self.prefix_tokens,
+                precision=self.precision,
+                preferred_element_type=self.preferred_element_type,
+                bias=bias,
+                name=f"LowRankDense {'/'.join(self.path) or '(top level)'}",
+            )
+        y = (self.dot_general or jax.lax.dot_general)(
+            inputs,
+            kernel,
+            (((inputs.ndim - 1,), (0,)), ((), ())),
+            precision=self.precision,
+            preferred_element_type=self.preferred_element_type,
+        )
+        return y if bias is None else y + bias.reshape((1,) * (y.ndim - 1) + (-1,))

@@ -1,0 +1,125 @@
+"""Low-rank stand-ins for ``lax.dot_general`` and ``lax.conv_general_dilated``, for the public arguments of Flax's layers."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+from jax import lax
+
+from lbpwht_jax.ops.matmul import low_rank_matmul
+from lbpwht_jax.ops.spec import Grid, LowRankSpec
+
+
+@dataclasses.dataclass(frozen=True)
+class LowRankDotGeneral:
+    """``lax.dot_general`` for dense layers, made by ``LowRankSpec.dot_general``; hashable, so it may be a module's field."""
+
+    spec: LowRankSpec
+    grid: Grid | None
+    prefix_tokens: int
+    name: str
+
+    def __call__(
+        self,
+        lhs: jax.Array,
+        rhs: jax.Array,
+        dimension_numbers: Any,
+        precision: Any = None,
+        preferred_element_type: Any = None,
+        *,
+        out_sharding: Any = None,
+    ) -> jax.Array:
+        """The product ``lax.dot_general`` returns, backpropagated as ``low_rank_matmul`` does.
+
+        Raises:
+          ValueError: unless the last dimensions of ``lhs`` are contracted, in order, with the first of ``rhs``, without
+            batch dimensions; or as ``low_rank_matmul`` does.
+        """
+        name = self.name or "low-rank dot_general"
+        (left, right), batch = dimension_numbers
+        count = len(left)
+        expected = tuple(range(lhs.ndim - count, lhs.ndim)), tuple(range(count))
+        if any(len(axes) for axes in batch) or (tuple(left), tuple(right)) != expected:
+            raise ValueError(
+                f"{name}: low-rank backprop takes products over the last dimensions of the input and the first of the kernel, "
+                f"as nn.Dense makes; got dimension_numbers={dimension_numbers} for shapes {list(lhs.shape)} and "
+                f"{list(rhs.shape)}. Leave this layer dense"
+            )
+        features = rhs.shape[count:]
+        if len(features) != 1 and out_sharding is not None:
+            raise ValueError(f"{name}: out_sharding is supported for kernels with one feature dimension, got {list(rhs.shape)}")
+        x = lhs.reshape(*lhs.shape[: lhs.ndim - count], math.prod(lhs.shape[lhs.ndim - count :]))
+        y = low_rank_matmul(
+            x,
+            rhs.reshape(x.shape[-1], math.prod(features)),
+            self.spec,
+            self.grid,
+            self.prefix_tokens,
+            precision=precision,
+            preferred_element_type=preferred_element_type,
+            out_sharding=out_sharding,
+            name=name,
+        )
+        return y.reshape(*y.shape[:-1], *features)
+
+
+@dataclasses.dataclass(frozen=True)
+class LowRankConv:
+    """``lax.conv_general_dilated`` for 1x1 convolutions, made by ``LowRankSpec.conv_general_dilated``; hashable."""
+
+    spec: LowRankSpec
+    name: str
+
+    def __call__(
+        self,
+        lhs: jax.Array,
+        rhs: jax.Array,
+        window_strides: Any,
+        padding: Any,
+        lhs_dilation: Any = None,
+        rhs_dilation: Any = None,
+        dimension_numbers: Any = None,
+        feature_group_count: int = 1,
+        batch_group_count: int = 1,
+        precision: Any = None,
+        preferred_element_type: Any = None,
+        out_sharding: Any = None,
+    ) -> jax.Array:
+        """The convolution ``lax.conv_general_dilated`` returns, backpropagated as ``low_rank_matmul`` does.
+
+        Args are those of ``lax.conv_general_dilated``; ``lhs`` is ``[batch, *grid, in]`` and ``rhs`` ``[1, ..., 1, in, out]``.
+
+        Raises:
+          ValueError: unless the window is 1 and the stride 1 along every axis, without padding, dilation or groups, in
+            channels-last layout; or as ``low_rank_matmul`` does.
+        """
+        name = self.name or "low-rank conv_general_dilated"
+        spatial = rhs.ndim - 2
+        ones = (1,) * spatial
+        numbers = lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers)
+        channels_last = (0, lhs.ndim - 1, *range(1, lhs.ndim - 1))
+        kernel_last = (rhs.ndim - 1, rhs.ndim - 2, *range(spatial))
+        wanted = {
+            "a window of 1": rhs.shape[:-2] == ones,
+            "a stride of 1": tuple(window_strides) == ones,
+            "no padding": padding in ("SAME", "SAME_LOWER", "VALID") or all(tuple(p) == (0, 0) for p in padding),
+            "no dilation": all(d is None or tuple(d) == ones for d in (lhs_dilation, rhs_dilation)),
+            "no groups": feature_group_count == 1 and batch_group_count == 1,
+            "channels last": numbers == lax.ConvDimensionNumbers(channels_last, kernel_last, channels_last),
+        }
+        missing = [condition for condition, holds in wanted.items() if not holds]
+        if missing:
+            raise ValueError(
+                f"{name}: low-rank backprop takes 1x1 convolutions only; this one, on {list(lhs.shape)} with a kernel "
+                f"{list(rhs.shape)}, lacks {', '.join(missing)}. Leave this layer dense"
+            )
+        return low_rank_matmul(
+            lhs,
+            rhs.reshape(rhs.shape[-2:]),
+            self.spec,
+            precision=precision,
+            preferred_element_type=preferred_element_type,
+            out_sharding=out_sharding,
+            name=name,
+        )

@@ -1,0 +1,181 @@
+"""Which Walsh functions low-rank backprop keeps, and what it does with them."""
+
+import dataclasses
+import itertools
+import operator
+from collections.abc import Callable
+from typing import Any, Literal
+
+import numpy as np
+
+Basis = tuple[int, ...]
+Grid = tuple[int, ...]
+
+_PROJECTIONS = ("fitted", "official")
+_PRODUCTS = ("low_rank", "exact")
+_TIMES = ("always", "faster")
+
+
+@dataclasses.dataclass(frozen=True)
+class LowRankSpec:
+    """A static, hashable description of low-rank backprop for one layer.
+
+    Attributes:
+      bases: the Walsh functions kept in each block, as sequency indices, one tuple ``(i, j, ...)`` a function with one
+        entry a grid axis. Order does not matter to the gradients. Any iterable of such tuples is accepted.
+      block: edge of a block in tokens, a power of two.
+      projection: how blocks that the grid does not fill are treated. ``"fitted"`` orthonormalises the functions on the
+        tokens that exist, so the projection is orthogonal and exact when every function is kept; ``"official"`` reflects
+        the grid out to whole blocks, as the authors' code does.
+      dx: ``"low_rank"`` or ``"exact"``, how the input's cotangent is computed.
+      dw: ``"low_rank"`` or ``"exact"``, how the kernel's cotangent is computed. Only ``"low_rank"`` saves activations.
+      when: ``"always"``; or ``"faster"``, which leaves exact the layers whose shape makes low rank slower
+        (``lbpwht_jax.ops.heuristic``), and their activations whole.
+
+    Raises:
+      ValueError: a block that is no power of two, an empty or repeated selection, a function outside the block,
+        functions of unequal numbers of axes, or an unknown ``projection``, ``dx``, ``dw`` or ``when``.
+      TypeError: a selection that does not consist of tuples of integers.
+    """
+
+    bases: tuple[Basis, ...]
+    block: int = 8
+    projection: Literal["fitted", "official"] = "fitted"
+    dx: Literal["low_rank", "exact"] = "low_rank"
+    dw: Literal["low_rank", "exact"] = "low_rank"
+    when: Literal["always", "faster"] = "always"
+
+    def __post_init__(self):
+        try:
+            bases = tuple(tuple(operator.index(i) for i in basis) for basis in self.bases)
+            block = operator.index(self.block)
+        except TypeError:
+            raise TypeError(
+                "LowRankSpec: bases must be tuples of integers, one a grid axis, such as [(0, 0), (0, 1)], and block an "
+                f"integer; got bases={self.bases!r}, block={self.block!r}"
+            ) from None
+        object.__setattr__(self, "bases", bases)
+        object.__setattr__(self, "block", block)
+        if block < 1 or block & (block - 1):
+            raise ValueError(f"LowRankSpec: block must be a power of two (such as 8), got {block}")
+        if not bases:
+            raise ValueError("LowRankSpec: the selection is empty; keep at least one function, such as (0, 0)")
+        lengths = {len(basis) for basis in bases}
+        if len(lengths) > 1 or 0 in lengths:
+            raise ValueError(
+                f"LowRankSpec: every function needs one index for each grid axis, got tuples of lengths {sorted(lengths)}"
+            )
+        repeated = sorted({basis for basis in bases if bases.count(basis) > 1})
+        if repeated:
+            raise ValueError(f"LowRankSpec: repeated functions {repeated}; name each function once")
+        outside = [basis for basis in bases if not all(0 <= i < block for i in basis)]
+        if outside:
+            raise ValueError(
+                f"LowRankSpec: functions {outside} are outside the block: with block={block} every index is 0 to {block - 1}"
+            )
+        for field, allowed in (("projection", _PROJECTIONS), ("dx", _PRODUCTS), ("dw", _PRODUCTS), ("when", _TIMES)):
+            value = getattr(self, field)
+            if value not in allowed:
+                raise ValueError(f"LowRankSpec: {field} must be one of {allowed}, got {value!r}")
+
+    @property
+    def ndim(self) -> int:
+        """Number of grid axes."""
+        return len(self.bases[0])
+
+    @property
+    def rank(self) -> int:
+        """Number of functions kept in a whole block."""
+        return len(self.bases)
+
+    @property
+    def mask(self) -> np.ndarray:
+        """Boolean array of shape ``[block] * ndim``, true at the functions kept."""
+        mask = np.zeros((self.block,) * self.ndim, bool)
+        mask[tuple(np.transpose(self.bases))] = True
+        return mask
+
+    def dot_general(self, *, grid: Grid | None = None, prefix_tokens: int = 0, name: str = "") -> Callable[..., Any]:
+        """A stand-in for ``jax.lax.dot_general`` with this backward, for Flax's ``dot_general=`` arguments.
+
+        Fits ``nn.Dense``, ``nn.DenseGeneral``, the projections of Flax's attention layers and ``nnx.Linear``: the
+        contracted dimensions must be the last of the left operand and the first of the right one.
+
+        Args:
+          grid: tokens along each axis, as for ``low_rank_matmul``; ``None`` for channels-last maps.
+          prefix_tokens: leading tokens outside the grid.
+          name: where the layer is, for error messages.
+
+        Returns:
+          ``f(lhs, rhs, dimension_numbers, precision=None, preferred_element_type=None, out_sharding=None)``.
+        """
+        from lbpwht_jax.ops.dot_general import LowRankDotGeneral  # above this module in the order of imports
+
+        return LowRankDotGeneral(self, grid if grid is None else tuple(grid), prefix_tokens, name)
+
+    def conv_general_dilated(self, *, name: str = "") -> Callable[..., Any]:
+        """A stand-in for ``jax.lax.conv_general_dilated`` with this backward, for 1x1 ``nn.Conv`` and ``nnx.Conv``.
+
+        Args:
+          name: where the layer is, for error messages.
+
+        Returns:
+          A callable with ``jax.lax.conv_general_dilated``'s signature, for kernels whose window is 1 along every axis.
+        """
+        from lbpwht_jax.ops.dot_general import LowRankConv  # above this module in the order of imports
+
+        return LowRankConv(self, name)
+
+
+def _check_rank(function: str, r: int, ndim: int, largest: int, block: int) -> int:
+    if ndim < 1:
+        raise ValueError(f"{function}: ndim, the number of grid axes, must be at least 1, got {ndim}")
+    try:
+        r = operator.index(r)
+    except TypeError:
+        raise TypeError(f"{function}: r must be an integer, got {r!r}") from None
+    if not 1 <= r <= largest:
+        raise ValueError(
+            f"{function}: r must be from 1 to {largest}, which keeps every function of a block of {block}; got {r}"
+        )
+    return r
+
+
+def lp_l1(r: int, ndim: int = 2, *, block: int = 8, **fields) -> LowRankSpec:
+    """LP_{L1-r}: keeps the functions whose sequency indices sum to less than ``r`` (LBP-WHT, section 3).
+
+    In two dimensions that is r(r+1)/2 functions for r up to ``block``.
+
+    Args:
+      r: 1 (the mean alone) to ``ndim * (block - 1) + 1`` (every function).
+      ndim: number of grid axes.
+      block: edge of a block in tokens.
+      **fields: the other fields of ``LowRankSpec``.
+
+    Raises:
+      ValueError: if ``r`` is out of range, or as ``LowRankSpec`` does.
+      TypeError: if ``r`` is not an integer.
+    """
+    r = _check_rank("lp_l1", r, ndim, ndim * (block - 1) + 1, block)
+    return LowRankSpec(
+        tuple(basis for basis in itertools.product(range(block), repeat=ndim) if sum(basis) < r), block=block, **fields
+    )
+
+
+def lp_linf(r: int, ndim: int = 2, *, block: int = 8, **fields) -> LowRankSpec:
+    """LP_{Linf-r}: keeps the functions whose sequency indices are all less than ``r`` (LBP-WHT, section 3).
+
+    Args:
+      r: 1 (the mean alone) to ``block`` (every function).
+      ndim: number of grid axes.
+      block: edge of a block in tokens.
+      **fields: the other fields of ``LowRankSpec``.
+
+    Raises:
+      ValueError: if ``r`` is out of range, or as ``LowRankSpec`` does.
+      TypeError: if ``r`` is not an integer.
+    """
+    r = _check_rank("lp_linf", r, ndim, block, block)
+    return LowRankSpec(
+        tuple(basis for basis in itertools.product(range(block), repeat=ndim) if max(basis) < r), block=block, **fields
+    )

@@ -1,0 +1,212 @@
+import json
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+from flax import traverse_util
+from foreign import ViT
+
+from lbpwht_jax import Freeze, LoRA, LowRank, LowRankDense, adapt, lp_l1, lp_linf
+from lbpwht_jax.adaptation.lora import init_a
+from lbpwht_jax.models import model_info
+from lbpwht_jax.models.info import ModelInfo
+from lbpwht_jax.models.vit import VisionTransformer
+from lbpwht_jax.ops.projection import projection_matrices
+from lbpwht_jax.weights.peft import load_adapter, save_adapter
+
+TOKENS = {"grid": (4, 5), "prefix_tokens": 1}
+LOW, FULL = lp_l1(2), lp_linf(8)
+
+
+def random(*shape, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+def filled(variables, seed=5):
+    """The variables with every LoRA ``B`` random."""
+    flat = traverse_util.flatten_dict(variables)
+    keys = iter(jax.random.split(jax.random.key(seed), len(flat)))
+    drawn = {
+        path: 0.1 * jax.random.normal(next(keys), leaf.shape) if path[-1] == "lora_b" else leaf for path, leaf in flat.items()
+    }
+    return traverse_util.unflatten_dict(drawn)
+
+
+VIT_INFO = model_info("vit_micro_patch4_28")
+OURS = VisionTransformer(num_classes=5, image_size=20, patch_size=4, dim=12, depth=2, heads=2)
+FOREIGN = ViT()
+# a fused qkv, a Dense; a 1x1 Conv, the DenseGeneral layers of Flax's attention
+MODELS = {
+    "ours": (OURS, [LoRA("attn/(qkv|proj)|fc1", rank=3, spec=LOW, fused="qkv"), LowRank("fc2", LOW)], (2, 20, 20, 1)),
+    "foreign": (FOREIGN, [LoRA("attn|fc1", rank=2, alpha=5, spec=LOW, **TOKENS), LoRA("mix|fc2", rank=3)], (2, 16, 20, 3)),
+}
+
+
+def made(name):
+    model, rules, shape = MODELS[name]
+    images = random(*shape)
+    variables = model.init(jax.random.key(0), images)
+    adapted = adapt(model, rules, images)
+    return adapted, variables, adapted.with_branches(jax.random.key(1), variables), images
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_output_is_at_first_unchanged(name):
+    adapted, variables, started, images = made(name)
+    # a 1x1 convolution sums in another order than a product
+    np.testing.assert_allclose(adapted.apply(started, images), adapted.module.apply(variables, images), atol=1e-6, rtol=0)
+    changed = adapted.apply(filled(started), images)
+    assert float(jnp.abs(changed - adapted.apply(started, images)).max()) > 1e-2
+
+
+def test_the_branches_start_as_peft_s():
+    a = init_a(jax.random.key(0), (400, 50))
+    # torch's kaiming_uniform_ with a = sqrt(5), which PEFT draws A with, is uniform within 1 / sqrt(inputs)
+    assert float(jnp.abs(a).max()) <= 1 / 20
+    assert float(a.std()) == pytest.approx(1 / 20 / 3**0.5, rel=0.02)
+    _, _, started, _ = made("ours")
+    flat = traverse_util.flatten_dict(started["params"], sep="/")
+    assert not flat["blocks_0/attn/qkv/lora_b"].any()
+    assert flat["blocks_0/attn/qkv/lora_a"].shape == (12, 9) and flat["blocks_0/attn/proj/lora_b"].shape == (3, 12)
+    assert (flat["blocks_0/attn/qkv/lora_a"] != flat["blocks_1/attn/qkv/lora_a"]).any()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_merged_equals_unmerged(name):
+    adapted, variables, started, images = made(name)
+    trained = filled(started)
+    merged = adapted.merge(trained)
+    assert jax.tree.map(jnp.shape, merged) == jax.tree.map(jnp.shape, variables)
+    expected = adapted.apply(trained, images)
+    scale = float(jnp.abs(expected).max())
+    np.testing.assert_allclose(adapted.module.apply(merged, images), expected, atol=1e-5 * scale, rtol=0)
+    back = adapted.unmerge(merged, trained)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6, rtol=0), back, trained)
+
+
+@pytest.mark.parametrize("spec", [None, FULL, LOW])
+def test_gradients_of_a_branch(spec):
+    """Against the chain rule, both products of the branch projected as the layer's own."""
+    x, w, a, b, g = (random(*shape, seed=i) for i, shape in enumerate([(2, 21, 6), (6, 7), (6, 3), (3, 7), (2, 21, 7)]))
+    adapted = adapt(nn.Dense(7), [LoRA("^$", rank=3, alpha=2, spec=spec, **(TOKENS if spec else {}))], x)
+    params = {"kernel": w, "bias": jnp.ones(7), "lora_a": a, "lora_b": b}
+    y, pullback = jax.vjp(lambda p, x: adapted.apply({"params": p}, x), params, x)
+    np.testing.assert_allclose(y, x @ w + 2 / 3 * (x @ a @ b) + 1, rtol=1e-5, atol=1e-5)
+    grads, dx = pullback(g)
+    project, expand = (np.eye(21), np.eye(21)) if spec is None else projection_matrices(spec, TOKENS["grid"], 1)
+    px, pg = (np.einsum("rl,blc->brc", project, t) for t in (x, g))
+    dz = expand @ (2 / 3 * pg @ b.T)
+    expected = {
+        "lora_b": 2 / 3 * np.einsum("brc,brd->cd", project @ np.asarray(x @ a), pg),
+        "lora_a": np.einsum("brc,brd->cd", px, project @ dz),
+        "kernel": np.zeros_like(w),
+        "bias": np.zeros(7),
+    }
+    for name, wanted in expected.items():
+        np.testing.assert_allclose(grads[name], wanted, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(dx, expand @ (pg @ w.T) + expand @ (project @ dz @ a.T), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_file_round_trips(name, tmp_path):
+    adapted, variables, started, _ = made(name)
+    info = VIT_INFO if name == "ours" else None
+    trained = jax.tree.map(lambda leaf: leaf + 0.1, filled(started))
+    # frozen parameters are not trained, and not in the file
+    flat = traverse_util.flatten_dict(trained["params"], sep="/")
+    frozen = traverse_util.flatten_dict(variables["params"], sep="/")
+    flat = {path: leaf if adapted.trainable(path) else frozen[path] for path, leaf in flat.items()}
+    trained = {"params": traverse_util.unflatten_dict(flat, sep="/")}
+    save_adapter(tmp_path / "new" / "folder", adapted, trained, info)
+    for base in (variables, started):
+        loaded = load_adapter(tmp_path / "new" / "folder", adapted, base, info)
+        jax.tree.map(np.testing.assert_array_equal, loaded, trained)
+    assert sorted(p.name for p in (tmp_path / "new" / "folder").iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
+
+
+def test_the_file_is_laid_out_as_peft_s(tmp_path):
+    rules = [LoRA("attn/(qkv|proj)", rank=3, alpha=6, fused="qkv"), Freeze(r"^(?!head)")]
+    adapted = adapt(OURS, rules, random(1, 20, 20, 1))
+    trained = filled(adapted.init(jax.random.key(0), random(1, 20, 20, 1)))
+    save_adapter(tmp_path, adapted, trained, "vit_micro_patch4_28")
+    tensors = safetensors.numpy.load_file(tmp_path / "adapter_model.safetensors")
+    shapes = {}
+    for i in range(2):
+        for layer, rank, outputs in (("qkv", 9, 36), ("proj", 3, 12)):
+            shapes[f"base_model.model.blocks.{i}.attn.{layer}.lora_A.weight"] = (rank, 12)
+            shapes[f"base_model.model.blocks.{i}.attn.{layer}.lora_B.weight"] = (outputs, rank)
+    shapes |= {"base_model.model.head.weight": (5, 12), "base_model.model.head.bias": (5,)}
+    assert {key: tensor.shape for key, tensor in tensors.items()} == shapes
+    own = trained["params"]["blocks_1"]["attn"]["proj"]["lora_a"]
+    np.testing.assert_array_equal(tensors["base_model.model.blocks.1.attn.proj.lora_A.weight"], own.T)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["peft_type"] == "LORA" and config["r"] == 3 and config["lora_alpha"] == 6
+    assert config["target_modules"] == sorted(f"blocks.{i}.attn.{layer}" for i in range(2) for layer in ("qkv", "proj"))
+    assert config["rank_pattern"] == {rf"blocks\.{i}\.attn\.qkv": 9 for i in range(2)}
+    assert config["alpha_pattern"] == {rf"blocks\.{i}\.attn\.qkv": 18 for i in range(2)}
+    assert config["modules_to_save"] == ["head"]
+
+
+class Normalised(nn.Module):
+    """1x1 convolutions kept as matrices, and batch normalisation."""
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        for i in range(2):
+            x = LowRankDense(4, spec=None, name=f"conv_{i}")(x)
+            x = nn.BatchNorm(use_running_average=not train, name=f"norm_{i}")(x)
+        return nn.Dense(2, name="head")(x.mean((1, 2)))
+
+
+def test_running_statistics_and_pointwise_convolutions(tmp_path):
+    info = ModelInfo(Normalised, {}, 4, "", pointwise=r"conv_\d/kernel")
+    x, model = random(2, 4, 4, 3), Normalised()
+    adapted = adapt(model, [LoRA("conv_0", rank=2), Freeze("norm_0")], x)
+    variables = adapted.init(jax.random.key(0), x)
+    _, state = adapted.apply(variables, x, train=True, mutable=["batch_stats"])
+    trained = filled({**variables, **state})
+    save_adapter(tmp_path, adapted, trained, info)
+    tensors = safetensors.numpy.load_file(tmp_path / "adapter_model.safetensors")
+    assert {key.removeprefix("base_model.model."): tensor.shape for key, tensor in tensors.items()} == {
+        "conv.0.lora_A.weight": (2, 3, 1, 1),
+        "conv.0.lora_B.weight": (4, 2, 1, 1),
+        "conv.1.weight": (4, 4, 1, 1),
+        "conv.1.bias": (4,),
+        "norm.1.weight": (4,),
+        "norm.1.bias": (4,),
+        "norm.1.running_mean": (4,),
+        "norm.1.running_var": (4,),
+        "head.weight": (2, 4),
+        "head.bias": (2,),
+    }
+    loaded = load_adapter(tmp_path, adapted, variables, info)
+    stats = {"norm_0": variables["batch_stats"]["norm_0"], "norm_1": trained["batch_stats"]["norm_1"]}
+    jax.tree.map(np.testing.assert_array_equal, loaded, {**trained, "batch_stats": stats})
+
+
+def test_files_that_do_not_fit(tmp_path):
+    adapted, variables, started, images = made("ours")
+    save_adapter(tmp_path, adapted, started, VIT_INFO)
+
+    def load(rules, folder=tmp_path):
+        return load_adapter(folder, adapt(OURS, rules, images), variables, VIT_INFO)
+
+    with pytest.raises(ValueError, match=r"does not fit the model and its rules:\n.*of another shape"):
+        load([LoRA("attn/(qkv|proj)|fc1", rank=2, fused="qkv")])
+    with pytest.raises(ValueError, match=r"missing\n  - base_model\.model\.blocks\.0\.mlp\.fc2\.lora_A\.weight \[3, 48\]"):
+        load([LoRA("attn/(qkv|proj)|fc1|fc2", rank=3, fused="qkv")])
+    with pytest.raises(ValueError, match=r"unexpected\n  \+ base_model\.model\.blocks\.0\.attn\.proj\.lora_A\.weight"):
+        load([LoRA("attn/qkv|fc1", rank=3, fused="qkv")])
+    with pytest.raises(ValueError, match=r"blocks\.0\.attn\.proj has alpha 8, .* the model's rule has alpha 16"):
+        load([LoRA("attn/(qkv|proj)|fc1", rank=3, alpha=16, fused="qkv")])
+    with pytest.raises(FileNotFoundError):
+        load(MODELS["ours"][1], tmp_path / "elsewhere")
+    (tmp_path / "adapter_config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"adapter_config\.json: no JSON file"):
+        load(MODELS["ours"][1])

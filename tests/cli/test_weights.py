@@ -1,0 +1,65 @@
+"""The commands about weights, called as the command line does."""
+
+import numpy as np
+import pytest
+import safetensors
+import safetensors.numpy
+import tyro
+
+from lbpwht_jax.cli.weights import Convert, Export, Models, describe
+from lbpwht_jax.models import create_model
+from lbpwht_jax.weights.pretrained import read_weights
+from lbpwht_jax.weights.timm_keys import entries
+
+NAME = "vit_micro_patch4_28"
+
+
+@pytest.fixture
+def timm_file(tmp_path):
+    rng = np.random.default_rng(0)
+    state = {e.key: rng.standard_normal(e.shape, np.float32) for e in entries(NAME, create_model(NAME, num_classes=10))}
+    safetensors.numpy.save_file(state, tmp_path / "timm.safetensors")
+    return tmp_path / "timm.safetensors", state
+
+
+def test_there_and_back(timm_file, tmp_path, capsys):
+    source, state = timm_file
+    ours, back = tmp_path / "ours.safetensors", tmp_path / "back.safetensors"
+    tyro.cli(Convert, args=[NAME, str(source), str(ours)]).prepare()
+    assert capsys.readouterr().out == f"{ours}: {NAME} for 10 classes at 28 pixels, flax layout\n"
+    assert "params/blocks_5/mlp/fc2/kernel" in read_weights(ours)
+    tyro.cli(Export, args=[NAME, str(ours), str(back)]).prepare()
+    written = read_weights(back)
+    assert written.keys() == state.keys()
+    for key, value in state.items():
+        np.testing.assert_array_equal(written[key], value, strict=True, err_msg=key)
+    with safetensors.safe_open(back, "np") as file:
+        assert file.metadata() == {"format": "pt"}
+
+
+def test_new_head_and_image_size(timm_file, tmp_path):
+    arguments = [NAME, str(timm_file[0]), str(tmp_path / "a.safetensors"), "--num-classes", "3", "--image-size", "40"]
+    tyro.cli(Export, args=[*arguments, "--format", "flax"]).prepare()
+    written = read_weights(tmp_path / "a.safetensors")
+    assert written["params/head/kernel"].shape == (96, 3)
+    assert written["params/pos_embed"].shape == (1, 101, 96)
+
+
+def test_table(capsys):
+    tyro.cli(Models, args=["vit_m*"]).prepare()
+    out = capsys.readouterr().out
+    row = next(line for line in out.splitlines() if NAME in line)
+    assert [cell.strip() for cell in row.split("│")[1:-1]] == [NAME, "774,760", "0.04", "28", "24"]
+    assert r"VisionTransformer: blocks_\d+/(attn/(qkv|proj)|mlp/fc[12])$" in out
+    with pytest.raises(ValueError, match=r"no model matches 'resnet\*'"):
+        Models("resnet*").prepare()
+
+
+def test_counts():
+    """Parameters as timm counts them; products from the architecture: 197 tokens, 12 blocks of 192 channels, 3 heads."""
+    counted = describe("vit_tiny_patch16_224")
+    assert counted.parameters == 5_717_416
+    assert counted.low_rank_layers == 48
+    tokens, dim = 197, 192
+    block = tokens * 12 * dim * dim + 2 * tokens * tokens * dim
+    assert counted.macs == 196 * 16 * 16 * 3 * dim + 12 * block + dim * 1000

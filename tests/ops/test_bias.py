@@ -1,0 +1,76 @@
+"""The bias of ``low_rank_matmul``: its gradient is exact, and taken from the coefficients where they hold it."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lbpwht_jax import LowRankSpec, lp_l1, lp_linf
+from lbpwht_jax.ops.matmul import low_rank_matmul
+
+CASES = {
+    "fitted": (lp_l1(3), (7, 7), 0),
+    "whole blocks": (lp_l1(2, projection="official"), (16, 8), 0),
+    "official partial": (lp_l1(3, projection="official"), (7, 7), 0),
+    "prefix": (lp_linf(2), (5, 9), 2),
+    "large": (lp_l1(2), (28, 28), 1),
+    "no mean": (LowRankSpec([(0, 1), (1, 0)]), (7, 7), 0),
+    "exact dW": (lp_l1(2, dw="exact"), (7, 7), 0),
+    "exact": (lp_l1(2, dx="exact", dw="exact"), (7, 7), 0),
+}
+
+
+def inputs(grid, prefix, dtype=jnp.float32):
+    rng = np.random.default_rng(0)
+    tokens = prefix + np.prod(grid)
+    return [jnp.asarray(rng.normal(size=shape), dtype) for shape in ((3, tokens, 4), (4, 5), (5,), (3, tokens, 5))]
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(jnp.float32, 1e-5), (jnp.bfloat16, 2e-2)])
+@pytest.mark.parametrize("case", CASES)
+def test_the_bias_and_its_gradient_are_exact(case, dtype, tolerance):
+    spec, grid, prefix = CASES[case]
+    x, kernel, bias, g = inputs(grid, prefix, dtype)
+    y, pullback = jax.vjp(lambda x, kernel, bias: low_rank_matmul(x, kernel, spec, grid, prefix, bias=bias), x, kernel, bias)
+    plain, without = jax.vjp(lambda x, kernel: low_rank_matmul(x, kernel, spec, grid, prefix), x, kernel)
+    np.testing.assert_array_equal(y, plain + bias.reshape(1, 1, -1))
+    dx, dw, db = pullback(g)
+    for a, b in zip((dx, dw), without(g), strict=True):
+        np.testing.assert_array_equal(a, b)
+    exact = np.asarray(g, np.float64).sum((0, 1))
+    # coefficients are rounded to g's dtype, of which up to 3 * 16 are summed
+    scale = np.abs(np.asarray(g, np.float64)).sum((0, 1)).max()
+    assert db.dtype == dtype and np.abs(np.asarray(db, np.float64) - exact).max() <= tolerance * scale
+
+
+def test_the_cotangent_is_read_once():
+    spec, grid, _ = CASES["fitted"]
+    x, kernel, bias, g = inputs(grid, 0)
+
+    def backward(x, kernel, bias, g):
+        return jax.vjp(lambda *a: low_rank_matmul(*a[:2], spec, grid, bias=a[2]), x, kernel, bias)[1](g)
+
+    def reads(jaxpr, variable):
+        return sum(variable in equation.invars for equation in jaxpr.eqns)
+
+    program = jax.make_jaxpr(backward)(x, kernel, bias, g).jaxpr
+    assert reads(program, program.invars[3]) == 1
+
+
+@pytest.mark.parametrize("argnums", [(0,), (1,), (2,), (0, 2), (1, 2)], ids=str)
+def test_what_is_frozen_changes_nothing_else(argnums):
+    spec, grid, _ = CASES["fitted"]
+    *primals, g = inputs(grid, 0)
+
+    def loss(*a):
+        return jnp.sum(low_rank_matmul(a[0], a[1], spec, grid, bias=a[2]) * g)
+
+    everything = jax.grad(loss, (0, 1, 2))(*primals)
+    for n, gradient in zip(argnums, jax.grad(loss, argnums)(*primals), strict=True):
+        np.testing.assert_allclose(gradient, everything[n], rtol=1e-5, atol=1e-5)
+
+
+def test_a_bias_of_another_shape_is_refused():
+    x, kernel, _, _ = inputs((7, 7), 0)
+    with pytest.raises(ValueError, match=r"the bias must be \[5\], one a channel of the output, got \[4\]"):
+        low_rank_matmul(x, kernel, lp_l1(2), (7, 7), bias=jnp.zeros(4))

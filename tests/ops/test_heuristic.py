@@ -1,0 +1,70 @@
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lbpwht_jax import LowRank, LowRankDense, LowRankSpec, adapt, lp_l1
+from lbpwht_jax.ops.heuristic import chosen, predicted_speedup
+from lbpwht_jax.ops.matmul import low_rank_matmul
+
+# A narrow layer that keeps nearly every function: its transforms cost more than they save.
+SLOW, GRID = lp_l1(8, when="faster"), (7, 7)
+
+
+def gradients(spec, x, kernel, g):
+    return jax.vjp(lambda x, kernel: low_rank_matmul(x, kernel, spec, GRID), x, kernel)[1](g)
+
+
+@pytest.mark.parametrize("layer", [(448, 1792), (1792, 448), (768, 3072), (3072, 768)], ids=str)
+def test_the_papers_layers_are_low_rank_at_every_rank(layer):
+    speedups = [predicted_speedup(lp_l1(r), (7, 7), 0, *layer) for r in (2, 4, 6, 8)]
+    assert speedups == sorted(speedups, reverse=True) and speedups[-1] > 1
+    # never more than the ratio of coefficients
+    assert all(speedup < 49 / n for speedup, n in zip(speedups, (3, 10, 21, 34), strict=True))
+
+
+def test_maps_of_fine_functions_are_exact():
+    assert predicted_speedup(lp_l1(4), (56, 56), 0, 192, 48) > 1 > predicted_speedup(lp_l1(6), (56, 56), 0, 192, 48)
+    assert predicted_speedup(lp_l1(4), (28, 28), 0, 384, 96) > 1 > predicted_speedup(lp_l1(8), (28, 28), 0, 384, 96)
+
+
+def test_exact_on_one_side_gains_less():
+    both = predicted_speedup(lp_l1(2), GRID, 0, 448, 1792)
+    for fields in ({"dx": "exact"}, {"dw": "exact"}):
+        assert 1 < predicted_speedup(lp_l1(2, **fields), GRID, 0, 448, 1792) < 2 < both
+
+
+def test_faster_leaves_slow_layers_exact_and_others_low_rank():
+    assert chosen(SLOW, GRID, 0, 4, 4) == lp_l1(8, when="faster", dx="exact", dw="exact")
+    assert chosen(lp_l1(8), GRID, 0, 4, 4) == lp_l1(8)
+    assert chosen(SLOW, GRID, 0, 448, 1792) == SLOW
+    rng = np.random.default_rng(0)
+    x, kernel, g = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((2, 49, 4), (4, 4), (2, 49, 4)))
+    dx, dw = gradients(SLOW, x, kernel, g)
+    # float32 sums of 98 products of order 1
+    np.testing.assert_allclose(dx, g @ kernel.T, atol=1e-5)
+    np.testing.assert_allclose(dw, np.einsum("bti,bto->io", x, g), atol=1e-4)
+    assert np.abs(gradients(lp_l1(8), x, kernel, g)[0] - dx).max() > 0.1
+
+
+def test_adapts_table_says_so():
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(1024, name="wide")(LowRankDense(256, grid=GRID, name="narrow")(x))
+
+    x = jax.ShapeDtypeStruct((1, 49, 4), jnp.float32)
+    adapted = adapt(Model(), [LowRank("", SLOW, grid=GRID)], x)
+    assert adapted.spec("narrow") is None and adapted.spec("wide") == SLOW
+    lines = {line.split()[1]: line for line in str(adapted.resolution).splitlines() if "Rank" in line}
+    assert "full: LowRank is slower" in lines["narrow"] and "slower" not in lines["wide"]
+    variables = adapted.init(jax.random.key(0), jnp.ones((1, 49, 4)))
+    assert jax.eval_shape(adapted.apply, variables, x).shape == (1, 49, 1024)
+    forced = adapt(Model(), [LowRank("", lp_l1(8), grid=GRID)], x)
+    assert forced.spec("narrow") == lp_l1(8)
+
+
+def test_an_unknown_choice_is_refused():
+    with pytest.raises(ValueError, match="when must be one of"):
+        LowRankSpec([(0, 0)], when="sometimes")
