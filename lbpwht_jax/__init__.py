@@ -1,14 +1,14 @@
 """Low-rank backpropagation through the Walsh-Hadamard transform, for fine-tuning vision transformers in JAX and Flax."""
 
-from lbpwht_jax.adaptation.linen import adapt
-from lbpwht_jax.adaptation.rules import Freeze, LoRA, LowRank
-from lbpwht_jax.layers.linen import LowRankDense
-from lbpwht_jax.layers.nnx import LowRankLinear
+from importlib.metadata import version
+
+from lbpwht_jax.adaptation import Freeze, LoRA, LowRank, adapt
+from lbpwht_jax.layers import LowRankDense, LowRankLinear
 from lbpwht_jax.models import create_model, list_models
-from lbpwht_jax.ops.matmul import low_rank_matmul
-from lbpwht_jax.ops.spec import LowRankSpec, lp_l1, lp_linf
-from lbpwht_jax.ops.walsh import fast_walsh_hadamard, walsh_matrix
-from lbpwht_jax.weights.pretrained import load_pretrained
+from lbpwht_jax.ops import LowRankSpec, fast_walsh_hadamard, low_rank_matmul, lp_l1, lp_linf, walsh_matrix
+from lbpwht_jax.weights import load_adapter, load_pretrained, save_adapter
+
+__version__ = version("lbpwht_jax")
 
 __all__ = [
     "Freeze",
@@ -17,13 +17,16 @@ __all__ = [
     "LowRankDense",
     "LowRankLinear",
     "LowRankSpec",
+    "__version__",
     "adapt",
     "create_model",
     "fast_walsh_hadamard",
     "list_models",
+    "load_adapter",
     "load_pretrained",
     "low_rank_matmul",
     "lp_l1",
     "lp_linf",
+    "save_adapter",
     "walsh_matrix",
 ]

@@ -18,8 +18,8 @@ from rich.table import Table
 
 from lbpwht_jax.bench import authors_form
 from lbpwht_jax.bench.timing import bandwidth, interleaved, keep_freed_memory, machine, peak_flops
-from lbpwht_jax.cost.backward import product_flops
 from lbpwht_jax.ops.basis import projection_matrices
+from lbpwht_jax.ops.flops import product_flops
 from lbpwht_jax.ops.heuristic import predicted_speedup
 from lbpwht_jax.ops.matmul import low_rank_matmul
 from lbpwht_jax.ops.spec import LowRankSpec, lp_l1

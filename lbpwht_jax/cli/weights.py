@@ -15,8 +15,8 @@ from flax import traverse_util
 from rich.console import Console
 from rich.table import Table
 
-from lbpwht_jax.cost.backward import product_flops
 from lbpwht_jax.models import create_model, list_models, model_info
+from lbpwht_jax.ops.flops import product_flops
 from lbpwht_jax.runs.finished import FINAL, load_run
 from lbpwht_jax.weights.pretrained import export_weights, load_pretrained, number_of_classes
 

@@ -5,113 +5,16 @@ Multiplications with the zeros of a convolution's padding and dilation are left 
 work. The projection of the inputs, which low-rank layers do in the forward pass, is charged to the backward pass.
 """
 
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
-from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
+
+from lbpwht_jax.ops.flops import product_flops
 
 Variables = Mapping[str, Any]
-
-
-def product_flops(function: Callable, *arguments: Any, padding: bool = False) -> int:
-    """FLOPs of the matrix products and convolutions that ``function``'s results depend on.
-
-    Args:
-      function: of arrays.
-      *arguments: arrays or ``jax.ShapeDtypeStruct``; nothing is computed.
-      padding: counts multiplications with the zeros of convolutions' padding and dilation too, as the literature does for
-        forward passes.
-
-    Returns:
-      FLOPs, 2 a multiply-add. A scan's body counts once a step, a while loop's once, a conditional's dearest branch.
-    """
-    program = jax.make_jaxpr(function)(*arguments)
-    return _flops(program.jaxpr, [True] * len(program.jaxpr.outvars), padding)[0]
-
-
-def equation_macs(equation: Any, padding: bool = False) -> int:
-    """Multiply-accumulates of one equation of a program, 0 unless it is a product or convolution; as ``product_flops``."""
-    shapes = [v.aval.shape for v in equation.invars if hasattr(v.aval, "shape")]
-    if equation.primitive.name == "dot_general":
-        (contracted, _), _ = equation.params["dimension_numbers"]
-        return math.prod(equation.outvars[0].aval.shape) * math.prod(shapes[0][d] for d in contracted)
-    if equation.primitive.name != "conv_general_dilated":
-        return 0
-    params, output = equation.params, equation.outvars[0].aval.shape
-    numbers = params["dimension_numbers"]
-    axes = zip(
-        (shapes[0][d] for d in numbers.lhs_spec[2:]),
-        (shapes[1][d] for d in numbers.rhs_spec[2:]),
-        (output[d] for d in numbers.out_spec[2:]),
-        params["window_strides"],
-        params["padding"],
-        params["lhs_dilation"],
-        params["rhs_dilation"],
-        strict=True,
-    )
-    pairs = [outputs * kernel if padding else _pairs(size, kernel, outputs, *rest) for size, kernel, outputs, *rest in axes]
-    return math.prod(output[d] for d in numbers.out_spec[:2]) * shapes[1][numbers.rhs_spec[1]] * math.prod(pairs)
-
-
-def _pairs(size: int, kernel: int, outputs: int, stride: int, padding: tuple[int, int], dilation: int, spread: int) -> int:
-    """How many pairs of an output and a kernel's entry meet an input, along one axis of a convolution.
-
-    Args:
-      size, kernel, outputs: of input, kernel and output along the axis.
-      stride, padding: of the windows.
-      dilation: of the input, ``lhs_dilation``.
-      spread: of the kernel, ``rhs_dilation``.
-    """
-    at = stride * np.arange(outputs)[:, None] + spread * np.arange(kernel) - padding[0]
-    return int(np.sum((at >= 0) & (at <= (size - 1) * dilation) & (at % dilation == 0)))
-
-
-def inner_program(equation: Any) -> Jaxpr | None:
-    """The program that an equation runs once, on its operands, as calls and functions with their own derivatives do."""
-    inner = _inner_programs(equation)
-    if len(inner) != 1 or equation.primitive.name in ("scan", "while", "cond"):
-        return None
-    same = len(inner[0].invars) == len(equation.invars) and len(inner[0].outvars) == len(equation.outvars)
-    return inner[0] if same else None
-
-
-def _inner_programs(equation: Any) -> list[Jaxpr]:
-    return [
-        item.jaxpr if isinstance(item, ClosedJaxpr) else item
-        for value in equation.params.values()
-        for item in (value if isinstance(value, (tuple, list)) else (value,))
-        if isinstance(item, (ClosedJaxpr, Jaxpr))
-    ]
-
-
-def _flops(jaxpr: Jaxpr, wanted: list[bool], padding: bool) -> tuple[int, list[bool]]:
-    """FLOPs that the wanted outputs need, and which inputs they need."""
-    live = {v for v, want in zip(jaxpr.outvars, wanted, strict=True) if want and not isinstance(v, Literal)}
-    total = 0
-    for equation in reversed(jaxpr.eqns):
-        outputs = [v in live for v in equation.outvars]
-        if not any(outputs) and not equation.effects:
-            continue
-        count, inputs = _equation_flops(equation, outputs, padding)
-        total += count
-        live |= {v for v, need in zip(equation.invars, inputs, strict=True) if need and not isinstance(v, Literal)}
-    return total, [v in live for v in jaxpr.invars]
-
-
-def _equation_flops(equation: Any, outputs: list[bool], padding: bool) -> tuple[int, list[bool]]:
-    every_input = [True] * len(equation.invars)
-    called = inner_program(equation)
-    if called is not None:
-        return _flops(called, outputs, padding)
-    counts = [_flops(jaxpr, [True] * len(jaxpr.outvars), padding)[0] for jaxpr in _inner_programs(equation)]
-    if equation.primitive.name == "cond":
-        return max(counts), every_input
-    return 2 * equation_macs(equation, padding) + sum(counts) * equation.params.get("length", 1), every_input
 
 
 def _loss(model: Any, variables: Variables, images: jax.Array) -> jax.Array:

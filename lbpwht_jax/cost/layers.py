@@ -6,9 +6,9 @@ import math
 import jax
 import jax.numpy as jnp
 
-from lbpwht_jax.cost.backward import product_flops
 from lbpwht_jax.cost.trace import Product
 from lbpwht_jax.ops.basis import coefficient_count
+from lbpwht_jax.ops.flops import product_flops
 from lbpwht_jax.ops.projection import expand, project
 from lbpwht_jax.ops.spec import Grid, LowRankSpec
 

@@ -16,8 +16,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core import Jaxpr, Literal
 
-from lbpwht_jax.cost.backward import equation_macs, inner_program
 from lbpwht_jax.layers.linen import LowRankDense
+from lbpwht_jax.ops.flops import equation_macs, inner_program
 from lbpwht_jax.ops.spec import Grid
 
 # What a module that does element-wise work alone counts as, all its equations together.

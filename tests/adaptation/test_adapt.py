@@ -9,7 +9,7 @@ from foreign import Mixer, ViT
 from lbpwht_jax import Freeze, LoRA, LowRank, LowRankDense, adapt, create_model, lp_l1, lp_linf
 from lbpwht_jax.adaptation.linen import AdaptedModule, resolve
 from lbpwht_jax.adaptation.nnx import FrozenParam
-from lbpwht_jax.cost.backward import product_flops
+from lbpwht_jax.ops.flops import product_flops
 
 GRID, TOKENS = (4, 5), {"grid": (4, 5), "prefix_tokens": 1}
 FULL, LOW = lp_linf(8), lp_l1(2)

@@ -10,12 +10,13 @@ from flax import traverse_util
 from lbpwht_jax import Freeze, LoRA, LowRank, adapt, low_rank_matmul, lp_l1
 from lbpwht_jax.adaptation.partition import join_params, split_params
 from lbpwht_jax.adaptation.presets import parse_method
-from lbpwht_jax.cost.backward import backward_flops, product_flops, saved_bytes
+from lbpwht_jax.cost.backward import backward_flops, saved_bytes
 from lbpwht_jax.data import ArraySplit, Batch, Dataset
 from lbpwht_jax.models import model_info
 from lbpwht_jax.models.efficientformer import EfficientFormer
 from lbpwht_jax.models.info import ModelInfo
 from lbpwht_jax.models.vit import VisionTransformer
+from lbpwht_jax.ops.flops import product_flops
 from lbpwht_jax.ops.projection import projection_matrices
 from lbpwht_jax.train import Placement, Recipe, Snapshot, Trainer
 
