@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from lbpwht_jax.adaptation.rules import Adaptation
-from lbpwht_jax.ops.matmul import is_explicit
+from lbpwht_jax.ops.sharding import is_explicit
 
 A, B = "lora_a", "lora_b"
 

@@ -15,8 +15,8 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 
 from lbpwht_jax.ops.heuristic import chosen
-from lbpwht_jax.ops.matmul import check_grid
 from lbpwht_jax.ops.spec import Grid, LowRankSpec
+from lbpwht_jax.ops.validate import check_grid
 
 NOTHING = "(?!)"
 

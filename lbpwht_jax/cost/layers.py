@@ -1,55 +1,41 @@
 """What one product of a model costs in the backward pass as computed here: FLOPs, and bytes kept for it."""
 
-import functools
 import math
-
-import jax
-import jax.numpy as jnp
 
 from lbpwht_jax.cost.trace import Product
 from lbpwht_jax.ops.basis import coefficient_count
-from lbpwht_jax.ops.flops import product_flops
-from lbpwht_jax.ops.projection import expand, project
+from lbpwht_jax.ops.layer_flops import backward_flops
 from lbpwht_jax.ops.spec import Grid, LowRankSpec
 
 
 def matmul_flops(product: Product, spec: LowRankSpec | None) -> int:
-    """Backward FLOPs of one image: products and Walsh transforms, 2 a multiply-add.
+    """Backward FLOPs per image: products and Walsh transforms, 2 per multiply-add.
 
     The projection of the inputs, done in the forward pass, is charged to the backward pass.
 
     Args:
-      product: of the forward pass.
-      spec: of its backward pass; ``None`` for an exact one.
+      product: the product in the forward pass.
+      spec: its backward pass; ``None`` for an exact one.
+
+    Raises:
+      ValueError: if a low-rank product's token grid is not known.
     """
-    dx, dw = product.needs_dx, int(product.needs_dw)
     if spec is None:
-        return 2 * product.inside_macs * (dx + dw)
+        return 2 * product.inside_macs * (product.needs_dx + product.needs_dw)
     grid, repeats = _grid(product)
-    inputs, outputs = product.channels
-    low_dx, low_dw = dx * (spec.dx == "low_rank"), dw * (spec.dw == "low_rank")
-    analysis, synthesis = _transform_flops(spec, grid, product.prefix_tokens)
-    projections = low_dw * inputs + max(low_dx, low_dw) * outputs
-    flops = 2 * inputs * outputs * (low_dx + low_dw) * (product.prefix_tokens + coefficient_count(spec, grid))
-    flops += analysis * projections + synthesis * low_dx * inputs
-    return repeats * flops + 2 * product.macs * (dx - low_dx + dw - low_dw)
-
-
-@functools.cache
-def _transform_flops(spec: LowRankSpec, grid: Grid, prefix_tokens: int) -> tuple[int, int]:
-    """FLOPs a channel of projecting a grid and of expanding its coefficients."""
-    at = (spec, grid, prefix_tokens)
-    tokens = jax.ShapeDtypeStruct((1, prefix_tokens + math.prod(grid), 1), jnp.float32)
-    coefficients = jax.eval_shape(lambda x: project(x, *at), tokens)
-    return product_flops(lambda x: project(x, *at), tokens), product_flops(lambda x: expand(x, *at), coefficients)
+    needs = {"dx": bool(product.needs_dx), "dw": product.needs_dw}
+    return repeats * backward_flops(spec, grid, product.prefix_tokens, *product.channels, **needs)
 
 
 def saved_elements(product: Product, spec: LowRankSpec | None) -> int:
-    """Numbers an image that the kernel's gradient needs from the forward pass: the input, or its coefficients.
+    """How many numbers per image the kernel's gradient needs from the forward pass: the input, or its coefficients.
 
     Args:
-      product: of the forward pass, of a layer.
-      spec: of its backward pass; ``None`` for an exact one.
+      product: a layer's product in the forward pass.
+      spec: its backward pass; ``None`` for an exact one.
+
+    Raises:
+      ValueError: if a low-rank product's token grid is not known.
     """
     if not product.needs_dw:
         return 0
@@ -60,7 +46,7 @@ def saved_elements(product: Product, spec: LowRankSpec | None) -> int:
 
 
 def _grid(product: Product) -> tuple[Grid, int]:
-    """The token grid of a product, and how many of them an image has."""
+    """The token grid of a product, and how many such grids an image has."""
     if product.grid is None:
         raise ValueError(f"{product.path}: its token grid is not known, so it cannot be low-rank")
     return product.grid, product.tokens // (product.prefix_tokens + math.prod(product.grid))

@@ -1,4 +1,4 @@
-"""Walsh functions on the axes of a token grid, and the matrices they make, in numpy, once a shape."""
+"""Walsh functions on the axes of a token grid, and the matrices they make: NumPy, computed once per shape."""
 
 import dataclasses
 import functools
@@ -7,7 +7,7 @@ import math
 
 import numpy as np
 
-from lbpwht_jax.ops.spec import Grid, LowRankSpec
+from lbpwht_jax.ops.spec_fields import Grid, SpecFields
 from lbpwht_jax.ops.walsh import walsh_matrix
 
 
@@ -16,11 +16,11 @@ class Axis:
     """The Walsh functions of every block on one grid axis.
 
     Attributes:
-      analysis: ``[blocks, functions, tokens]``; each block's functions, zero on the tokens of the others.
-      synthesis: of the same shape.
-      kept: ``[blocks, functions]``, false at functions that vanish.
-      before: missing tokens before the first one.
-      after: missing tokens behind the last one.
+      analysis: float64 ``[blocks, functions, tokens]``; each block's functions, zero on the tokens of other blocks.
+      synthesis: the same shape and dtype; what a coefficient adds to the tokens.
+      kept: boolean ``[blocks, functions]``, false where a function vanishes.
+      before: tokens missing from the first block.
+      after: tokens missing from the last block.
     """
 
     analysis: np.ndarray
@@ -30,8 +30,13 @@ class Axis:
     after: int
 
     @property
+    def blocks(self) -> int:
+        """Number of blocks."""
+        return len(self.kept)
+
+    @property
     def whole(self) -> bool:
-        """Whether blocks fill the axis."""
+        """Whether every block is full."""
         return self.before == self.after == 0
 
 
@@ -49,7 +54,7 @@ def _orthonormalise(rows: np.ndarray) -> np.ndarray:
 
 @functools.cache
 def grid_axis(length: int, block: int, projection: str) -> Axis:
-    """The functions on an axis of ``length`` tokens, blocks laid centred."""
+    """The functions on an axis of ``length`` tokens, over which blocks are laid centred."""
     walsh = walsh_matrix(block, np.float64)
     blocks = -(-length // block)
     padding = blocks * block - length
@@ -69,14 +74,19 @@ def grid_axis(length: int, block: int, projection: str) -> Axis:
     return Axis(analysis, synthesis, np.any(analysis, axis=-1), before, padding - before)
 
 
+def grid_axes(spec: SpecFields, grid: Grid) -> list[Axis]:
+    """The functions on every axis of a grid."""
+    return [grid_axis(length, spec.block, spec.projection) for length in grid]
+
+
 @functools.cache
-def coefficient_indices(spec: LowRankSpec, grid: Grid) -> np.ndarray:
-    """``[coefficients, axes, 2]``: the block and the function of each coefficient along each grid axis."""
-    axes = [grid_axis(length, spec.block, spec.projection) for length in grid]
+def coefficient_indices(spec: SpecFields, grid: Grid) -> np.ndarray:
+    """The block and the function of each coefficient along each grid axis: int64 ``[coefficients, axes, 2]``."""
+    axes = grid_axes(spec, grid)
     return np.array(
         [
             tuple(zip(block, basis, strict=True))
-            for block in itertools.product(*(range(len(axis.kept)) for axis in axes))
+            for block in itertools.product(*(range(axis.blocks) for axis in axes))
             for basis in spec.bases
             if all(axis.kept[b, k] for axis, b, k in zip(axes, block, basis, strict=True))
         ],
@@ -84,37 +94,35 @@ def coefficient_indices(spec: LowRankSpec, grid: Grid) -> np.ndarray:
     ).reshape(-1, len(grid), 2)
 
 
-def coefficient_count(spec: LowRankSpec, grid: Grid) -> int:
-    """Number of coefficients kept for a whole grid, prefix tokens not counted; at most the number of tokens if fitted."""
+def coefficient_count(spec: SpecFields, grid: Grid) -> int:
+    """Number of coefficients of a whole grid, prefix tokens not counted; if fitted, at most the number of tokens."""
     return len(coefficient_indices(spec, grid))
 
 
 @functools.cache
-def token_sum_weights(spec: LowRankSpec, grid: Grid, prefix_tokens: int = 0) -> np.ndarray | None:
-    """What coefficients and prefix tokens are multiplied by to give the sum over all tokens, which constants being kept allow.
+def token_sum_weights(spec: SpecFields, grid: Grid, prefix_tokens: int = 0) -> np.ndarray | None:
+    """The weights with which the coefficients and prefix tokens sum to the sum over all tokens.
 
-    A projector that keeps constants is symmetric, so ``1^T x = 1^T (E A) x``, where ``1^T E`` is zero but for the means.
+    The sum is ``1^T x``. A projector ``E A`` that keeps constants is symmetric, so ``1^T x = 1^T E (A x)``: the weights are
+    ``1^T E``, zero for every function but the blocks' means.
 
     Returns:
-      float64 array ``[prefix_tokens + coefficients]``; ``None`` where constants are not kept or the projection, official on
-      partial blocks, is no projector.
+      float64 array ``[prefix_tokens + coefficients]``; ``None`` where the coefficients do not hold the sum: constants are not
+      kept, or the projection is no projector (official on partial blocks).
     """
-    exact = spec.projection == "fitted" or all(grid_axis(n, spec.block, spec.projection).whole for n in grid)
-    if not exact or (0,) * spec.ndim not in spec.bases:
+    axes = grid_axes(spec, grid)
+    is_projector = spec.projection == "fitted" or all(axis.whole for axis in axes)
+    if not is_projector or (0,) * spec.ndim not in spec.bases:
         return None
-    means = coefficient_indices(spec, grid)
-    weights = [
-        math.prod(
-            grid_axis(n, spec.block, spec.projection).synthesis[b, k].sum() for n, (b, k) in zip(grid, index, strict=True)
-        )
-        for index in means
-    ]
-    return np.concatenate([np.ones(prefix_tokens), np.where(np.any(means[..., 1], axis=-1), 0.0, weights)])
+    index = coefficient_indices(spec, grid)
+    sums = [math.prod(axis.synthesis[b, k].sum() for axis, (b, k) in zip(axes, each, strict=True)) for each in index]
+    is_mean = np.all(index[..., 1] == 0, axis=-1)
+    return np.concatenate([np.ones(prefix_tokens), np.where(is_mean, sums, 0.0)])
 
 
 @functools.cache
-def projection_matrices(spec: LowRankSpec, grid: Grid, prefix_tokens: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """The matrices behind ``project`` and ``expand``, tokens flattened in row-major order.
+def projection_matrices(spec: SpecFields, grid: Grid, prefix_tokens: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """The matrices that ``project`` and ``expand`` apply, tokens flattened in row-major order.
 
     Args:
       spec: the functions and the kind of projection.
@@ -122,11 +130,11 @@ def projection_matrices(spec: LowRankSpec, grid: Grid, prefix_tokens: int = 0) -
       prefix_tokens: leading tokens outside the grid, passed through unchanged.
 
     Returns:
-      ``(analysis, synthesis)``: float64 arrays ``[prefix_tokens + coefficients, prefix_tokens + tokens]`` and its transpose's
-      shape.
+      ``(analysis, synthesis)``: float64 arrays ``[prefix_tokens + coefficients, prefix_tokens + tokens]`` and
+      ``[prefix_tokens + tokens, prefix_tokens + coefficients]``.
     """
     index = coefficient_indices(spec, grid)
-    axes = [grid_axis(length, spec.block, spec.projection) for length in grid]
+    axes = grid_axes(spec, grid)
     matrices = []
     for name in ("analysis", "synthesis"):
         rows = np.ones((len(index), 1))

@@ -8,14 +8,14 @@ import jax
 from jax import lax
 
 from lbpwht_jax.ops.matmul import low_rank_matmul
-from lbpwht_jax.ops.spec import Grid, LowRankSpec
+from lbpwht_jax.ops.spec_fields import Grid, SpecFields
 
 
 @dataclasses.dataclass(frozen=True)
 class LowRankDotGeneral:
     """``lax.dot_general`` for dense layers, made by ``LowRankSpec.dot_general``; hashable, so it may be a module's field."""
 
-    spec: LowRankSpec
+    spec: SpecFields
     grid: Grid | None
     prefix_tokens: int
     name: str
@@ -68,7 +68,7 @@ class LowRankDotGeneral:
 class LowRankConv:
     """``lax.conv_general_dilated`` for 1x1 convolutions, made by ``LowRankSpec.conv_general_dilated``; hashable."""
 
-    spec: LowRankSpec
+    spec: SpecFields
     name: str
 
     def __call__(

@@ -6,5 +6,5 @@ import jax.numpy as jnp
 
 
 def accumulation_dtype(*dtypes: Any) -> Any:
-    """What products of these floating-point dtypes accumulate in: float64 if one of them is that, else float32."""
+    """The dtype in which products of these floating-point dtypes accumulate: float64 if one of them is that, else float32."""
     return jnp.float64 if jnp.float64 in dtypes else jnp.float32

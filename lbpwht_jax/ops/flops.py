@@ -23,7 +23,7 @@ def product_flops(function: Callable, *arguments: Any, padding: bool = False) ->
         forward passes.
 
     Returns:
-      FLOPs, 2 a multiply-add. A scan's body counts once a step, a while loop's once, a conditional's dearest branch.
+      FLOPs, 2 per multiply-add. A scan's body counts once per step, a while loop's once; of a conditional, the dearest branch.
     """
     program = jax.make_jaxpr(function)(*arguments)
     return _flops(program.jaxpr, [True] * len(program.jaxpr.outvars), padding)[0]

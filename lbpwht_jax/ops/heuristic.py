@@ -10,57 +10,55 @@ There, and where nearly every function of a narrow layer is kept, the exact prod
 import dataclasses
 import functools
 import math
-
-import jax
-import jax.numpy as jnp
+from typing import TypeVar
 
 from lbpwht_jax.ops.basis import coefficient_count
-from lbpwht_jax.ops.flops import product_flops
-from lbpwht_jax.ops.projection import expand, goes_by_axis, project
-from lbpwht_jax.ops.spec import Grid, LowRankSpec
+from lbpwht_jax.ops.forms import transform_form
+from lbpwht_jax.ops.layer_flops import backward_flops, transformed_channels
+from lbpwht_jax.ops.spec_fields import Grid, SpecFields
 
-_FLOPS_AN_ELEMENT = 20
+_FLOPS_PER_ELEMENT = 20
 _PASSES_BY_AXIS = 4
+
+Spec = TypeVar("Spec", bound=SpecFields)
 
 
 @functools.cache
-def predicted_speedup(spec: LowRankSpec, grid: Grid, prefix_tokens: int, inputs: int, outputs: int) -> float:
+def predicted_speedup(spec: SpecFields, grid: Grid, prefix_tokens: int, inputs: int, outputs: int) -> float:
     """Time of a layer's exact backward pass over that of its low-rank one, predicted from its shape.
 
     Args:
       spec: the functions kept and what is low-rank.
       grid: tokens along each axis.
       prefix_tokens: leading tokens outside the grid.
-      inputs: channels.
-      outputs: channels.
+      inputs: input channels.
+      outputs: output channels.
+
+    Returns:
+      The ratio, above 1 where low rank is predicted to be faster.
     """
-    tokens = prefix_tokens + math.prod(grid)
-    coefficients = prefix_tokens + coefficient_count(spec, grid)
-    low_dx, low_dw = spec.dx == "low_rank", spec.dw == "low_rank"
+    tokens, coefficients = prefix_tokens + math.prod(grid), prefix_tokens + coefficient_count(spec, grid)
+    by_axis = transform_form(spec, grid, "analysis") == "by_axis"
+    per_channel = _PASSES_BY_AXIS * tokens if by_axis else tokens + coefficients
+    exact_products = (spec.dx == "exact") + (spec.dw == "exact")
+    moved = per_channel * sum(transformed_channels(spec, inputs, outputs)) + exact_products * tokens * (inputs + outputs)
 
-    def products(low: int) -> int:
-        return 2 * inputs * outputs * (coefficients * low + tokens * (2 - low))
+    def time(flops: int, elements: int) -> int:
+        return flops + _FLOPS_PER_ELEMENT * elements
 
-    at = (spec, grid, prefix_tokens)
-    flops_in = product_flops(lambda x: project(x, *at), jax.ShapeDtypeStruct((1, tokens, 1), jnp.float32))
-    flops_out = product_flops(lambda x: expand(x, *at), jax.ShapeDtypeStruct((1, coefficients, 1), jnp.float32))
-    projected = low_dw * inputs + (low_dx or low_dw) * outputs
-    expanded = low_dx * inputs
-    passed = _PASSES_BY_AXIS * tokens if goes_by_axis(spec, grid) else tokens + coefficients
-    moved = passed * (projected + expanded) + tokens * (inputs + outputs) * ((not low_dx) + (not low_dw))
-    low = products(low_dx + low_dw) + flops_in * projected + flops_out * expanded + _FLOPS_AN_ELEMENT * moved
-    return (products(0) + _FLOPS_AN_ELEMENT * 2 * tokens * (inputs + outputs)) / low
+    exact = time(2 * 2 * inputs * outputs * tokens, 2 * tokens * (inputs + outputs))
+    return exact / time(backward_flops(spec, grid, prefix_tokens, inputs, outputs), moved)
 
 
-def chosen(spec: LowRankSpec, grid: Grid, prefix_tokens: int, inputs: int, outputs: int) -> LowRankSpec:
-    """``spec``, or one that is exact where ``spec.when`` is ``"faster"`` and low rank is predicted to be slower.
+def chosen(spec: Spec, grid: Grid, prefix_tokens: int, inputs: int, outputs: int) -> Spec:
+    """``spec``, or an exact one where ``spec.when`` is ``"faster"`` and low rank is predicted to be slower.
 
     Args:
       spec: the functions kept and what is low-rank.
       grid: tokens along each axis.
       prefix_tokens: leading tokens outside the grid.
-      inputs: channels.
-      outputs: channels.
+      inputs: input channels.
+      outputs: output channels.
     """
     if spec.when == "always" or predicted_speedup(spec, grid, prefix_tokens, inputs, outputs) >= 1:
         return spec

@@ -18,201 +18,165 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from lbpwht_jax.ops.basis import coefficient_count, token_sum_weights
+from lbpwht_jax.ops.basis import token_sum_weights
 from lbpwht_jax.ops.dtypes import accumulation_dtype
 from lbpwht_jax.ops.heuristic import chosen
 from lbpwht_jax.ops.projection import expand, project
-from lbpwht_jax.ops.spec import Grid, LowRankSpec
+from lbpwht_jax.ops.sharding import explicit_sharding, is_explicit, vary_alike, with_whole_tokens
+from lbpwht_jax.ops.spec_fields import Grid, SpecFields
+from lbpwht_jax.ops.validate import check_operands
 
 
 @dataclasses.dataclass(frozen=True)
-class _Static:
-    """What the operation needs beyond arrays; hashable."""
+class _Like:
+    """The dtype of an array, and its sharding where JAX must be told (on a mesh with explicit axes)."""
 
-    spec: LowRankSpec
+    dtype: Any
+    sharding: Any = None
+
+    @classmethod
+    def of(cls, array: jax.Array) -> "_Like":
+        return cls(array.dtype, explicit_sharding(array))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Static:
+    """All that is known when tracing; hashable.
+
+    Attributes:
+      spec: the functions kept and what is low-rank, after the automatic choice.
+      grid: tokens along each axis.
+      prefix_tokens: leading tokens outside the grid.
+      precision: precision of all products.
+      accumulate: dtype in which products accumulate.
+      y, x, kernel, bias: what the result and the operands' cotangents must be like; ``None`` for a bias that is not there.
+    """
+
+    spec: SpecFields
     grid: Grid
     prefix_tokens: int
     precision: Any
     accumulate: Any
-    output: Any
-    out_sharding: Any
-    x_dtype: Any
-    kernel_dtype: Any
-    x_sharding: Any
-    kernel_sharding: Any
+    y: _Like
+    x: _Like
+    kernel: _Like
+    bias: _Like | None
+
+    def project(self, x: jax.Array) -> jax.Array:
+        return project(x, self.spec, self.grid, self.prefix_tokens, self.precision)
+
+    def expand(self, coefficients: jax.Array) -> jax.Array:
+        return expand(coefficients, self.spec, self.grid, self.prefix_tokens, self.precision)
 
 
-def _product(a: jax.Array, b: jax.Array, contract: tuple, static: _Static, out_sharding: Any = None) -> jax.Array:
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Residuals:
+    """What the forward pass keeps for the backward pass.
+
+    Attributes:
+      x: the coefficients of x, or all of x where ``dw`` is exact, for the kernel's cotangent; ``None`` if that is not wanted.
+      kernel: for the cotangent of x; ``None`` if that is not wanted.
+      wants_dx, wants_dw, wants_db: which operands are differentiated.
+    """
+
+    x: jax.Array | None
+    kernel: jax.Array | None
+    wants_dx: bool = dataclasses.field(metadata={"static": True})
+    wants_dw: bool = dataclasses.field(metadata={"static": True})
+    wants_db: bool = dataclasses.field(metadata={"static": True})
+
+
+def _product(a: jax.Array, b: jax.Array, contract: tuple, static: _Static, like: _Like) -> jax.Array:
     dtype = a.dtype if a.dtype == b.dtype else static.accumulate
-    return lax.dot_general(
+    product = lax.dot_general(
         a.astype(dtype),
         b.astype(dtype),
         (contract, ((), ())),
         precision=static.precision,
         preferred_element_type=static.accumulate,
-        out_sharding=out_sharding,
+        out_sharding=like.sharding,
     )
+    return product.astype(like.dtype)
+
+
+def _add_bias(y: jax.Array, bias: jax.Array) -> jax.Array:
+    return y + bias.reshape((1,) * (y.ndim - 1) + (-1,))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _matmul(x: jax.Array, kernel: jax.Array, bias: jax.Array | None, static: _Static) -> jax.Array:
-    y = _product(x, kernel, ((x.ndim - 1,), (0,)), static, static.out_sharding).astype(static.output)
-    return y if bias is None else y + bias.reshape((1,) * (y.ndim - 1) + (-1,))
+    y = _product(x, kernel, ((x.ndim - 1,), (0,)), static, static.y)
+    return y if bias is None else _add_bias(y, bias)
 
 
-def _forward(x, kernel, bias, static):
-    saved = None
-    if kernel.perturbed:
-        saved = x.value
-        if static.spec.dw == "low_rank":
-            saved = project(x.value, static.spec, static.grid, static.prefix_tokens, static.precision)
+def _forward(x: Any, kernel: Any, bias: Any, static: _Static) -> tuple[jax.Array, _Residuals]:
+    wants_dx, wants_dw = x.perturbed, kernel.perturbed
+    kept_x = None
+    if wants_dw:
+        kept_x = static.project(x.value) if static.spec.dw == "low_rank" else x.value
     y = _matmul(x.value, kernel.value, None if bias is None else bias.value, static)
-    wanted = None if bias is None or not bias.perturbed else jnp.zeros((), bias.value.dtype)
-    return y, (saved, kernel.value if x.perturbed else None, wanted)
+    wants_db = bias is not None and bias.perturbed
+    return y, _Residuals(kept_x, kernel.value if wants_dx else None, wants_dx, wants_dw, wants_db)
 
 
-def _backward(static, residuals, g):
-    saved, kernel, bias = residuals
+def _backward(static: _Static, kept: _Residuals, g: jax.Array | SymbolicZero) -> tuple:
     if isinstance(g, SymbolicZero):
         return None, None, None
-    spec, at = static.spec, (static.spec, static.grid, static.prefix_tokens, static.precision)
-    wanted = ((kernel, spec.dx), (saved, spec.dw))
-    coefficients = project(g, *at) if any(a is not None and kind == "low_rank" for a, kind in wanted) else g
+    low_dx = kept.wants_dx and static.spec.dx == "low_rank"
+    low_dw = kept.wants_dw and static.spec.dw == "low_rank"
+    coefficients = static.project(g) if low_dx or low_dw else None
     dx = dw = db = None
-    if kernel is not None:
-        dx, sharding = coefficients if spec.dx == "low_rank" else g, static.x_sharding
-        if spec.dx == "low_rank" and sharding is not None:
-            sharding = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[:-2], None, sharding.spec[-1]))
-        dx = _product(dx, kernel, ((g.ndim - 1,), (1,)), static, sharding).astype(static.x_dtype)
-        if spec.dx == "low_rank":
-            dx = expand(dx, *at)
-    if saved is not None:
-        dw = coefficients if spec.dw == "low_rank" else g
-        if static.x_sharding is None:  # on CPU XLA takes a quarter longer to contract several axes than one
-            saved, dw = (a.reshape(math.prod(a.shape[:-1]), a.shape[-1]) for a in (saved, dw))
-        rows = tuple(range(saved.ndim - 1))
-        dw = _product(saved, dw, (rows, rows), static, static.kernel_sharding).astype(static.kernel_dtype)
-    if bias is not None:
-        db = _token_sum(coefficients, token_sum_weights(*at[:3]) if coefficients is not g else None).astype(bias.dtype)
+    if kept.wants_dx:
+        dx = _dx(coefficients if low_dx else g, kept.kernel, static)
+    if kept.wants_dw:
+        dw = _dw(kept.x, coefficients if low_dw else g, static)
+    if kept.wants_db:
+        db = _db(g, coefficients, static)
     return dx, dw, db
-
-
-def _token_sum(x: jax.Array, weights: np.ndarray | None) -> jax.Array:
-    """Sum over batch and tokens of ``[..., tokens, channels]``, or of coefficients, weighted."""
-    x = x.reshape(math.prod(x.shape[:-2]), *x.shape[-2:])
-    if weights is not None:
-        rows = np.flatnonzero(weights)
-        dtype = accumulation_dtype(x.dtype)
-        x = x[:, rows].astype(dtype) * jnp.asarray(weights[rows], dtype).reshape(1, -1, 1)
-    return jnp.sum(x, (0, 1), dtype=accumulation_dtype(x.dtype))
 
 
 _matmul.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
-def is_explicit(array: jax.Array) -> bool:
-    """Whether the array is on a mesh with explicit axes."""
-    return AxisType.Explicit in jax.typeof(array).sharding.mesh.axis_types
+def _dx(g: jax.Array, kernel: jax.Array, static: _Static) -> jax.Array:
+    """The cotangent of x; ``g`` is the result's cotangent, or its coefficients where ``dx`` is low-rank."""
+    contract = ((g.ndim - 1,), (1,))
+    if static.spec.dx == "exact":
+        return _product(g, kernel, contract, static, static.x)
+    like = static.x
+    if like.sharding is not None:
+        like = dataclasses.replace(like, sharding=with_whole_tokens(like.sharding))
+    return static.expand(_product(g, kernel, contract, static, like))
 
 
-def _sharding(like: jax.Array) -> Any:
-    """An array's sharding on a mesh with explicit axes, where a product over a sharded dimension must be told its own."""
-    return jax.typeof(like).sharding if is_explicit(like) else None
+def _dw(x: jax.Array, g: jax.Array, static: _Static) -> jax.Array:
+    """The kernel's cotangent; ``x`` and ``g`` are both whole, or both coefficients."""
+    if static.x.sharding is None:  # on CPU XLA takes a quarter longer to contract several axes than one
+        x, g = (a.reshape(math.prod(a.shape[:-1]), a.shape[-1]) for a in (x, g))
+    rows = tuple(range(x.ndim - 1))
+    return _product(x, g, (rows, rows), static, static.kernel)
 
 
-def _vary_alike(*arrays: jax.Array) -> list[jax.Array]:
-    """Inside ``shard_map``, casts all to vary over the same mesh axes, so that a replicated kernel's cotangent is summed."""
-    axes = [jax.typeof(a).manual_axis_type.varying for a in arrays]
-    missing = [tuple(sorted(frozenset().union(*axes) - own)) for own in axes]
-    return [lax.pcast(a, names, to="varying") if names else a for a, names in zip(arrays, missing, strict=True)]
+def _db(g: jax.Array, coefficients: jax.Array | None, static: _Static) -> jax.Array:
+    """The bias's cotangent, the sum of ``g`` over batch and tokens: from the coefficients where there are any."""
+    if coefficients is not None:
+        weights = token_sum_weights(static.spec, static.grid, static.prefix_tokens)
+        rows = np.flatnonzero(weights)
+        dtype = accumulation_dtype(coefficients.dtype)
+        g = _flat_batch(coefficients)[:, rows].astype(dtype) * jnp.asarray(weights[rows], dtype).reshape(1, -1, 1)
+    return jnp.sum(_flat_batch(g), (0, 1), dtype=accumulation_dtype(g.dtype)).astype(static.bias.dtype)
 
 
-def check_grid(shape: tuple[int, ...], spec: LowRankSpec, grid: Grid | None, prefix_tokens: int, name: str) -> Grid:
-    """The token grid of an input, checked.
-
-    Args:
-      shape: of the input: ``[..., prefix_tokens + tokens, channels]``, or ``[..., *grid, channels]`` if ``grid`` is ``None``.
-      spec: the functions kept.
-      grid: tokens along each axis, or ``None``.
-      prefix_tokens: leading tokens outside the grid.
-      name: where the layer is, opening the messages.
-
-    Returns:
-      Tokens along each axis.
-
-    Raises:
-      TypeError: if ``spec`` is no ``LowRankSpec``, or ``grid`` or ``prefix_tokens`` hold no integers.
-      ValueError: if the grid is missing or does not fit the input or the spec.
-    """
-    if not isinstance(spec, LowRankSpec):
-        raise TypeError(f"{name}: spec must be a LowRankSpec, such as lp_l1(4), got {spec!r}")
-    try:
-        prefix_tokens = operator.index(prefix_tokens)
-        grid = None if grid is None else tuple(operator.index(n) for n in grid)
-    except TypeError:
-        raise TypeError(
-            f"{name}: grid must be a tuple of integers and prefix_tokens an integer, got grid={grid!r}, "
-            f"prefix_tokens={prefix_tokens!r}"
-        ) from None
-    if prefix_tokens < 0:
-        raise ValueError(f"{name}: prefix_tokens must not be negative, got {prefix_tokens}")
-    if grid is None:
-        if prefix_tokens:
-            raise ValueError(
-                f"{name}: prefix_tokens={prefix_tokens} needs a token axis, but without a grid the input {list(shape)} is a "
-                "channels-last map, which has none; pass grid=(height, width) and x of shape [..., tokens, channels]"
-            )
-        if len(shape) < spec.ndim + 2:
-            raise ValueError(
-                f"{name}: the grid is missing. Without it the input must be a channels-last map of shape "
-                f"[batch, {', '.join(['size'] * spec.ndim)}, channels], got {list(shape)}. For tokens, "
-                f"[..., tokens, channels], pass grid=({', '.join(['size'] * spec.ndim)}); for a single map add a batch axis"
-            )
-        grid = shape[-1 - spec.ndim : -1]
-    if len(grid) != spec.ndim:
-        raise ValueError(
-            f"{name}: the spec's functions have {spec.ndim} axes and the grid {grid} has {len(grid)}; "
-            f"make the spec with ndim={len(grid)}, such as lp_l1(4, ndim={len(grid)})"
-        )
-    if min(grid) < 1:
-        raise ValueError(f"{name}: every axis of the grid needs at least one token, got {grid}")
-    return grid
-
-
-def _check(x: jax.Array, kernel: jax.Array, spec: LowRankSpec, grid: Grid | None, prefix_tokens: int, name: str) -> Grid:
-    flat = grid is not None
-    grid = check_grid(x.shape, spec, grid, prefix_tokens, name)
-    for label, array in (("x", x), ("kernel", kernel)):
-        if not jnp.issubdtype(array.dtype, jnp.floating):
-            raise TypeError(f"{name}: {label} must be of a floating-point dtype, got {array.dtype}; cast it first")
-    if kernel.ndim != 2:
-        raise ValueError(f"{name}: the kernel must be [in, out], got shape {list(kernel.shape)}")
-    if flat:
-        expected = prefix_tokens + math.prod(grid)
-        if x.ndim < 2 or x.shape[-2] != expected:
-            raise ValueError(
-                f"{name}: grid {grid} with {prefix_tokens} prefix tokens makes {expected} tokens, but x of shape "
-                f"{list(x.shape)} has {x.shape[-2] if x.ndim > 1 else 'no token axis'} along its token axis"
-            )
-    if x.shape[-1] != kernel.shape[0]:
-        raise ValueError(
-            f"{name}: x of shape {list(x.shape)} has {x.shape[-1]} channels, but the kernel of shape "
-            f"{list(kernel.shape)} takes {kernel.shape[0]}"
-        )
-    if not coefficient_count(spec, grid):
-        raise ValueError(
-            f"{name}: none of the functions {spec.bases} exists on the grid {grid}, so every gradient would be zero; "
-            "keep the mean, (0, 0), or use a larger grid"
-        )
-    return grid
+def _flat_batch(x: jax.Array) -> jax.Array:
+    return x.reshape(math.prod(x.shape[:-2]), *x.shape[-2:])
 
 
 def low_rank_matmul(
     x: jax.Array,
     kernel: jax.Array,
-    spec: LowRankSpec,
+    spec: SpecFields,
     grid: Grid | None = None,
     prefix_tokens: int = 0,
     *,
@@ -252,26 +216,25 @@ def low_rank_matmul(
         ``kernel`` that differ, a selection of which nothing exists on the grid. All at trace time.
     """
     x, kernel = jnp.asarray(x), jnp.asarray(kernel)
-    flat_grid = _check(x, kernel, spec, grid, prefix_tokens, name)
-    output = jnp.result_type(x, kernel) if preferred_element_type is None else jnp.dtype(preferred_element_type)
-    if bias is not None and bias.shape != kernel.shape[1:]:
-        raise ValueError(f"{name}: the bias must be [{kernel.shape[1]}], one a channel of the output, got {list(bias.shape)}")
-    folded = [] if bias is None or is_explicit(x) or token_sum_weights(spec, flat_grid) is None else [bias]
-    x, kernel, *folded = _vary_alike(x, kernel, *folded)
-    tokens = x if grid is not None else x.reshape(*x.shape[: -1 - spec.ndim], math.prod(flat_grid), x.shape[-1])
+    token_grid = check_operands(x, kernel, bias, spec, grid, prefix_tokens, name)
+    prefix_tokens = operator.index(prefix_tokens)
+    # Elsewhere the coefficients do not hold the bias's cotangent, or XLA shards it: JAX adds the bias, and differentiates it.
+    takes_bias = bias is not None and not is_explicit(x) and token_sum_weights(spec, token_grid) is not None
+    x, kernel, *taken = vary_alike(x, kernel, *([bias] if takes_bias else []))
+    folded = taken[0] if takes_bias else None
+    tokens = x if grid is not None else x.reshape(*x.shape[: -1 - spec.ndim], math.prod(token_grid), x.shape[-1])
+    dtype = jnp.result_type(x, kernel) if preferred_element_type is None else jnp.dtype(preferred_element_type)
     static = _Static(
-        chosen(spec, flat_grid, operator.index(prefix_tokens), *kernel.shape),
-        flat_grid,
-        operator.index(prefix_tokens),
-        precision if isinstance(precision, (str, lax.Precision, type(None))) else tuple(precision),
-        accumulation_dtype(x.dtype, kernel.dtype),
-        output,
-        out_sharding,
-        x.dtype,
-        kernel.dtype,
-        _sharding(tokens),
-        _sharding(kernel),
+        spec=chosen(spec, token_grid, prefix_tokens, *kernel.shape),
+        grid=token_grid,
+        prefix_tokens=prefix_tokens,
+        precision=precision if isinstance(precision, (str, lax.Precision, type(None))) else tuple(precision),
+        accumulate=accumulation_dtype(x.dtype, kernel.dtype),
+        y=_Like(dtype, out_sharding),
+        x=_Like.of(tokens),
+        kernel=_Like.of(kernel),
+        bias=None if folded is None else _Like.of(folded),
     )
-    y: Any = _matmul(tokens, kernel, folded[0] if folded else None, static)
+    y: Any = _matmul(tokens, kernel, folded, static)
     y = y if grid is not None else y.reshape(*x.shape[:-1], kernel.shape[1])
-    return y if folded or bias is None else y + bias.reshape((1,) * (y.ndim - 1) + (-1,))
+    return y if bias is None or takes_bias else _add_bias(y, bias)

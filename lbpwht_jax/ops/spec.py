@@ -4,20 +4,16 @@ import dataclasses
 import itertools
 import operator
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
-import numpy as np
+from lbpwht_jax.ops.dot_general import LowRankConv, LowRankDotGeneral
+from lbpwht_jax.ops.spec_fields import Basis, Grid, SpecFields
 
-Basis = tuple[int, ...]
-Grid = tuple[int, ...]
-
-_PROJECTIONS = ("fitted", "official")
-_PRODUCTS = ("low_rank", "exact")
-_TIMES = ("always", "faster")
+__all__ = ["Basis", "Grid", "LowRankSpec", "lp_l1", "lp_linf"]
 
 
 @dataclasses.dataclass(frozen=True)
-class LowRankSpec:
+class LowRankSpec(SpecFields):
     """A static, hashable description of low-rank backprop for one layer.
 
     Attributes:
@@ -38,63 +34,6 @@ class LowRankSpec:
       TypeError: a selection that does not consist of tuples of integers.
     """
 
-    bases: tuple[Basis, ...]
-    block: int = 8
-    projection: Literal["fitted", "official"] = "fitted"
-    dx: Literal["low_rank", "exact"] = "low_rank"
-    dw: Literal["low_rank", "exact"] = "low_rank"
-    when: Literal["always", "faster"] = "always"
-
-    def __post_init__(self):
-        try:
-            bases = tuple(tuple(operator.index(i) for i in basis) for basis in self.bases)
-            block = operator.index(self.block)
-        except TypeError:
-            raise TypeError(
-                "LowRankSpec: bases must be tuples of integers, one a grid axis, such as [(0, 0), (0, 1)], and block an "
-                f"integer; got bases={self.bases!r}, block={self.block!r}"
-            ) from None
-        object.__setattr__(self, "bases", bases)
-        object.__setattr__(self, "block", block)
-        if block < 1 or block & (block - 1):
-            raise ValueError(f"LowRankSpec: block must be a power of two (such as 8), got {block}")
-        if not bases:
-            raise ValueError("LowRankSpec: the selection is empty; keep at least one function, such as (0, 0)")
-        lengths = {len(basis) for basis in bases}
-        if len(lengths) > 1 or 0 in lengths:
-            raise ValueError(
-                f"LowRankSpec: every function needs one index for each grid axis, got tuples of lengths {sorted(lengths)}"
-            )
-        repeated = sorted({basis for basis in bases if bases.count(basis) > 1})
-        if repeated:
-            raise ValueError(f"LowRankSpec: repeated functions {repeated}; name each function once")
-        outside = [basis for basis in bases if not all(0 <= i < block for i in basis)]
-        if outside:
-            raise ValueError(
-                f"LowRankSpec: functions {outside} are outside the block: with block={block} every index is 0 to {block - 1}"
-            )
-        for field, allowed in (("projection", _PROJECTIONS), ("dx", _PRODUCTS), ("dw", _PRODUCTS), ("when", _TIMES)):
-            value = getattr(self, field)
-            if value not in allowed:
-                raise ValueError(f"LowRankSpec: {field} must be one of {allowed}, got {value!r}")
-
-    @property
-    def ndim(self) -> int:
-        """Number of grid axes."""
-        return len(self.bases[0])
-
-    @property
-    def rank(self) -> int:
-        """Number of functions kept in a whole block."""
-        return len(self.bases)
-
-    @property
-    def mask(self) -> np.ndarray:
-        """Boolean array of shape ``[block] * ndim``, true at the functions kept."""
-        mask = np.zeros((self.block,) * self.ndim, bool)
-        mask[tuple(np.transpose(self.bases))] = True
-        return mask
-
     def dot_general(self, *, grid: Grid | None = None, prefix_tokens: int = 0, name: str = "") -> Callable[..., Any]:
         """A stand-in for ``jax.lax.dot_general`` with this backward, for Flax's ``dot_general=`` arguments.
 
@@ -109,8 +48,6 @@ class LowRankSpec:
         Returns:
           ``f(lhs, rhs, dimension_numbers, precision=None, preferred_element_type=None, out_sharding=None)``.
         """
-        from lbpwht_jax.ops.dot_general import LowRankDotGeneral  # above this module in the order of imports
-
         return LowRankDotGeneral(self, grid if grid is None else tuple(grid), prefix_tokens, name)
 
     def conv_general_dilated(self, *, name: str = "") -> Callable[..., Any]:
@@ -122,8 +59,6 @@ class LowRankSpec:
         Returns:
           A callable with ``jax.lax.conv_general_dilated``'s signature, for kernels whose window is 1 along every axis.
         """
-        from lbpwht_jax.ops.dot_general import LowRankConv  # above this module in the order of imports
-
         return LowRankConv(self, name)
 
 
