@@ -1,5 +1,6 @@
 """The bias of ``low_rank_matmul``: its gradient is exact, and taken from the coefficients where they hold it."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -31,16 +32,24 @@ def inputs(grid, prefix, dtype=jnp.float32):
 def test_the_bias_and_its_gradient_are_exact(case, dtype, tolerance):
     spec, grid, prefix = CASES[case]
     x, kernel, bias, g = inputs(grid, prefix, dtype)
-    y, pullback = jax.vjp(lambda x, kernel, bias: low_rank_matmul(x, kernel, spec, grid, prefix, bias=bias), x, kernel, bias)
-    plain, without = jax.vjp(lambda x, kernel: low_rank_matmul(x, kernel, spec, grid, prefix), x, kernel)
-    np.testing.assert_array_equal(y, plain + bias.reshape(1, 1, -1))
-    dx, dw, db = pullback(g)
-    for a, b in zip((dx, dw), without(g), strict=True):
-        np.testing.assert_array_equal(a, b)
+
+    @jax.jit
+    def with_bias(x, kernel, bias, g):
+        y, pullback = jax.vjp(lambda *a: low_rank_matmul(*a[:2], spec, grid, prefix, bias=a[2]), x, kernel, bias)
+        return y, pullback(g)
+
+    @jax.jit
+    def without_bias(x, kernel, bias, g):
+        y, pullback = jax.vjp(lambda *a: low_rank_matmul(*a, spec, grid, prefix), x, kernel)
+        return y + bias.reshape(1, 1, -1), pullback(g)
+
+    y, (dx, dw, db) = with_bias(x, kernel, bias, g)
+    chex.assert_trees_all_equal((y, (dx, dw)), without_bias(x, kernel, bias, g))
+    chex.assert_type([y, dx, dw, db], dtype)
     exact = np.asarray(g, np.float64).sum((0, 1))
     # coefficients are rounded to g's dtype, of which up to 3 * 16 are summed
     scale = np.abs(np.asarray(g, np.float64)).sum((0, 1)).max()
-    assert db.dtype == dtype and np.abs(np.asarray(db, np.float64) - exact).max() <= tolerance * scale
+    chex.assert_trees_all_close(np.asarray(db, np.float64), exact, rtol=0, atol=tolerance * scale)
 
 
 def test_the_cotangent_is_read_once():
@@ -65,12 +74,7 @@ def test_what_is_frozen_changes_nothing_else(argnums):
     def loss(*a):
         return jnp.sum(low_rank_matmul(a[0], a[1], spec, grid, bias=a[2]) * g)
 
-    everything = jax.grad(loss, (0, 1, 2))(*primals)
-    for n, gradient in zip(argnums, jax.grad(loss, argnums)(*primals), strict=True):
-        np.testing.assert_allclose(gradient, everything[n], rtol=1e-5, atol=1e-5)
-
-
-def test_a_bias_of_another_shape_is_refused():
-    x, kernel, _, _ = inputs((7, 7), 0)
-    with pytest.raises(ValueError, match=r"the bias must be \[5\], one a channel of the output, got \[4\]"):
-        low_rank_matmul(x, kernel, lp_l1(2), (7, 7), bias=jnp.zeros(4))
+    everything = jax.jit(jax.grad(loss, (0, 1, 2)))(*primals)
+    some = jax.jit(jax.grad(loss, argnums))(*primals)
+    # float32 sums of up to 147 terms, in any order
+    chex.assert_trees_all_close(some, tuple(everything[n] for n in argnums), rtol=1e-5, atol=1e-5)

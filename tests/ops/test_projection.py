@@ -1,6 +1,7 @@
 import math
 
-import jax.numpy as jnp
+import chex
+import jax
 import numpy as np
 import pytest
 import reference
@@ -8,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lbpwht_jax import LowRankSpec, lp_l1, lp_linf
-from lbpwht_jax.ops.projection import _expand_by_axis, _project_by_axis, coefficient_count, projection_matrices
+from lbpwht_jax.ops import coefficient_count, projection_matrices
+from lbpwht_jax.ops.projection import _expand_by_axis, _project_by_axis
 
 GRIDS = [(7, 7), (14, 14), (12, 9), (5, 3), (3, 3), (1, 1), (16, 8), (28, 28), (100,), (6,), (4, 7, 7)]
 
@@ -24,9 +26,9 @@ def projector(spec, grid):
 def test_fitted_is_the_orthogonal_projector_onto_the_restricted_functions(grid, r, select):
     spec = select(r, ndim=len(grid))
     actual = projector(spec, grid)
-    np.testing.assert_allclose(actual, actual.T, atol=1e-12)
-    np.testing.assert_allclose(actual @ actual, actual, atol=1e-12)
-    np.testing.assert_allclose(actual, reference.fitted_projector(spec, grid), atol=1e-10)
+    chex.assert_trees_all_close(actual, actual.T, rtol=0, atol=1e-12)
+    chex.assert_trees_all_close(actual @ actual, actual, rtol=0, atol=1e-12)
+    chex.assert_trees_all_close(actual, reference.fitted_projector(spec, grid), rtol=0, atol=1e-10)
     assert coefficient_count(spec, grid) == round(np.trace(actual))
 
 
@@ -41,24 +43,23 @@ def test_fitted_projects_whatever_the_selection(data):
     more = data.draw(st.lists(functions, max_size=12).map(lambda extra: [f for f in dict.fromkeys(extra) if f not in chosen]))
     few, many = (projector(LowRankSpec(bases, block=block), grid) for bases in (chosen, chosen + more))
     for matrix in (few, many):
-        np.testing.assert_allclose(matrix @ matrix, matrix, atol=1e-12)
-        np.testing.assert_allclose(matrix, matrix.T, atol=1e-12)
+        chex.assert_trees_all_close(matrix @ matrix, matrix, rtol=0, atol=1e-12)
+        chex.assert_trees_all_close(matrix, matrix.T, rtol=0, atol=1e-12)
     # nested selections project onto nested spaces, so the error cannot rise
-    np.testing.assert_allclose(few @ many, few, atol=1e-12)
+    chex.assert_trees_all_close(few @ many, few, rtol=0, atol=1e-12)
     assert coefficient_count(LowRankSpec(chosen, block=block), grid) <= math.prod(grid)
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
 def test_fitted_keeps_everything_when_all_functions_are_kept(grid):
-    np.testing.assert_allclose(projector(lp_linf(8, len(grid)), grid), np.eye(math.prod(grid)), atol=1e-12)
+    chex.assert_trees_all_close(projector(lp_linf(8, len(grid)), grid), np.eye(math.prod(grid)), rtol=0, atol=1e-12)
     assert coefficient_count(lp_linf(8, len(grid)), grid) == math.prod(grid)
 
 
 @pytest.mark.parametrize("grid", [(8, 8), (16, 8), (24,)], ids=str)
 def test_both_projections_agree_on_whole_blocks(grid):
     fitted, official = (projection_matrices(lp_l1(4, len(grid), projection=p), grid) for p in ("fitted", "official"))
-    for a, b in zip(fitted, official, strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-12)
+    chex.assert_trees_all_close(fitted, official, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
@@ -70,18 +71,17 @@ def test_axis_by_axis_equals_the_matrices(grid, projection, r):
     rng = np.random.default_rng(0)
     x = rng.normal(size=(2, 3, math.prod(grid), 5))
     coefficients = rng.normal(size=(2, 3, len(analysis), 5))
+    both = jax.jit(lambda x, c: (_project_by_axis(x, spec, grid, None), _expand_by_axis(c, spec, grid, None)))
+    actual = both(x.astype(np.float32), coefficients.astype(np.float32))
     # float32 sums of at most 784 terms of order 1, results of order 10
-    projected = _project_by_axis(jnp.asarray(x, jnp.float32), spec, grid, None)
-    np.testing.assert_allclose(projected, analysis @ x, atol=2e-5)
-    expanded = _expand_by_axis(jnp.asarray(coefficients, jnp.float32), spec, grid, None)
-    np.testing.assert_allclose(expanded, synthesis @ coefficients, atol=2e-5)
+    chex.assert_trees_all_close(actual, (analysis @ x, synthesis @ coefficients), rtol=0, atol=2e-5)
 
 
 def test_prefix_tokens_pass_through():
     analysis, synthesis = projection_matrices(lp_l1(2), (7, 7), 2)
-    assert analysis.shape == (2 + 3, 2 + 49)
+    chex.assert_shape([analysis, synthesis], [(2 + 3, 2 + 49), (2 + 49, 2 + 3)])
     inner_analysis, inner_synthesis = projection_matrices(lp_l1(2), (7, 7))
-    np.testing.assert_array_equal(analysis[:2, :2], np.eye(2))
-    np.testing.assert_array_equal(analysis[2:, 2:], inner_analysis)
-    np.testing.assert_array_equal(synthesis[2:, 2:], inner_synthesis)
+    chex.assert_trees_all_equal(analysis[:2, :2], np.eye(2))
+    chex.assert_trees_all_equal(analysis[2:, 2:], inner_analysis)
+    chex.assert_trees_all_equal(synthesis[2:, 2:], inner_synthesis)
     assert not analysis[:2, 2:].any() and not analysis[2:, :2].any()

@@ -1,27 +1,32 @@
+import copy
+import dataclasses
+import pickle
+
+import chex
 import numpy as np
 import pytest
 
 from lbpwht_jax import LowRankSpec, lp_l1, lp_linf
+from lbpwht_jax.ops.spec_fields import SpecFields
 
 
 @pytest.mark.parametrize(("r", "count"), [(1, 1), (2, 3), (4, 10), (6, 21), (7, 28), (8, 36), (15, 64)])
 def test_lp_l1_counts(r, count):
     spec = lp_l1(r)
     assert spec.rank == count
-    i, j = np.nonzero(spec.mask)
-    assert (i + j < r).all() and spec.mask.sum() == count
+    chex.assert_trees_all_equal(spec.mask, np.add.outer(np.arange(8), np.arange(8)) < r)
+    assert spec.mask.sum() == count
 
 
 @pytest.mark.parametrize("r", range(1, 9))
 def test_lp_linf_keeps_a_square(r):
-    mask = lp_linf(r).mask
-    assert mask[:r, :r].all() and mask.sum() == r * r
+    chex.assert_trees_all_equal(lp_linf(r).mask, np.maximum.outer(np.arange(8), np.arange(8)) < r)
 
 
 @pytest.mark.parametrize("ndim", [1, 2, 3])
 def test_every_function_is_kept_at_the_largest_r(ndim):
-    assert lp_l1(7 * ndim + 1, ndim).mask.all()
-    assert lp_linf(8, ndim).mask.all()
+    every = np.ones((8,) * ndim, bool)
+    chex.assert_trees_all_equal(lp_l1(7 * ndim + 1, ndim).mask, lp_linf(8, ndim).mask, every)
     assert lp_l1(1, ndim).bases == ((0,) * ndim,)
 
 
@@ -33,6 +38,27 @@ def test_fields_are_passed_on():
 def test_specs_are_hashable_and_equal_by_value():
     assert len({lp_l1(4), lp_l1(4), lp_l1(np.int64(4)), lp_linf(4)}) == 2
     assert LowRankSpec(np.argwhere(lp_l1(3).mask)) == lp_l1(3)
+    assert lp_l1(3) != lp_l1(3, dx="exact") and lp_l1(3) != SpecFields(lp_l1(3).bases)
+
+
+def test_a_spec_is_a_plain_dataclass():
+    spec = lp_l1(2, when="faster")
+    bases = ((0, 0), (0, 1), (1, 0))
+    assert repr(spec) == (
+        f"LowRankSpec(bases={bases}, block=8, projection='fitted', dx='low_rank', dw='low_rank', when='faster')"
+    )
+    assert pickle.loads(pickle.dumps(spec)) == copy.deepcopy(spec) == spec
+    exact = dataclasses.replace(spec, dx="exact")
+    assert type(exact) is LowRankSpec and exact == lp_l1(2, when="faster", dx="exact")
+    assert [field.name for field in dataclasses.fields(spec)] == ["bases", "block", "projection", "dx", "dw", "when"]
+    assert LowRankSpec(bases, 8, "fitted", "low_rank", "low_rank", "faster") == spec
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        spec.dx = "exact"  # type: ignore[misc]
+
+
+def test_stand_ins_are_equal_by_value():
+    assert lp_l1(2).dot_general(grid=[7, 7]) == lp_l1(2).dot_general(grid=(7, 7)) != lp_l1(3).dot_general(grid=(7, 7))
+    assert len({lp_l1(2).conv_general_dilated(), lp_l1(2).conv_general_dilated(), lp_linf(2).conv_general_dilated()}) == 2
 
 
 @pytest.mark.parametrize(
@@ -49,6 +75,7 @@ def test_specs_are_hashable_and_equal_by_value():
         ({"bases": [(0, 0)], "projection": "reflect"}, r"projection must be one of.*got 'reflect'"),
         ({"bases": [(0, 0)], "dx": "dense"}, r"dx must be one of.*got 'dense'"),
         ({"bases": [(0, 0)], "dw": None}, r"dw must be one of.*got None"),
+        ({"bases": [(0, 0)], "when": "sometimes"}, r"when must be one of.*got 'sometimes'"),
     ],
 )
 def test_bad_fields(fields, message):

@@ -1,3 +1,4 @@
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,15 +15,15 @@ ORDERS = (1, 2, 4, 8, 16, 64)
 @pytest.mark.parametrize("n", ORDERS)
 def test_matrix_is_the_hadamard_matrix_sorted_by_sign_changes(n):
     matrix = walsh_matrix(n)
-    np.testing.assert_array_equal(matrix, reference.walsh(n))
-    np.testing.assert_array_equal((np.diff(matrix, axis=1) != 0).sum(1), np.arange(n))
-    np.testing.assert_array_equal(matrix, matrix.T)
-    np.testing.assert_array_equal(matrix @ matrix, n * np.eye(n))
+    chex.assert_trees_all_equal(matrix.astype(np.float64), reference.walsh(n))
+    chex.assert_trees_all_equal((np.diff(matrix, axis=1) != 0).sum(1), np.arange(n))
+    chex.assert_trees_all_equal(matrix, matrix.T)
+    chex.assert_trees_all_equal(matrix @ matrix, n * np.eye(n, dtype=np.float32))
 
 
 @pytest.mark.parametrize("dtype", [np.int8, np.float64, jnp.bfloat16])
 def test_matrix_dtype(dtype):
-    assert walsh_matrix(8, dtype).dtype == dtype
+    chex.assert_type(walsh_matrix(8, dtype), dtype)
 
 
 @given(log_n=st.integers(0, 6), axis=st.integers(-3, 2), seed=st.integers(0, 100))
@@ -32,7 +33,19 @@ def test_fast_transform_equals_the_matrix(log_n, axis, seed):
     x = np.random.default_rng(seed).normal(size=shape)
     expected = np.moveaxis(np.tensordot(walsh_matrix(2**log_n, np.float64), x, axes=([1], [axis])), 0, axis)
     # float32 sums of up to 64 terms of order 1
-    np.testing.assert_allclose(fast_walsh_hadamard(x.astype(np.float32), axis), expected, atol=2e-5)
+    actual = jax.jit(fast_walsh_hadamard, static_argnums=1)(x.astype(np.float32), axis)
+    chex.assert_trees_all_close(actual, expected, rtol=0, atol=2e-5)
+
+
+class EveryWay(chex.TestCase):
+    @chex.all_variants
+    def test_fast_transform(self):
+        x = np.random.default_rng(0).normal(size=(3, 16, 2)).astype(np.float32)
+        transform = self.variant(lambda x: fast_walsh_hadamard(x, axis=1))
+        # float32 sums of 16 terms of order 1
+        chex.assert_trees_all_close(transform(x), np.einsum("kn,bnc->bkc", walsh_matrix(16), x), rtol=0, atol=1e-5)
+        # applied twice, it multiplies by its order
+        chex.assert_trees_all_close(transform(transform(x)), 16 * x, rtol=0, atol=1e-4)
 
 
 def test_fast_transform_makes_n_log_n_additions():

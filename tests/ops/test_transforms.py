@@ -1,0 +1,134 @@
+"""The operation under JAX's transformations, each against the slow reference."""
+
+import functools
+
+import chex
+import jax
+import numpy as np
+import pytest
+from absl.testing import parameterized
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from operation import VARIANTS, assert_close, jitted, sample, slow_result, value_and_gradients
+
+from lbpwht_jax import low_rank_matmul, lp_l1
+
+# float32 sums of up to 8 x 672 terms, in any order
+TOLERANCE = 2e-6
+
+
+class EveryVariant(chex.TestCase):
+    @chex.variants(with_jit=True, without_jit=True, with_device=True, with_pmap=True)
+    @parameterized.parameters(*VARIANTS)
+    def test_equals_the_slow_reference(self, variant):
+        operation, x, kernel, g = sample(variant)
+        # two devices show what pmap does; more only compile longer
+        run = self.variant(functools.partial(value_and_gradients, operation), n_devices=2)
+        assert_close(run(x, kernel, g), slow_result(variant), TOLERANCE)
+
+
+def rematerialised(operation, x, kernel, g):
+    return jitted(jax.checkpoint(operation), x, kernel, g)
+
+
+def rematerialised_but_products(operation, x, kernel, g):
+    return jitted(jax.checkpoint(operation, policy=jax.checkpoint_policies.dots_saveable), x, kernel, g)
+
+
+def split_batch(x):
+    """The first batch axis in two, leaving a batch axis inside."""
+    return x.reshape(4, x.shape[0] // 4, *x.shape[1:])
+
+
+def vmapped(operation, x, kernel, g):
+    parts = jax.jit(jax.vmap(functools.partial(value_and_gradients, operation), (0, None, 0)))
+    y, dx, dw = parts(split_batch(x), kernel, split_batch(g))
+    return y.reshape(g.shape), dx.reshape(x.shape), dw.sum(0)
+
+
+def differentiated_vmap(operation, x, kernel, g):
+    def mapped(x, kernel):
+        return jax.vmap(operation, (0, None))(split_batch(x), kernel).reshape(g.shape)
+
+    return jitted(mapped, x, kernel, g)
+
+
+def scanned(operation, x, kernel, g):
+    def mapped(x, kernel):
+        return jax.lax.scan(lambda _, part: (None, operation(part, kernel)), None, split_batch(x))[1].reshape(g.shape)
+
+    return jitted(mapped, x, kernel, g)
+
+
+def pmapped(operation, x, kernel, g):
+    parts = functools.partial(value_and_gradients, operation)
+    y, dx, dw = jax.pmap(parts, in_axes=(0, None, 0), devices=jax.devices()[:4])(split_batch(x), kernel, split_batch(g))
+    return y.reshape(g.shape), dx.reshape(x.shape), dw.sum(0)
+
+
+def mesh(kind):
+    return jax.make_mesh((4,), ("data",), axis_types=(kind,), devices=jax.devices()[:4])
+
+
+def shard_mapped(operation, x, kernel, g):
+    specs = (P("data"), P(), P("data"))
+    local = functools.partial(value_and_gradients, operation)
+    mapped = jax.shard_map(local, mesh=mesh(AxisType.Auto), in_specs=specs, out_specs=(P("data"), P("data"), P()))
+    return jax.jit(mapped)(x, kernel, g)
+
+
+def sharded(kind, operation, x, kernel, g):
+    devices = mesh(kind)
+    with jax.set_mesh(devices):
+        x, g = (jax.device_put(a, NamedSharding(devices, P("data"))) for a in (x, g))
+        kernel = jax.device_put(kernel, NamedSharding(devices, P()))
+        y, dx, dw = jitted(operation, x, kernel, g)
+        chex.assert_tree_is_sharded((y, dx), devices=devices.devices.flat)
+        assert dx.sharding.is_equivalent_to(x.sharding, x.ndim)
+        assert dw.sharding.is_fully_replicated
+        return tuple(np.asarray(a) for a in (y, dx, dw))
+
+
+TRANSFORMS = {
+    "checkpoint": rematerialised,
+    "checkpoint-dots": rematerialised_but_products,
+    "vmap": vmapped,
+    "grad-of-vmap": differentiated_vmap,
+    "scan": scanned,
+    "pmap": pmapped,
+    "shard_map": shard_mapped,
+    "sharded-auto": functools.partial(sharded, AxisType.Auto),
+    "sharded-explicit": functools.partial(sharded, AxisType.Explicit),
+}
+# What a transformation could tell apart: the form of both transforms, prefix tokens, maps, one product exact or both.
+DISTINCT = ("fitted", "official-prefix", "linf", "by-block", "by-axis-prefix", "map", "map-by-axis")
+DISTINCT += ("dx-exact", "dw-exact", "both-exact")
+
+
+@pytest.mark.parametrize("variant", DISTINCT)
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_transforms_equal_the_slow_reference(transform, variant):
+    operation, x, kernel, g = sample(variant)
+    assert_close(TRANSFORMS[transform](operation, x, kernel, g), slow_result(variant), TOLERANCE)
+
+
+@pytest.mark.parametrize("batch", [(), (1,), (2, 3), (2, 1, 2, 2)], ids=str)
+@pytest.mark.parametrize("variant", ["fitted", "official-prefix", "by-axis-prefix"])
+def test_any_number_of_batch_dimensions(variant, batch):
+    operation, x, kernel, g = sample(variant, batch)
+    y, dx, dw = jitted(operation, x, kernel, g)
+    flat_y, flat_dx, flat_dw = jitted(operation, x.reshape(-1, *x.shape[-2:]), kernel, g.reshape(-1, *g.shape[-2:]))
+    assert_close((y, dx, dw), (flat_y.reshape(y.shape), flat_dx.reshape(x.shape), flat_dw), 1e-6)
+
+
+def test_traces_once_per_shape():
+    @jax.jit
+    @chex.assert_max_traces(n=2)
+    def step(x, kernel):
+        return jax.grad(lambda k: low_rank_matmul(x, k, lp_l1(4), [7, 7]).sum())(kernel)
+
+    for seed in range(3):
+        rng = np.random.default_rng(seed)
+        for batch in (2, 3):
+            x, kernel = (rng.normal(size=shape).astype(np.float32) for shape in ((batch, 49, 4), (4, 3)))
+            chex.assert_tree_all_finite(step(x, kernel))
