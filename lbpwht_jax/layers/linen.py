@@ -14,8 +14,8 @@ from lbpwht_jax.ops.spec import Grid, LowRankSpec, lp_l1
 class LowRankDense(nn.Module):
     """``nn.Dense`` with a low-rank backward pass along the token grid; the same arguments and parameters.
 
-    Parameters are ``kernel``, ``[in, features]``, and ``bias``, ``[features]``: a checkpoint of ``nn.Dense`` loads as it is,
-    and the forward pass is the same.
+    The parameters are ``kernel``, ``[in, features]``, and ``bias``, ``[features]``: a checkpoint of ``nn.Dense`` loads as it
+    is. The forward pass is the same.
 
     Attributes:
       features: output channels.
@@ -24,14 +24,14 @@ class LowRankDense(nn.Module):
         ``[batch, height, width, channels]``.
       prefix_tokens: leading tokens outside the grid (class or register tokens), backpropagated exactly.
       use_bias: whether to add a bias.
-      dtype: of the computation; by default that of inputs and parameters together.
-      param_dtype: of the parameters.
-      precision: of the products, forward and backward, as for ``jax.lax.dot_general``.
+      dtype: dtype of the computation; by default the one that inputs and parameters promote to.
+      param_dtype: dtype of the parameters.
+      precision: precision of the products, forward and backward, as for ``jax.lax.dot_general``.
       kernel_init: initializer of the kernel.
       bias_init: initializer of the bias.
-      promote_dtype: brings input, kernel and bias to one dtype.
+      promote_dtype: function that brings input, kernel and bias to one dtype.
       preferred_element_type: dtype of the product, as for ``jax.lax.dot_general``.
-      dot_general: makes the product in place of what ``spec`` says, with the signature of ``jax.lax.dot_general``.
+      dot_general: function with the signature of ``jax.lax.dot_general`` that makes the product; ``spec`` is then not used.
     """
 
     features: int
@@ -59,7 +59,7 @@ class LowRankDense(nn.Module):
           Array of the inputs' shape with ``features`` channels.
 
         Raises:
-          ValueError, TypeError: as ``low_rank_matmul`` does, naming this module's path, at trace time.
+          ValueError, TypeError: whatever ``low_rank_matmul`` raises when tracing; the message names this module's path.
         """
         kernel = self.param("kernel", self.kernel_init, (jnp.shape(inputs)[-1], self.features), self.param_dtype)
         bias = self.param("bias", self.bias_init, (self.features,), self.param_dtype) if self.use_bias else None

@@ -17,11 +17,12 @@ class LowRankLinear(nnx.Linear):
       grid: tokens along each axis, for inputs ``[..., prefix_tokens + tokens, channels]``; ``None`` for channels-last maps,
         ``[batch, height, width, channels]``.
       prefix_tokens: leading tokens outside the grid (class or register tokens), backpropagated exactly.
-      rngs: for the initial parameters.
-      **arguments: the other arguments of ``nnx.Linear``, but for ``dot_general``.
+      rngs: random keys for the initial parameters.
+      **arguments: the other arguments of ``nnx.Linear``, except ``dot_general``.
 
     Raises:
-      ValueError, TypeError: when called on an input that does not fit, as ``low_rank_matmul`` does.
+      TypeError: if ``dot_general`` is given.
+      ValueError, TypeError: when called, whatever ``low_rank_matmul`` raises.
     """
 
     def __init__(

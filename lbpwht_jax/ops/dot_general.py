@@ -1,4 +1,4 @@
-"""Low-rank stand-ins for ``lax.dot_general`` and ``lax.conv_general_dilated``, for the public arguments of Flax's layers."""
+"""Low-rank stand-ins for ``lax.dot_general`` and ``lax.conv_general_dilated``, which Flax's layers take as arguments."""
 
 import dataclasses
 import math
@@ -13,7 +13,7 @@ from lbpwht_jax.ops.spec_fields import Grid, SpecFields
 
 @dataclasses.dataclass(frozen=True)
 class LowRankDotGeneral:
-    """``lax.dot_general`` for dense layers, made by ``LowRankSpec.dot_general``; hashable, so it may be a module's field."""
+    """``lax.dot_general`` for dense layers, made by ``LowRankSpec.dot_general``; hashable, so that a module can hold it."""
 
     spec: SpecFields
     grid: Grid | None
@@ -30,11 +30,17 @@ class LowRankDotGeneral:
         *,
         out_sharding: Any = None,
     ) -> jax.Array:
-        """The product ``lax.dot_general`` returns, backpropagated as ``low_rank_matmul`` does.
+        """The product that ``lax.dot_general`` returns, with the backward pass of ``low_rank_matmul``.
+
+        Args:
+          lhs: the layer's input, with the contracted dimensions last.
+          rhs: the kernel, with the contracted dimensions first.
+          dimension_numbers, precision, preferred_element_type, out_sharding: as for ``lax.dot_general``.
 
         Raises:
           ValueError: unless the last dimensions of ``lhs`` are contracted, in order, with the first of ``rhs``, without
-            batch dimensions; or as ``low_rank_matmul`` does.
+            batch dimensions.
+          ValueError, TypeError: whatever ``low_rank_matmul`` raises.
         """
         name = self.name or "low-rank dot_general"
         (left, right), batch = dimension_numbers
@@ -86,13 +92,15 @@ class LowRankConv:
         preferred_element_type: Any = None,
         out_sharding: Any = None,
     ) -> jax.Array:
-        """The convolution ``lax.conv_general_dilated`` returns, backpropagated as ``low_rank_matmul`` does.
+        """The convolution that ``lax.conv_general_dilated`` returns, with the backward pass of ``low_rank_matmul``.
 
-        Args are those of ``lax.conv_general_dilated``; ``lhs`` is ``[batch, *grid, in]`` and ``rhs`` ``[1, ..., 1, in, out]``.
+        The arguments are those of ``lax.conv_general_dilated``; ``lhs`` is ``[batch, *grid, in]`` and ``rhs``
+        ``[1, ..., 1, in, out]``.
 
         Raises:
-          ValueError: unless the window is 1 and the stride 1 along every axis, without padding, dilation or groups, in
-            channels-last layout; or as ``low_rank_matmul`` does.
+          ValueError: unless window and stride are 1 along every axis, without padding, dilation or groups, and the layout
+            is channels-last.
+          ValueError, TypeError: whatever ``low_rank_matmul`` raises.
         """
         name = self.name or "low-rank conv_general_dilated"
         spatial = rhs.ndim - 2

@@ -1,7 +1,7 @@
 """FLOPs of matrix products and convolutions, read off JAX's own programs, 2 per multiply-add.
 
-Multiplications with the zeros of a convolution's padding and dilation are left out, as XLA counts, and so is element-wise
-work. Walsh transforms are products here.
+Like XLA's count, this leaves out multiplications with the zeros of a convolution's padding and dilation. Element-wise work is
+left out too. Walsh transforms are products here.
 """
 
 import math
@@ -17,10 +17,10 @@ def product_flops(function: Callable, *arguments: Any, padding: bool = False) ->
     """FLOPs of the matrix products and convolutions that ``function``'s results depend on.
 
     Args:
-      function: of arrays.
-      *arguments: arrays or ``jax.ShapeDtypeStruct``; nothing is computed.
-      padding: counts multiplications with the zeros of convolutions' padding and dilation too, as the literature does for
-        forward passes.
+      function: a function of arrays.
+      *arguments: its arguments, arrays or ``jax.ShapeDtypeStruct``; nothing is computed.
+      padding: whether to count multiplications with the zeros of convolutions' padding and dilation too, as the literature
+        does for forward passes.
 
     Returns:
       FLOPs, 2 per multiply-add. A scan's body counts once per step, a while loop's once; of a conditional, the dearest branch.
@@ -30,7 +30,12 @@ def product_flops(function: Callable, *arguments: Any, padding: bool = False) ->
 
 
 def equation_macs(equation: Any, padding: bool = False) -> int:
-    """Multiply-accumulates of one equation of a program, 0 unless it is a product or convolution; as ``product_flops``."""
+    """Multiply-accumulates of one equation of a program: 0 unless it is a product or convolution.
+
+    Args:
+      equation: an equation of a jaxpr.
+      padding: as for ``product_flops``.
+    """
     shapes = [v.aval.shape for v in equation.invars if hasattr(v.aval, "shape")]
     if equation.primitive.name == "dot_general":
         (contracted, _), _ = equation.params["dimension_numbers"]
@@ -57,17 +62,17 @@ def _pairs(size: int, kernel: int, outputs: int, stride: int, padding: tuple[int
     """How many pairs of an output and a kernel's entry meet an input, along one axis of a convolution.
 
     Args:
-      size, kernel, outputs: of input, kernel and output along the axis.
-      stride, padding: of the windows.
-      dilation: of the input, ``lhs_dilation``.
-      spread: of the kernel, ``rhs_dilation``.
+      size, kernel, outputs: lengths of input, kernel and output.
+      stride, padding: stride and padding of the windows.
+      dilation: the input's, ``lhs_dilation``.
+      spread: the kernel's, ``rhs_dilation``.
     """
     at = stride * np.arange(outputs)[:, None] + spread * np.arange(kernel) - padding[0]
     return int(np.sum((at >= 0) & (at <= (size - 1) * dilation) & (at % dilation == 0)))
 
 
 def inner_program(equation: Any) -> Jaxpr | None:
-    """The program that an equation runs once, on its operands, as calls and functions with their own derivatives do."""
+    """The program that an equation runs once on its operands (a call, or a function with its own derivative), or ``None``."""
     inner = _inner_programs(equation)
     if len(inner) != 1 or equation.primitive.name in ("scan", "while", "cond"):
         return None

@@ -188,32 +188,32 @@ def low_rank_matmul(
 ) -> jax.Array:
     """``x @ kernel``, or ``x @ kernel + bias``, exact, with a low-rank backward pass along the token grid (LBP-WHT, section 3).
 
-    Only the coefficients of ``x`` (and its prefix tokens) and the kernel are kept for the backward pass; with
-    ``spec.dw == "exact"``, or ``spec.when == "faster"`` and a shape that makes low rank slower, all of ``x`` is. Nothing of
-    ``x`` is kept, and no cotangent computed, for a kernel that is not differentiated, nor the other way round. Reverse-mode
-    differentiation only, once.
+    Only the kernel and the coefficients of ``x`` (with its prefix tokens) are kept for the backward pass. All of ``x`` is kept
+    with ``spec.dw == "exact"``, or with ``spec.when == "faster"`` and a shape that makes low rank slower. If the kernel is not
+    differentiated, nothing of ``x`` is kept; if ``x`` is not, the kernel is not. Reverse-mode differentiation only, once.
 
     Args:
       x: ``[..., prefix_tokens + tokens, in]`` with ``grid``; ``[batch, ..., *grid, in]`` (channels-last maps, at least one
         batch axis) without. Floating point.
       kernel: ``[in, out]``, floating point.
-      spec: the functions kept and what is low-rank.
+      spec: the functions kept and what is low-rank, a ``LowRankSpec``.
       grid: tokens along each axis, their product being ``tokens``; read off ``x`` if ``None``.
       prefix_tokens: leading tokens outside the grid (class or register tokens), backpropagated exactly.
-      precision: of all products, forward and backward, as for ``jax.lax.dot_general``.
-      preferred_element_type: dtype of the result, as for ``jax.lax.dot_general``; by default what ``x @ kernel`` has.
-      out_sharding: of the result, on a mesh with explicit axes, as for ``jax.lax.dot_general``.
-      bias: ``[out]``, of the result's dtype; its cotangent, always exact, is taken from the coefficients where they hold it.
-      name: where the operation stands, opening the error messages.
+      precision: precision of all products, forward and backward, as for ``jax.lax.dot_general``.
+      preferred_element_type: dtype of the result, as for ``jax.lax.dot_general``; by default that of ``x @ kernel``.
+      out_sharding: sharding of the result on a mesh with explicit axes, as for ``jax.lax.dot_general``.
+      bias: ``[out]``, of the result's dtype. Its cotangent is exact, and taken from the coefficients where they hold it.
+      name: where the operation is used; it opens the error messages.
 
     Returns:
-      ``[..., out]``, of the shape of ``x`` but for the channels. Products accumulate in float32 or wider; the cotangents of
+      ``[..., out]``: the shape of ``x`` with the kernel's channels. Products accumulate in float32 or wider; the cotangents of
       ``x`` and ``kernel`` have their dtypes.
 
     Raises:
-      TypeError: inputs that are not floating point, a spec that is no ``LowRankSpec``, a grid that is no tuple of integers.
-      ValueError: a grid that is missing or does not fit ``x`` or the spec, prefix tokens without a grid, channels of ``x`` and
-        ``kernel`` that differ, a selection of which nothing exists on the grid. All at trace time.
+      TypeError: when tracing, if ``x`` or ``kernel`` is not floating point, ``spec`` is not a ``LowRankSpec``, ``grid`` is not
+        a tuple of integers or ``prefix_tokens`` is not an integer.
+      ValueError: when tracing, if the grid is missing or does not fit ``x`` or the spec, prefix tokens are given without a
+        grid, the shapes of ``x``, ``kernel`` and ``bias`` do not fit, or no function of the selection exists on the grid.
     """
     x, kernel = jnp.asarray(x), jnp.asarray(kernel)
     token_grid = check_operands(x, kernel, bias, spec, grid, prefix_tokens, name)

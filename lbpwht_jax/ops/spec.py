@@ -17,27 +17,30 @@ class LowRankSpec(SpecFields):
     """A static, hashable description of low-rank backprop for one layer.
 
     Attributes:
-      bases: the Walsh functions kept in each block, as sequency indices, one tuple ``(i, j, ...)`` a function with one
-        entry a grid axis. Order does not matter to the gradients. Any iterable of such tuples is accepted.
+      bases: the Walsh functions kept in each block: for each function a tuple ``(i, j, ...)`` with its sequency index
+        along each grid axis. Order does not matter to the gradients. Any iterable of such tuples is accepted.
       block: edge of a block in tokens, a power of two.
-      projection: how blocks that the grid does not fill are treated. ``"fitted"`` orthonormalises the functions on the
-        tokens that exist, so the projection is orthogonal and exact when every function is kept; ``"official"`` reflects
+      projection: what happens to blocks that the grid does not fill. ``"fitted"`` orthonormalises the functions on the
+        tokens that exist, so the projection is orthogonal, and exact when every function is kept; ``"official"`` reflects
         the grid out to whole blocks, as the authors' code does.
-      dx: ``"low_rank"`` or ``"exact"``, how the input's cotangent is computed.
-      dw: ``"low_rank"`` or ``"exact"``, how the kernel's cotangent is computed. Only ``"low_rank"`` saves activations.
-      when: ``"always"``; or ``"faster"``, which leaves exact the layers whose shape makes low rank slower
-        (``lbpwht_jax.ops.heuristic``), and their activations whole.
+      dx: ``"low_rank"`` or ``"exact"``: how the input's cotangent is computed.
+      dw: ``"low_rank"`` or ``"exact"``: how the kernel's cotangent is computed. Only ``"low_rank"`` saves activations.
+      when: ``"always"``, or ``"faster"``: layers whose shape makes low rank slower (``lbpwht_jax.ops.heuristic``) stay
+        exact, and keep their whole activations.
+      ndim: number of grid axes; read-only.
+      rank: number of functions kept in a whole block; read-only.
+      mask: boolean array ``[block] * ndim``, true at the functions kept; read-only.
 
     Raises:
-      ValueError: a block that is no power of two, an empty or repeated selection, a function outside the block,
-        functions of unequal numbers of axes, or an unknown ``projection``, ``dx``, ``dw`` or ``when``.
-      TypeError: a selection that does not consist of tuples of integers.
+      ValueError: if the block is not a power of two, the selection is empty, repeats a function or holds one outside the
+        block, functions differ in their number of axes, or ``projection``, ``dx``, ``dw`` or ``when`` is unknown.
+      TypeError: if the selection is not made of tuples of integers, or ``block`` is not an integer.
     """
 
     def dot_general(self, *, grid: Grid | None = None, prefix_tokens: int = 0, name: str = "") -> Callable[..., Any]:
-        """A stand-in for ``jax.lax.dot_general`` with this backward, for Flax's ``dot_general=`` arguments.
+        """A stand-in for ``jax.lax.dot_general`` with this backward pass, for Flax's ``dot_general=`` arguments.
 
-        Fits ``nn.Dense``, ``nn.DenseGeneral``, the projections of Flax's attention layers and ``nnx.Linear``: the
+        It fits ``nn.Dense``, ``nn.DenseGeneral``, the projections of Flax's attention layers and ``nnx.Linear``: the
         contracted dimensions must be the last of the left operand and the first of the right one.
 
         Args:
@@ -51,7 +54,7 @@ class LowRankSpec(SpecFields):
         return LowRankDotGeneral(self, grid if grid is None else tuple(grid), prefix_tokens, name)
 
     def conv_general_dilated(self, *, name: str = "") -> Callable[..., Any]:
-        """A stand-in for ``jax.lax.conv_general_dilated`` with this backward, for 1x1 ``nn.Conv`` and ``nnx.Conv``.
+        """A stand-in for ``jax.lax.conv_general_dilated`` with this backward pass, for 1x1 ``nn.Conv`` and ``nnx.Conv``.
 
         Args:
           name: where the layer is, for error messages.
@@ -77,7 +80,7 @@ def _check_rank(function: str, r: int, ndim: int, largest: int, block: int) -> i
 
 
 def lp_l1(r: int, ndim: int = 2, *, block: int = 8, **fields) -> LowRankSpec:
-    """LP_{L1-r}: keeps the functions whose sequency indices sum to less than ``r`` (LBP-WHT, section 3).
+    """LP_{L1-r}, which keeps the functions whose sequency indices sum to less than ``r`` (LBP-WHT, section 3).
 
     In two dimensions that is r(r+1)/2 functions for r up to ``block``.
 
@@ -88,7 +91,7 @@ def lp_l1(r: int, ndim: int = 2, *, block: int = 8, **fields) -> LowRankSpec:
       **fields: the other fields of ``LowRankSpec``.
 
     Raises:
-      ValueError: if ``r`` is out of range, or as ``LowRankSpec`` does.
+      ValueError: if ``r`` is out of range or ``ndim`` below 1; and whatever ``LowRankSpec`` raises.
       TypeError: if ``r`` is not an integer.
     """
     r = _check_rank("lp_l1", r, ndim, ndim * (block - 1) + 1, block)
@@ -98,7 +101,7 @@ def lp_l1(r: int, ndim: int = 2, *, block: int = 8, **fields) -> LowRankSpec:
 
 
 def lp_linf(r: int, ndim: int = 2, *, block: int = 8, **fields) -> LowRankSpec:
-    """LP_{Linf-r}: keeps the functions whose sequency indices are all less than ``r`` (LBP-WHT, section 3).
+    """LP_{Linf-r}, which keeps the functions whose sequency indices are all less than ``r`` (LBP-WHT, section 3).
 
     Args:
       r: 1 (the mean alone) to ``block`` (every function).
@@ -107,7 +110,7 @@ def lp_linf(r: int, ndim: int = 2, *, block: int = 8, **fields) -> LowRankSpec:
       **fields: the other fields of ``LowRankSpec``.
 
     Raises:
-      ValueError: if ``r`` is out of range, or as ``LowRankSpec`` does.
+      ValueError: if ``r`` is out of range or ``ndim`` below 1; and whatever ``LowRankSpec`` raises.
       TypeError: if ``r`` is not an integer.
     """
     r = _check_rank("lp_linf", r, ndim, block, block)

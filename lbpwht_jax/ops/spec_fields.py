@@ -34,7 +34,7 @@ class SpecFields:
             block = operator.index(self.block)
         except TypeError:
             raise TypeError(
-                "LowRankSpec: bases must be tuples of integers, one a grid axis, such as [(0, 0), (0, 1)], and block an "
+                "LowRankSpec: bases must be tuples of integers, one per grid axis, such as [(0, 0), (0, 1)], and block an "
                 f"integer; got bases={self.bases!r}, block={self.block!r}"
             ) from None
         object.__setattr__(self, "bases", bases)

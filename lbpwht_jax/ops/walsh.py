@@ -31,8 +31,8 @@ def walsh_matrix(n: int, dtype: Any = np.float32) -> np.ndarray:
     """The Walsh-Hadamard matrix of order ``n``, rows in sequency order.
 
     Args:
-      n: a power of two.
-      dtype: of the result.
+      n: order of the matrix, a power of two.
+      dtype: dtype of the result.
 
     Returns:
       ``[n, n]`` array of +1 and -1. Row k changes sign k times; the matrix is symmetric and its square is ``n * I``.

@@ -1,8 +1,10 @@
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from absl.testing import parameterized
 from flax import nnx
 
 import lbpwht_jax
@@ -62,31 +64,58 @@ LINEN = {
 }
 
 
+def assert_kernels_differ(low, exact):
+    """The low-rank backward pass really ran: every kernel's gradient differs from the exact one."""
+    kernels = [
+        (gradient, wanted)
+        for (path, gradient), wanted in zip(jax.tree.leaves_with_path(low), jax.tree.leaves(exact), strict=True)
+        if path[-1].key == "kernel"
+    ]
+    assert kernels and all(float(jnp.abs(a - b).max()) > 1e-2 * float(jnp.abs(b).max()) for a, b in kernels)
+
+
 @pytest.mark.parametrize("layer", LINEN)
 def test_linen_layers_against_the_dense_ones(layer):
     make, make_dense, shape = LINEN[layer]
     x, dense = random(*shape), make_dense()
-    variables = dense.init(jax.random.key(0), x)
-    g = random(*dense.apply(variables, x).shape, seed=1)
+    variables = jax.jit(dense.init)(jax.random.key(0), x)
+    g = random(*jax.eval_shape(dense.apply, variables, x).shape, seed=1)
 
-    def run(module):
-        y, pullback = jax.vjp(module.apply, variables, x)
-        return y, *pullback(g)
+    @jax.jit
+    def run(variables, x, g):
+        results = []
+        for module in (dense, make(FULL), make(LOW)):
+            y, pullback = jax.vjp(module.apply, variables, x)
+            results.append((y, *pullback(g)))
+        return results
 
-    assert jax.tree.map(jnp.shape, make(LOW).init(jax.random.key(0), x)) == jax.tree.map(jnp.shape, variables)
-    expected, full, low = run(dense), run(make(FULL)), run(make(LOW))
+    chex.assert_trees_all_equal_shapes(jax.eval_shape(make(LOW).init, jax.random.key(0), x), variables)
+    exact, full, low = run(variables, x, g)
     # a 1x1 convolution sums in another order than a product
-    np.testing.assert_allclose(low[0], expected[0], atol=1e-6 if layer == "Conv" else 0, rtol=0)
-    scale = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(expected))
-    for actual, wanted in zip(jax.tree.leaves(full), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(actual, wanted, atol=1e-6 * scale, rtol=1e-5)
-    # the low-rank backward really ran: the kernels' gradients differ from the dense ones
-    kernels = [
-        (gradient, wanted)
-        for (path, gradient), wanted in zip(jax.tree.leaves_with_path(low[1]), jax.tree.leaves(expected[1]), strict=True)
-        if path[-1].key == "kernel"
-    ]
-    assert kernels and all(float(jnp.abs(a - b).max()) > 1e-2 * float(jnp.abs(b).max()) for a, b in kernels)
+    chex.assert_trees_all_close(low[0], exact[0], atol=1e-6 if layer == "Conv" else 0, rtol=0)
+    # float32 transforms there and back, of sums of up to 70 terms
+    scale = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(exact))
+    chex.assert_trees_all_close(full, exact, atol=1e-6 * scale, rtol=1e-5)
+    assert_kernels_differ(low[1], exact[1])
+
+
+class EveryWay(chex.TestCase):
+    @chex.variants(with_jit=True, without_jit=True, with_device=True, with_pmap=True)
+    @parameterized.parameters("LowRankDense", "Dense", "Conv")
+    def test_linen_gradients(self, layer):
+        make, make_dense, shape = LINEN[layer]
+        x = random(*shape)
+        variables = make_dense().init(jax.random.key(0), x)
+
+        def gradients(module):
+            # a weighted sum: the bias's gradient is as large as the kernel's
+            def loss(variables, x):
+                return jnp.sum(module.apply(variables, x) * jnp.cos(jnp.arange(6.0)).reshape((1,) * (x.ndim - 1) + (-1,)))
+
+            return self.variant(jax.grad(loss, (0, 1)), n_devices=2)(variables, x)
+
+        # float32 transforms there and back
+        chex.assert_trees_all_close(gradients(make(FULL)), gradients(make_dense()), rtol=1e-5, atol=1e-5)
 
 
 def test_the_fresh_parameters_are_those_of_dense():
@@ -94,14 +123,14 @@ def test_the_fresh_parameters_are_those_of_dense():
     arguments = {"kernel_init": nn.initializers.normal(), "bias_init": nn.initializers.normal()}
     ours = LowRankDense(6, spec=LOW, grid=GRID, prefix_tokens=PREFIX, **arguments).init(jax.random.key(3), x)
     theirs = nn.Dense(6, **arguments).init(jax.random.key(3), x)
-    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+    chex.assert_trees_all_equal(ours, theirs)
 
 
 def test_without_a_spec_it_is_dense():
     x = random(*TOKENS)
     variables = nn.Dense(6).init(jax.random.key(0), x)
     ours, theirs = (jax.grad(lambda v, m=m: m.apply(v, x).sum())(variables) for m in (LowRankDense(6, spec=None), nn.Dense(6)))
-    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+    chex.assert_trees_all_equal(ours, theirs)
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
@@ -109,9 +138,11 @@ def test_computes_in_dtype_with_float32_parameters(dtype):
     layer = LowRankDense(6, spec=LOW, grid=GRID, prefix_tokens=PREFIX, dtype=dtype)
     x = random(*TOKENS)
     variables = layer.init(jax.random.key(0), x)
-    assert layer.apply(variables, x).dtype == dtype
-    dv, dx = jax.grad(lambda v, x: layer.apply(v, x).astype(jnp.float32).sum(), (0, 1))(variables, x)
-    assert {leaf.dtype for leaf in jax.tree.leaves((variables, dv, dx))} == {jnp.dtype(jnp.float32)}
+    chex.assert_type(jax.eval_shape(layer.apply, variables, x), dtype)
+    gradients = jax.jit(jax.grad(lambda v, x: layer.apply(v, x).astype(jnp.float32).sum(), (0, 1)))(variables, x)
+    chex.assert_trees_all_equal_shapes_and_dtypes(gradients, (variables, x))
+    chex.assert_type(jax.tree.leaves(variables), jnp.float32)
+    chex.assert_tree_all_finite(gradients)
 
 
 def test_rematerialised_and_scanned_layers():
@@ -136,19 +167,18 @@ def test_rematerialised_and_scanned_layers():
 
     x = random(*TOKENS)
     plain = Stack("plain")
-    params = plain.init(jax.random.key(0), x)["params"]
+    params = jax.jit(plain.init)(jax.random.key(0), x)["params"]
     stacked = {"layer": jax.tree.map(lambda *leaves: jnp.stack(leaves), params["layer_0"], params["layer_1"])}
 
     def gradient(kind, params):
-        return jax.grad(lambda p: (Stack(kind).apply({"params": p}, x) ** 2).sum())(params)
+        return jax.jit(jax.grad(lambda p: (Stack(kind).apply({"params": p}, x) ** 2).sum()))(params)
 
     expected = gradient("plain", params)
     remat, scan = gradient("remat", params), gradient("scan", stacked)["layer"]
-    for i in range(2):
-        for name in ("kernel", "bias"):
-            wanted = expected[f"layer_{i}"][name]
-            np.testing.assert_allclose(remat[f"layer_{i}"][name], wanted, rtol=1e-5, atol=1e-5)
-            np.testing.assert_allclose(scan[name][i], wanted, rtol=1e-5, atol=1e-5)
+    # float32 sums of 32 terms, in any order
+    chex.assert_trees_all_close(remat, expected, rtol=1e-5, atol=1e-5)
+    both = jax.tree.map(lambda *leaves: jnp.stack(leaves), expected["layer_0"], expected["layer_1"])
+    chex.assert_trees_all_close(scan, both, rtol=1e-5, atol=1e-5)
 
 
 NNX = {
@@ -189,15 +219,18 @@ def test_nnx_layers_against_the_dense_ones(layer):
     y = make_dense(nnx.Rngs(0))(x)
     g = random(*y.shape, seed=1)
 
+    @nnx.jit
     def gradients(module):
         return nnx.grad(lambda module: (module(x) * g).sum())(module)
 
-    expected = gradients(make_dense(nnx.Rngs(0)))
-    np.testing.assert_allclose(make(LOW, nnx.Rngs(0))(x), y, atol=1e-6 if layer == "Conv" else 0, rtol=0)
-    full, low = gradients(make(FULL, nnx.Rngs(0))), gradients(make(LOW, nnx.Rngs(0)))
-    for name in ("kernel", "bias"):
-        np.testing.assert_allclose(full[name][...], expected[name][...], rtol=1e-4, atol=1e-5)
-    assert float(jnp.abs(low["kernel"][...] - expected["kernel"][...]).max()) > 1e-2
+    chex.assert_trees_all_close(make(LOW, nnx.Rngs(0))(x), y, atol=1e-6 if layer == "Conv" else 0, rtol=0)
+    exact, full, low = (
+        nnx.to_pure_dict(gradients(module))
+        for module in (make_dense(nnx.Rngs(0)), make(FULL, nnx.Rngs(0)), make(LOW, nnx.Rngs(0)))
+    )
+    # float32 transforms there and back, of sums of up to 70 terms
+    chex.assert_trees_all_close(full, exact, rtol=1e-4, atol=1e-5)
+    assert float(jnp.abs(low["kernel"] - exact["kernel"]).max()) > 1e-2
 
 
 def test_errors_name_the_module():
