@@ -19,7 +19,7 @@ import numpy as np
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
-from lbpwht_jax.ops.basis import token_sum_weights
+from lbpwht_jax.ops.basis import holds_token_sum, token_sum_weights
 from lbpwht_jax.ops.dtypes import accumulation_dtype
 from lbpwht_jax.ops.heuristic import chosen
 from lbpwht_jax.ops.projection import expand, project
@@ -50,7 +50,7 @@ class _Static:
       prefix_tokens: leading tokens outside the grid.
       precision: precision of all products.
       accumulate: dtype in which products accumulate.
-      y, x, kernel, bias: what the result and the operands' cotangents must be like; ``None`` for a bias that is not there.
+      y, x, kernel, bias: what the result and the operands' cotangents must be like.
     """
 
     spec: SpecFields
@@ -61,7 +61,7 @@ class _Static:
     y: _Like
     x: _Like
     kernel: _Like
-    bias: _Like | None
+    bias: _Like
 
     def project(self, x: jax.Array) -> jax.Array:
         return project(x, self.spec, self.grid, self.prefix_tokens, self.precision)
@@ -81,8 +81,8 @@ class _Residuals:
       wants_dx, wants_dw, wants_db: which operands are differentiated.
     """
 
-    x: jax.Array | None
-    kernel: jax.Array | None
+    x: Any
+    kernel: Any
     wants_dx: bool = dataclasses.field(metadata={"static": True})
     wants_dw: bool = dataclasses.field(metadata={"static": True})
     wants_db: bool = dataclasses.field(metadata={"static": True})
@@ -116,7 +116,7 @@ def _forward(x: Any, kernel: Any, bias: Any, static: _Static) -> tuple[jax.Array
     kept_x = None
     if wants_dw:
         kept_x = static.project(x.value) if static.spec.dw == "low_rank" else x.value
-    y = _matmul(x.value, kernel.value, None if bias is None else bias.value, static)
+    y: Any = _matmul(x.value, kernel.value, None if bias is None else bias.value, static)
     wants_db = bias is not None and bias.perturbed
     return y, _Residuals(kept_x, kernel.value if wants_dx else None, wants_dx, wants_dw, wants_db)
 
@@ -126,7 +126,7 @@ def _backward(static: _Static, kept: _Residuals, g: jax.Array | SymbolicZero) ->
         return None, None, None
     low_dx = kept.wants_dx and static.spec.dx == "low_rank"
     low_dw = kept.wants_dw and static.spec.dw == "low_rank"
-    coefficients = static.project(g) if low_dx or low_dw else None
+    coefficients: Any = static.project(g) if low_dx or low_dw else None
     dx = dw = db = None
     if kept.wants_dx:
         dx = _dx(coefficients if low_dx else g, kept.kernel, static)
@@ -219,9 +219,11 @@ def low_rank_matmul(
     token_grid = check_operands(x, kernel, bias, spec, grid, prefix_tokens, name)
     prefix_tokens = operator.index(prefix_tokens)
     # Elsewhere the coefficients do not hold the bias's cotangent, or XLA shards it: JAX adds the bias, and differentiates it.
-    takes_bias = bias is not None and not is_explicit(x) and token_sum_weights(spec, token_grid) is not None
-    x, kernel, *taken = vary_alike(x, kernel, *([bias] if takes_bias else []))
-    folded = taken[0] if takes_bias else None
+    folded = None if is_explicit(x) or not holds_token_sum(spec, token_grid) else bias
+    if folded is None:
+        x, kernel = vary_alike(x, kernel)
+    else:
+        x, kernel, folded = vary_alike(x, kernel, folded)
     tokens = x if grid is not None else x.reshape(*x.shape[: -1 - spec.ndim], math.prod(token_grid), x.shape[-1])
     dtype = jnp.result_type(x, kernel) if preferred_element_type is None else jnp.dtype(preferred_element_type)
     static = _Static(
@@ -233,8 +235,8 @@ def low_rank_matmul(
         y=_Like(dtype, out_sharding),
         x=_Like.of(tokens),
         kernel=_Like.of(kernel),
-        bias=None if folded is None else _Like.of(folded),
+        bias=_Like(dtype if folded is None else folded.dtype),
     )
     y: Any = _matmul(tokens, kernel, folded, static)
     y = y if grid is not None else y.reshape(*x.shape[:-1], kernel.shape[1])
-    return y if bias is None or takes_bias else _add_bias(y, bias)
+    return y if bias is None or folded is not None else _add_bias(y, bias)
