@@ -1,6 +1,7 @@
 """Writes docs/results.md and its plots from the JSON files in experiments/results.
 
-    python experiments/results_page.py
+    python experiments/results_page.py          writes them
+    python experiments/results_page.py --check  fails if the page, or a figure in the README, is not what was measured
 
 Every table names the command that measured it. What has not been measured yet is left out, and the page says how to.
 """
@@ -12,6 +13,7 @@ from typing import Any
 
 import results_accuracy as accuracy
 import results_costs as costs
+import results_readme
 import transfer_report
 import tyro
 from transfer_report import prose
@@ -71,8 +73,19 @@ def render() -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def main() -> None:
-    """Writes the page and its plots."""
+def main(check: bool = False) -> None:
+    """Writes the page and its plots.
+
+    Args:
+      check: writes nothing, and fails if the page or a figure in the README is not what was measured.
+    """
+    if check:
+        wrong = results_readme.problems()
+        if render() != PAGE.read_text():
+            wrong.append("docs/results.md is not what was measured; run: python experiments/results_page.py")
+        if wrong:
+            raise SystemExit("\n".join(wrong))
+        return
     PAGE.write_text(render())
     IMAGES.mkdir(parents=True, exist_ok=True)
     if (sweep := read("transfer")) and (steps := read("transfer_steps")):

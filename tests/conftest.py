@@ -1,6 +1,7 @@
 """Settings of every test run: eight CPU devices, strict dtype and rank promotion, warnings as errors.
 
-Tests spend most of their time compiling programs that run once, so XLA leaves out LLVM's optimisations.
+Tests spend most of their time compiling programs that run once, so XLA leaves out LLVM's optimisations, unless XLA_FLAGS says
+otherwise: ``XLA_FLAGS=--xla_backend_optimization_level=3 pytest tests/ops``.
 """
 
 import os
@@ -11,7 +12,9 @@ import pytest
 
 DEVICES = 8
 
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
+OPTIMISATION = "--xla_backend_optimization_level"
+if OPTIMISATION not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {OPTIMISATION}=0"
 
 hypothesis.settings.register_profile("suite", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("suite")
