@@ -41,9 +41,9 @@ def test_the_readmes_layer_runs():
     exec(blocks(ROOT / "README.md", "python")[0], names)
     x = jnp.ones((2, 1 + 14 * 14, 8))
     model = names["Mlp"]()
-    variables = model.init(jax.random.key(0), x)
-    assert model.apply(variables, x).shape == x.shape
-    jax.grad(lambda v: model.apply(v, x).sum())(variables)
+    variables = jax.jit(model.init)(jax.random.key(0), x)
+    assert jax.eval_shape(model.apply, variables, x).shape == x.shape
+    jax.jit(jax.grad(lambda v: model.apply(v, x).sum()))(variables)
 
 
 def test_the_readmes_rules_fit_a_model():
