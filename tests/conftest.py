@@ -25,8 +25,19 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+# Files that take longest, in the order in which workers should take them: with the short ones last, no worker waits long for
+# another at the end.
+LONGEST = ("test_finetune", "test_notebooks", "test_transfer", "test_processes", "test_checkpoint", "test_cost_tables")
+
+
 def pytest_configure(config):
     config.addinivalue_line("filterwarnings", "error")
+
+
+def pytest_collection_modifyitems(items):
+    """Puts the longest files first; pytest-xdist hands files out in this order (``--no-loadscope-reorder``)."""
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(places)))
 
 
 @pytest.fixture(scope="session", autouse=True)

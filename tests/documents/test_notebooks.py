@@ -46,7 +46,7 @@ def test_it_runs_and_shows_what_is_committed(path, kernel):
     nbformat.validate(notebook)
     expected_kinds, expected_text = printed(notebook)
     notebook.cells.insert(0, nbformat.v4.new_code_cell(FORGET))
-    client = NotebookClient(notebook, km=kernel, timeout=300, resources={"metadata": {"path": str(ROOT)}})
+    client = NotebookClient(notebook, km=kernel, timeout=600, resources={"metadata": {"path": str(ROOT)}})
     client.execute()
     client.kc.stop_channels()
     kinds, text = printed(notebook)
