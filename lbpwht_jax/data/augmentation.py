@@ -137,14 +137,14 @@ def resample(images: jax.Array, boxes: jax.Array, size: int) -> jax.Array:
 
 
 def mix(key: jax.Array, images: jax.Array, targets: jax.Array, mixup: float, cutmix: float) -> tuple[jax.Array, jax.Array]:
-    """Mixes each image, and its target, with the image as far from the batch's other end.
+    """Mixes each image and its target with those at the same distance from the batch's other end.
 
     Args:
-      key: of the draws.
+      key: a key for the draws.
       images: ``[batch, height, width, channels]``.
       targets: ``[batch, classes]``.
-      mixup: as ``Augmentation`` has it.
-      cutmix: likewise; one of the two is not 0.
+      mixup: see ``Augmentation``.
+      cutmix: see ``Augmentation``; at least one of the two is not 0.
 
     Returns:
       Images and targets of the same shapes.

@@ -20,7 +20,7 @@ def blocks(path, language):
 
 
 EXAMPLES = {page.name: blocks(page, "python") for page in PAGES if page.name not in ("api.md", "README.md")}
-COMMANDS = [
+SHELL = [
     (page.name, shlex.split(line.rpartition(" && ")[2], comments=True)[1:])
     for page in PAGES
     for block in blocks(page, "sh")
@@ -60,9 +60,7 @@ def test_the_readmes_rules_fit_a_model():
     assert float(jnp.abs(names["logits"] - plain).max()) < 1e-5
 
 
-@pytest.mark.parametrize(
-    ("page", "arguments"), COMMANDS, ids=lambda value: " ".join(value) if isinstance(value, list) else value
-)
+@pytest.mark.parametrize(("page", "arguments"), SHELL, ids=lambda value: " ".join(value) if isinstance(value, list) else value)
 def test_the_commands_parse(page, arguments):
     command = {"evaluate": cli.Evaluate, "finetune": cli.Finetune, "predict": cli.Predict, "export": cli.Export}
     command |= {"prepare": cli.Prepare, "models": cli.Models, "convert": cli.Convert, "cost": cli.Cost, "bench": cli.Bench}
