@@ -67,10 +67,10 @@ def imports() -> Iterator[str]:
                 for alias in node.names:
                     if alias.name.startswith(f"{PACKAGE}."):
                         yield f"{where}: write 'from {PACKAGE}.ROOM import NAME', not 'import {alias.name}'"
-            elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == PACKAGE:
-                module = importlib.import_module(str(node.module))
+            elif isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == PACKAGE:
+                public = getattr(importlib.import_module(node.module), "__all__", ()) if node.module.count(".") < 2 else ()
                 for alias in node.names:
-                    if node.module.count(".") > 1 or alias.name not in getattr(module, "__all__", ()):
+                    if alias.name not in public:
                         yield f"{where}: {node.module}.{alias.name} is not a public name"
 
 
