@@ -1,12 +1,14 @@
-"""Writes docs/api.md from the docstrings: the public names, then the modules behind the command line.
+"""Writes docs/api.md from the docstrings: the public names, room by room.
 
-    python docs/make_api.py
+    python docs/make_api.py          writes the page
+    python docs/make_api.py --check  fails if the page is not what the docstrings say
 
-The page is committed, so that it reads on any site that shows Markdown; a test makes sure that it is what the docstrings say.
-Nothing is imported: griffe reads the source.
+A room is a folder of the package; its public names are those that its ``__init__`` exports. The page is committed so that it
+reads on any site that shows Markdown. Nothing is imported: griffe reads the source.
 """
 
 import logging
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,22 +17,7 @@ import griffe
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "api.md"
 PACKAGE = "lbpwht_jax"
-MODULES = (
-    "adaptation.linen",
-    "adaptation.rules",
-    "adaptation.presets",
-    "models.info",
-    "weights.pretrained",
-    "weights.files",
-    "weights.peft",
-    "data",
-    "train",
-    "runs.config",
-    "ops.projection",
-    "cost.backward",
-    "cost.report",
-    "cost.paper",
-)
+ROOMS = ("ops", "layers", "models", "adaptation", "weights", "cost", "data", "train", "runs", "compile", "plan")
 HEAD = """# API reference
 
 Generated from the docstrings by `python docs/make_api.py`. Shapes are in square brackets; names in them are sizes.
@@ -94,6 +81,8 @@ def _entry(item: griffe.Object, depth: int) -> list[str]:
     heading = f"{'#' * depth} `{item.name}`"
     if isinstance(item, griffe.Function):
         return [heading, f"```python\n{_signature(item, item.name)}\n```", *_sections(item)]
+    if isinstance(item, griffe.Attribute):
+        return [heading, f"```python\n{item.name} = {item.value}\n```", *_sections(item)]
     parts = [heading, *_sections(item)]
     if isinstance(item, griffe.Class):
         if isinstance(init := item.members.get("__init__"), griffe.Function):
@@ -108,10 +97,8 @@ def _entry(item: griffe.Object, depth: int) -> list[str]:
     return parts
 
 
-def _own(item: griffe.Object) -> list[tuple[str, griffe.Object]]:
-    """Members by name, but for imported ones; those a module exports, if it says which."""
-    if item.exports:
-        return [(str(name), _resolve(item[str(name)])) for name in item.exports]
+def _own(item: griffe.Class) -> list[tuple[str, griffe.Object]]:
+    """The members that the class defines itself."""
     return [(name, member) for name, member in item.members.items() if not isinstance(member, griffe.Alias)]
 
 
@@ -119,28 +106,42 @@ def _resolve(item: griffe.Object | griffe.Alias) -> griffe.Object:
     return item.final_target if isinstance(item, griffe.Alias) else item
 
 
+def _exports(module: griffe.Object) -> list[str]:
+    return [str(name) for name in module.exports or ()]
+
+
 def render() -> str:
     """The page."""
     logging.getLogger("griffe").setLevel(logging.CRITICAL)
     package = _resolve(griffe.load(PACKAGE, search_paths=[ROOT], resolve_aliases=True))
-    exported = [str(name) for name in package.exports or ()]
-    parts = [HEAD.strip(), f"## `{PACKAGE}`", *_sections(package)]
-    shown = set()
-    for name in exported:
-        item = _resolve(package[name])
-        if isinstance(item, griffe.Module):  # ``adapt`` is also the name of the function's module
-            item = _resolve(item[name])
-        shown.add(item.path)
-        parts += _entry(item, 3)
-    for path in MODULES:
-        module = _resolve(package[path])
-        parts += [f"## `{module.path}`", *_sections(module)]
-        for name, member in _own(module):
-            public = not name.startswith("_") and isinstance(member, griffe.Class | griffe.Function)
-            if public and member.path not in shown:
-                parts += _entry(member, 3)
+    rooms = [_resolve(package[name]) for name in ROOMS if name in package.members]
+    names = ", ".join(f"`{name}`" for name in _exports(package))
+    parts = [
+        HEAD.strip(),
+        f"## `{PACKAGE}`",
+        *_sections(package),
+        f"It exports {names}. The rooms below describe them.",
+    ]
+    shown: set[str] = set()
+    for room in rooms:
+        members = {name: _resolve(room[name]) for name in _exports(room)}
+        new = {name: member for name, member in members.items() if member.path not in shown}
+        if new:
+            parts += [f"## `{room.path}`", *_sections(room)]
+        for member in new.values():
+            parts += _entry(member, 3)
+        shown.update(member.path for member in new.values())
+    missing = [
+        name for name in _exports(package) if name != "__version__" and not any(name in _exports(room) for room in rooms)
+    ]
+    if missing:
+        raise ValueError(f"{PACKAGE} exports names that no room exports: {', '.join(missing)}")
     return "\n\n".join(parts) + "\n"
 
 
 if __name__ == "__main__":
-    PAGE.write_text(render())
+    if sys.argv[1:] == ["--check"]:
+        if render() != PAGE.read_text():
+            sys.exit("docs/api.md is not what the docstrings say; run: python docs/make_api.py")
+    else:
+        PAGE.write_text(render())

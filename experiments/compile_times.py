@@ -2,7 +2,7 @@
 
     python experiments/compile_times.py
 
-prints a row a model and method, and fails if a second call with the same shapes compiles again.
+prints a row for each model and method, and fails if a second call with the same shapes compiles again.
 """
 
 import statistics
@@ -16,13 +16,12 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from lbpwht_jax.adaptation.linen import adapt
-from lbpwht_jax.adaptation.presets import parse_method
+from lbpwht_jax.adaptation import adapt, parse_method
 from lbpwht_jax.models import create_model, model_info
 
 
 def measure(name: str, method: str, batch_size: int, steps: int) -> tuple[float, float, float]:
-    """Seconds of tracing and lowering, of compiling, and the median of a step."""
+    """Seconds that tracing and lowering take, that compiling takes, and that a step takes (median)."""
     info = model_info(name)
     base = create_model(name, num_classes=100, frozen_batch_norm=True)
     rng = np.random.default_rng(0)
@@ -65,10 +64,10 @@ def main(
     """Prints the table.
 
     Args:
-      models: names of lbpwht models.
+      models: names that ``lbpwht models`` lists.
       methods: short names, as for lbpwht finetune.
-      batch_size: images a step.
-      steps: counted, after one that is not.
+      batch_size: images per step.
+      steps: number of steps timed, after one that is not.
     """
     table = Table(title=f"batch {batch_size}, float32, {jax.devices()[0].device_kind}, JAX {jax.__version__}")
     for column in ("model", "method", "trace (s)", "compile (s)", "median step (s)"):

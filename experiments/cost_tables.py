@@ -43,14 +43,14 @@ class Row:
     """A row of Table 5 or 7.
 
     Attributes:
-      model: its name here.
-      label: of the method in the paper.
-      mflops: an image, in the paper.
-      method: the same for ``lbpwht cost``.
-      train: likewise.
-      layers: regular expression of the layers adapted, where it is not the family's default.
-      frozen: regular expression of modules that are frozen besides what ``train`` freezes.
-      quirk: what the authors' setting has of its own.
+      model: the model's name in this library.
+      label: the method's name in the paper.
+      mflops: MFLOPs per image, in the paper.
+      method: the method's name for ``lbpwht cost``.
+      train: what is trained.
+      layers: regular expression of the adapted layers, if it is not the family's default.
+      frozen: regular expression of modules that are frozen in addition to those that ``train`` freezes.
+      quirk: what is peculiar to the authors' setting.
     """
 
     model: str

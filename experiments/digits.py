@@ -20,13 +20,12 @@ import jax
 import jax.numpy as jnp
 import tyro
 
-from lbpwht_jax.adaptation.linen import adapt
-from lbpwht_jax.adaptation.presets import parse_method
+from lbpwht_jax.adaptation import adapt, parse_method
 from lbpwht_jax.cli import main as lbpwht
 from lbpwht_jax.data import Loading, open_dataset, training_batches
 from lbpwht_jax.models import create_model, model_info
 from lbpwht_jax.train import Recipe, initial_state, make_train_step
-from lbpwht_jax.weights.files import BUNDLED, load_bundled
+from lbpwht_jax.weights import BUNDLED, load_bundled
 
 RESULTS = Path(__file__).parent / "results" / "digits.json"
 
@@ -41,7 +40,7 @@ def run(method: str, projection: str, seed: int, folder: Path) -> dict:
 
 
 def interleaved_steps(methods: tuple[str, ...], projection: str, batch_size: int, rounds: int) -> dict[str, float]:
-    """Median time of a training step of each method over the first method's, the methods taking turns in one process."""
+    """Each method's median time of a training step over the first method's. The methods take turns in one process."""
     info, dataset = model_info(BUNDLED), open_dataset("digits")
     shape = (info.image_size, info.image_size, info.channels)
     recipe = Recipe(epochs=1, batch_size=batch_size)
@@ -66,7 +65,7 @@ def interleaved_steps(methods: tuple[str, ...], projection: str, batch_size: int
 
 
 def table(results: Mapping[str, Any]) -> str:
-    """The results as a Markdown table: mean and range of accuracy, costs an image, step time over full backprop's."""
+    """The results as a Markdown table: mean and range of accuracy, costs per image, step time over full backpropagation's."""
     rows = [
         "| method | test accuracy, mean (lowest to highest) | backward MFLOPs/image | saved KB/image | step time over full's |",
         "|---|---|---|---|---|",
@@ -92,11 +91,11 @@ def main(
     """Runs every method with every seed, the methods in turn, then times their steps.
 
     Args:
-      methods: short names, as for lbpwht finetune; step times are over the first one's.
-      projection: of the low-rank methods.
-      seeds: of split, head and shuffling.
-      rounds: steps of each method that are timed.
-      times_only: keeps the runs in the output file and only times the steps anew.
+      methods: short names, as for lbpwht finetune; step times are relative to the first one's.
+      projection: projection of the low-rank methods.
+      seeds: each determines the split, the new head and the shuffling of its runs.
+      rounds: number of steps timed per method.
+      times_only: keeps the runs in the output file and only times the steps again.
       output: JSON file to write.
     """
     runs: dict[str, list] = {method: [] for method in methods}

@@ -31,7 +31,7 @@ _STOPPED = 3
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """One run that was ended: how, the last step it had written, the step it went on after, whether all is as without."""
+    """How one run was ended, the last step it had written, the step it went on after, and whether it equals the other run."""
 
     signal: str
     exit_code: int
@@ -43,7 +43,7 @@ class Outcome:
 
 
 def command(*arguments: str) -> list[str]:
-    """Of ``lbpwht finetune``."""
+    """The command ``lbpwht finetune`` with these arguments."""
     return [sys.executable, "-m", "lbpwht_jax.cli", "finetune", *arguments]
 
 
@@ -68,7 +68,7 @@ def steps(run: Path) -> int:
 
 
 def being_written(run: Path) -> bool:
-    """Whether there is a checkpoint that is not finished."""
+    """Whether there is an unfinished checkpoint."""
     folder = run / "checkpoints"
     try:
         return folder.exists() and any("tmp" in path.name for path in (*folder.iterdir(), *folder.glob("*/*")))
@@ -77,12 +77,16 @@ def being_written(run: Path) -> bool:
 
 
 def same(first: dict[str, np.ndarray], second: dict[str, np.ndarray]) -> bool:
-    """Whether all bits of all tensors are."""
+    """Whether two sets of tensors are equal, bit for bit."""
     return first.keys() == second.keys() and all(first[name].tobytes() == second[name].tobytes() for name in first)
 
 
 def end(process: subprocess.Popen, run: Path, number: signal.Signals, step: int, delay: float) -> tuple[int, int, bool]:
-    """Sends the signal once the step is written (SIGKILL: and a checkpoint is being written)."""
+    """Sends the signal once the step is written and, for SIGKILL, a checkpoint is being written.
+
+    Returns:
+      The exit code, the last step written, and whether a checkpoint was left unfinished.
+    """
     while process.poll() is None and steps(run) < step:
         time.sleep(0.02)
     while number == signal.SIGKILL and process.poll() is None and not being_written(run):
@@ -94,14 +98,14 @@ def end(process: subprocess.Popen, run: Path, number: signal.Signals, step: int,
 
 
 def main(runs: int = 10, epochs: int = 3, batch_size: int = 32, checkpoint_every: int = 10, seed: int = 0) -> None:
-    """Runs it.
+    """Runs the experiment.
 
     Args:
-      runs: that are ended and resumed, half by SIGTERM, half by SIGKILL.
-      epochs: of each.
-      batch_size: of each.
+      runs: number of runs ended and resumed, half by SIGTERM, half by SIGKILL.
+      epochs: epochs of each run.
+      batch_size: images per step.
       checkpoint_every: steps between checkpoints.
-      seed: of the moments.
+      seed: determines the moments at which runs are ended.
     """
     draw = random.Random(seed)
     options = ["--epochs", str(epochs), "--batch-size", str(batch_size), "--checkpoint-every", str(checkpoint_every)]

@@ -1,10 +1,10 @@
-"""Images a second of the loader alone, beside what a training step of EfficientFormer-L1 takes on the same machine.
+"""Images per second of the loader alone, beside those of a training step of EfficientFormer-L1 on the same machine.
 
     python experiments/loader_speed.py
 
-makes JPEGs of 32 and of 500 pixels, loads them with each number of workers, times the step on one batch that stays, and
-then the two together: what the loader feeds over what the step could take is how far it is from being the bottleneck. It
-writes experiments/results/loader_speed.json.
+makes JPEGs of 32 and of 500 pixels, loads them with each number of workers, times the step on one fixed batch, and then times
+both together. The loader's rate over the step's shows how far the loader is from being the bottleneck. It writes
+experiments/results/loader_speed.json.
 """
 
 import json
@@ -76,7 +76,7 @@ def make_step(rank: int, image_size: int) -> Callable[[Batch], float]:
 
 
 def rate(call: Callable[[], object], images: int, repeats: int) -> float:
-    """Images a second of a call that takes so many images; the first call is not counted."""
+    """Images per second of a call that takes ``images`` of them; the first call is not counted."""
     call()
     started = time.perf_counter()
     for _ in range(repeats):
@@ -96,12 +96,12 @@ def main(
     """Measures and writes the results.
 
     Args:
-      batch_size: images a batch.
-      workers: numbers of the loader's threads.
-      image_size: of the model, in pixels.
+      batch_size: images per batch.
+      workers: numbers of the loader's threads to try.
+      image_size: height and width of the model's images, in pixels.
       rank: the step's LP_{L1-rank}, or 0 for full backpropagation, whose step takes longer.
-      photos: JPEGs of each size.
-      steps: timed of the training; the loader alone is timed for ten times as many batches.
+      photos: number of JPEGs of each size.
+      steps: number of training steps timed; the loader alone is timed for ten times as many batches.
       output: JSON file to write.
     """
 

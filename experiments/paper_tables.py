@@ -1,12 +1,12 @@
-"""Runs Tables 5, 6 and 7 of the LBP-WHT paper (arXiv 2309.15275) by its recipe, as far as data and weights are there.
+"""Runs Tables 5, 6 and 7 of the LBP-WHT paper (arXiv 2309.15275) by its recipe, where data and weights are available.
 
     python experiments/paper_tables.py 5 --data ~/tensorflow_datasets --weights ~/weights
     python experiments/paper_tables.py 7 --data ~/tensorflow_datasets --hub --dtype bfloat16
 
 Data are TFDS data sets that ``lbpwht prepare`` prepared in the folder, or ``NAME.zip`` or ``NAME/`` in it with images as
 ``{train,test}/CLASS/IMAGE``. Weights are ``MODEL.safetensors`` in the folder, in any layout that ``load_pretrained`` reads, or
-come from the Hugging Face hub with ``--hub``. What is missing is listed, with what would get it, and the rest is run: every run
-is ``lbpwht finetune --recipe paper``, in a folder of its own; finished ones are left as they are and interrupted ones resumed.
+come from the Hugging Face hub with ``--hub``. What is missing is listed, with how to get it, and the rest is run. Every run is
+``lbpwht finetune --recipe paper`` in a folder of its own; finished runs are left as they are and interrupted ones resumed.
 Results go to experiments/results/paper_table_N.json, a row for each finished run of the table. Costs are counted by
 ``experiments/cost_tables.py``; Table 8, latency, by ``lbpwht bench layers``.
 """
@@ -21,7 +21,7 @@ from cost_tables import L1, L7, S0, SWIN, TABLE_5, TABLE_7, L
 from results_accuracy import paper_table
 from transfer import write_results
 
-from lbpwht_jax.adaptation.presets import Train
+from lbpwht_jax.adaptation import Train
 from lbpwht_jax.cli import main as lbpwht
 from lbpwht_jax.data import open_dataset
 
@@ -46,7 +46,7 @@ class Run(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Of its folder."""
+        """The name of its folder."""
         return "-".join(self)
 
 
@@ -85,7 +85,7 @@ def find_weights(model: str, weights: Path | None, hub: bool) -> tuple[str | Non
 
 
 def row(run: Run, folder: Path) -> dict[str, Any]:
-    """What a finished run was and came to."""
+    """The settings and results of a finished run."""
     config, result = (json.loads((folder / name).read_text()) for name in ("config.json", "result.json"))
     return {**run._asdict(), **{key: config[key] for key in ("dtype", "recipe", "versions", "device")}, **result}
 
@@ -107,19 +107,19 @@ def main(
     """Runs a table.
 
     Args:
-      number: of the table.
+      number: number of the table in the paper.
       data: folder of the data sets.
       weights: folder of the pretrained weights.
-      hub: takes weights that are not there from the Hugging Face hub.
-      dtype: of the computation.
+      hub: takes weights that are not in the folder from the Hugging Face hub.
+      dtype: dtype of the computation.
       epochs: the paper's 50, or fewer for a trial.
       runs: folder for the run folders.
       models: takes only these.
       datasets: takes only these.
-      limit: stops after so many runs.
-      output: JSON file for the runs that are finished, also those of earlier calls; experiments/results/paper_table_N.json
-        by default.
-      dry_run: says what is missing and what would be run; runs and writes nothing.
+      limit: stops after this many runs.
+      output: JSON file for all finished runs, including those of earlier calls; experiments/results/paper_table_N.json by
+        default.
+      dry_run: says what is missing and what would be run, but runs and writes nothing.
     """
     folder_of = {run: runs / f"table_{number}" / f"{run.name}-{dtype}-{epochs}" for run in table_runs(number)}
     chosen = [run for run in folder_of if run.model in models and run.dataset in datasets]

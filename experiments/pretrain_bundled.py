@@ -4,7 +4,7 @@ The images are Debian's: ``apt-get install dataset-fashion-mnist``. Run from the
 
     python experiments/pretrain_bundled.py
 
-It writes the weights to lbpwht_jax/weights/ and the test accuracy into their header.
+It writes the weights to lbpwht_jax/bundled/ and the test accuracy into their header.
 """
 
 import gzip
@@ -50,9 +50,9 @@ def main(
       data: folder of the four gzipped IDX files.
       output: file to write.
       epochs: passes over the 60,000 training images.
-      batch_size: images a step.
+      batch_size: images per step.
       lr: AdamW's peak learning rate.
-      seed: of initial weights, shuffling and augmentation.
+      seed: determines initial weights, shuffling and augmentation.
     """
     dataset = Dataset("fashion-mnist", read_split(data, "train"), read_split(data, "t10k"), CLASSES)
     info = model_info(BUNDLED)

@@ -9,10 +9,10 @@ from transfer_report import markdown, prose
 
 
 def digits(results: Mapping[str, Any]) -> str:
-    """The embedded default: digits."""
+    """Fine-tuning on digits."""
     text = f"""
-        The bundled vision transformer, pretrained on Fashion-MNIST, fine-tuned on scikit-learn's digits with seeds 0 to
-        2; 360 test images.
+        The bundled vision transformer, pretrained on Fashion-MNIST, was fine-tuned on scikit-learn's digits with seeds 0 to 2.
+        There are 360 test images.
         {results["device"]}, JAX {results["jax"]}, Python {results["python"]}.
     """
     return f"{prose(text)}\n\n{digits_experiment.table(results)}"
@@ -25,17 +25,19 @@ def transfer(results: Mapping[str, Any]) -> str:
     seeds = sorted({run["seed"] for run in runs})
     hours = sum(run["run_seconds"] for run in runs) / 3600
     text = f"""
-        A narrow EfficientFormer (`experiments/transfer_backbone.py`: 56 pixels, grids of 14x14 and 7x7), pretrained on
-        Tiny-ImageNet to {100 * results["pretrained_test_accuracy"]:.1f} % of its 200 classes, adapted to CIFAR-10, which it has
-        not seen: {10 * setting["train_per_class"]:,} training and {10 * setting["test_per_class"]:,} test images, the same ones
-        always; {setting["epochs"]} epochs, batch {setting["batch_size"]}, AdamW at {setting["lr"]:g}, flips and shifts.
-        {len(runs)} runs, {hours:.1f} hours together, two at a time (`--processes 2`), each on {"; ".join(devices)}.
-        All {len(seeds)} seeds: `--seeds {" ".join(map(str, seeds))}`.
+        A narrow EfficientFormer (`experiments/transfer_backbone.py`: 56 pixels, grids of 14x14 and 7x7) was pretrained on
+        Tiny-ImageNet (200 classes, test accuracy {100 * results["pretrained_test_accuracy"]:.1f} %) and adapted to CIFAR-10,
+        which it had not seen. All runs use the same {10 * setting["train_per_class"]:,} training and
+        {10 * setting["test_per_class"]:,} test images, {setting["epochs"]} epochs, batch {setting["batch_size"]}, AdamW with a
+        learning rate of {setting["lr"]:g}, flips and shifts. The {len(runs)} runs took {hours:.1f} hours in total, two at a
+        time (`--processes 2`), each on {"; ".join(devices)}. For all {len(seeds)} seeds, add
+        `--seeds {" ".join(map(str, seeds))}`.
     """
     claims = """
-        Differences are paired over seeds, in points of accuracy, with 95 % intervals by Student's t. A claim holds or does not
-        hold if the whole interval says so, and is open otherwise. Seeds were added in three goes, for all methods alike but
-        after looking at the claims, and the intervals are not widened for their number: a verdict near its bound is weak.
+        Differences are paired over seeds and given in points of accuracy, with 95 % intervals by Student's t. A claim holds, or
+        does not hold, if the whole interval says so; otherwise it is open. Seeds were added in three rounds, for all methods
+        alike but after looking at the claims, and the intervals are not corrected for this. A verdict near its bound is
+        therefore weak.
     """
     parts = [
         prose(text),
@@ -51,11 +53,11 @@ def transfer(results: Mapping[str, Any]) -> str:
 
 
 def transfer_steps(results: Mapping[str, Any]) -> str:
-    """The steps of the transfer sweep."""
+    """Times of the transfer sweep's training steps."""
     machine = results["machine"]
     text = f"""
-        Whole training steps of the sweep's methods in turn in one process, medians of {results["rounds"]}, batch
-        {results["batch_size"]}, in brackets the speed-up over full backpropagation. Low rank is taken everywhere, also where it
+        Whole training steps of the sweep's methods, in turn in one process, batch {results["batch_size"]}: medians of
+        {results["rounds"]}, and in brackets the speed-up over full backpropagation. Low rank is used everywhere, even where it
         is slower (`when="always"`). {machine["processor"]}, {machine["cores"]} cores, JAX {machine["jax"]}, Python
         {machine["python"]}.
     """
@@ -66,15 +68,15 @@ def gradients(results: Mapping[str, Any]) -> str:
     """Gradients by layer and rank."""
     text = f"""
         Cosine similarity of the kernels' gradients with those of full backpropagation, on one batch of {results["batch_size"]}
-        images, of the pretrained backbone with a head trained on CIFAR-10: the mean over the layers, and the worst layer in
-        brackets. With low rank on dx too, the errors of later layers reach the earlier ones.
+        images, for the pretrained backbone with a head trained on CIFAR-10. The table gives the mean over the layers, and the
+        worst layer in brackets. With low rank on dx too, the errors of later layers reach the earlier ones.
     """
     table = transfer_report.gradients_table(results["rows"])
     return f"{prose(text)}\n\n{table}\n\n![cosine similarity by layer](images/transfer_gradients.png)"
 
 
 def paper_table(results: Mapping[str, Any]) -> str:
-    """The runs of one of the paper's tables."""
+    """Accuracy of the runs of one of the paper's tables."""
     rows = [
         [
             row["dataset"],

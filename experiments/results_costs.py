@@ -15,7 +15,7 @@ def _machine(results: Mapping[str, Any]) -> str:
 
 
 def bench_layers(results: Mapping[str, Any]) -> str:
-    """Layers on the clock."""
+    """Times of single layers."""
     rows = []
     for row in results["rows"]:
         authors = row["authors_seconds"]
@@ -37,18 +37,19 @@ def bench_layers(results: Mapping[str, Any]) -> str:
             ]
         )
     text = f"""
-        The backward pass of one dense layer (the paper's Table 8, and a layer of each other stage of EfficientFormer-L1), the
-        projection of the input in the forward pass included. The floor is what its FLOPs take at the measured
-        {results["peak_flops"] / 1e9:.0f} GFLOP/s, or its inputs and outputs at {results["bandwidth"] / 1e9:.0f} GB/s; predicted
-        is the speed-up that the automatic choice goes by. {_machine(results)}
+        Times of the backward pass of one dense layer (those of the paper's Table 8, and one of each other stage of
+        EfficientFormer-L1), including the projection of the input in the forward pass. "Efficiency" is the speed-up over the
+        FLOP ratio. The floor is the time that the layer's FLOPs take at the measured {results["peak_flops"] / 1e9:.0f} GFLOP/s,
+        or its inputs and outputs at {results["bandwidth"] / 1e9:.0f} GB/s, whichever is longer. "Predicted" is the speed-up
+        that the automatic choice expects. {_machine(results)}
     """
-    header = ["layer", "grid", "batch", "r", "exact, ms", "low-rank, ms", "speed-up", "FLOP ratio", "of it", "floor, ms"]
-    header += ["over floor", "predicted", "authors' form over ours"]
+    header = ["layer", "grid", "batch", "r", "exact, ms", "low-rank, ms", "speed-up", "FLOP ratio", "efficiency", "floor, ms"]
+    header += ["time over floor", "predicted", "authors' form over ours"]
     return f"{prose(text)}\n\n{markdown(header, rows)}\n\n![speed-up against FLOP ratio](images/bench_layers.png)"
 
 
 def bench_step(results: Mapping[str, Any]) -> str:
-    """Training steps on the clock."""
+    """Times of training steps."""
     rows = [
         [
             row["model"],
@@ -78,7 +79,7 @@ def bench_step(results: Mapping[str, Any]) -> str:
 
 
 def readme_steps(results: Mapping[str, Any]) -> str:
-    """The README's table of training steps: the methods people choose between."""
+    """The README's table of training steps: the methods that people choose between."""
     rows = [
         [
             row["method"],
@@ -95,7 +96,7 @@ def readme_steps(results: Mapping[str, Any]) -> str:
 
 
 def loader_speed(results: Mapping[str, Any]) -> str:
-    """The loader beside a step."""
+    """The loader's speed beside a training step's."""
     loader = results["loader_images_per_second_by_workers"]
     workers = list(next(iter(loader.values())))
     rows = [
@@ -103,11 +104,11 @@ def loader_speed(results: Mapping[str, Any]) -> str:
         for source, rates in loader.items()
     ]
     text = f"""
-        Images a second of the loader alone, from JPEG files, by threads; and over the
+        Images per second of the loader alone, from JPEG files, by number of threads. The last column divides by the
         {results["step_images_per_second"]:.1f} images/s of a training step ({results["model"]}) on the same machine.
         {results["device"]}, JAX {results["jax"]}.
     """
-    return f"{prose(text)}\n\n{markdown(['images', *(f'{w} threads' for w in workers), 'over the step'], rows)}"
+    return f"{prose(text)}\n\n{markdown(['images', *(f'threads: {w}' for w in workers), 'over the step'], rows)}"
 
 
 def kill_and_resume(results: Mapping[str, Any]) -> str:
@@ -124,8 +125,8 @@ def kill_and_resume(results: Mapping[str, Any]) -> str:
         for run in results["runs"]
     ]
     text = f"""
-        A run of {results["steps"]} steps, with a moving average and augmentation, ended at random moments and gone on with: its
-        loss curve and weights beside those of the uninterrupted run, bit for bit. {results["device"]}, JAX
+        A run of {results["steps"]} steps, with a moving average and augmentation, was ended at random moments and resumed. Its
+        loss curve and weights are compared with those of an uninterrupted run, bit for bit. {results["device"]}, JAX
         {results["jax"]}.
     """
     header = ["ended by", "last step written", "resumed after step", "in the middle of a save", "loss curve", "weights"]
@@ -137,11 +138,11 @@ def soak(results: Mapping[str, Any]) -> str:
     memory = results["resident_mib"]
     return prose(
         f"""
-        {results["steps"]:,} steps on digits with {results["checkpoints_written"]} checkpoints in {results["seconds"]:,.0f} s:
-        every step {"once" if results["every_step_once"] else "NOT once"} in the metrics, the last checkpoint
-        {"equal" if results["last_checkpoint_is_the_export"] else "NOT equal"} to the exported weights. Resident memory
-        {memory["at_half"]:.0f} MiB at half time, {memory["at_end"]:.0f} MiB at the end, {memory["most"]:.0f} MiB at most;
-        {results["mib_per_1000_steps_second_half"]:.1f} MiB per 1,000 steps by regression over the second half.
+        {results["steps"]:,} steps on digits with {results["checkpoints_written"]} checkpoints took {results["seconds"]:,.0f} s.
+        Every step is {"once" if results["every_step_once"] else "NOT once"} in the metrics, and the last checkpoint is
+        {"equal" if results["last_checkpoint_is_the_export"] else "NOT equal"} to the exported weights. Resident memory was
+        {memory["at_half"]:.0f} MiB at half time, {memory["at_end"]:.0f} MiB at the end and {memory["most"]:.0f} MiB at most; by
+        regression over the second half it grew by {results["mib_per_1000_steps_second_half"]:.1f} MiB per 1,000 steps.
         {results["device"]}, JAX {results["jax"]}.
         """
     )
@@ -150,9 +151,9 @@ def soak(results: Mapping[str, Any]) -> str:
 def cost_tables(results: Mapping[str, Any]) -> str:
     """The paper's cost tables."""
     text = f"""
-        Counted on shapes. Root mean square difference of a row of Tables 5 and 7: {100 * results["rms_difference"]:.1f} %; the
-        worst: {100 * results["worst_difference"]:.1f} % of FLOPs,
-        {100 * results["worst_speedup_difference"]:.1f} % of speed-up.
+        FLOPs counted from shapes. Over the rows of Tables 5 and 7, the root mean square difference from the paper is
+        {100 * results["rms_difference"]:.1f} %. The largest is {100 * results["worst_difference"]:.1f} % in FLOPs and
+        {100 * results["worst_speedup_difference"]:.1f} % in speed-up.
     """
     parts = [prose(text)]
     for name in ("table_5", "table_7"):
@@ -174,7 +175,7 @@ def cost_tables(results: Mapping[str, Any]) -> str:
 
 
 def kept_bytes(results: Mapping[str, Any]) -> str:
-    """Kept bytes, with and without recomputation."""
+    """Bytes kept for the backward pass, with and without recomputation."""
     rows = [
         [
             row["model"],
@@ -187,4 +188,4 @@ def kept_bytes(results: Mapping[str, Any]) -> str:
         for row in results["rows"]
     ]
     header = ["model", "method", "MB kept: layers", "whole model", "with remat", "backward MFLOPs", "with remat"]
-    return f"An image, float32, 100 classes.\n\n{markdown(header, rows)}"
+    return f"Per image, in float32, with 100 classes.\n\n{markdown(header, rows)}"

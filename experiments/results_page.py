@@ -1,8 +1,9 @@
 """Writes docs/results.md and its plots from the JSON files in experiments/results.
 
-    python experiments/results_page.py
+    python experiments/results_page.py          writes them
+    python experiments/results_page.py --check  fails if the page, or a figure in the README, is not what was measured
 
-Every table names the command that measured it. What has not been measured yet is left out, and the page says how to.
+Every table names the command that measured it. For what has not been measured yet, the page gives the command alone.
 """
 
 import json
@@ -12,6 +13,7 @@ from typing import Any
 
 import results_accuracy as accuracy
 import results_costs as costs
+import results_readme
 import transfer_report
 import tyro
 from transfer_report import prose
@@ -19,10 +21,10 @@ from transfer_report import prose
 ROOT = Path(__file__).parents[1]
 RESULTS, PAGE, IMAGES = ROOT / "experiments" / "results", ROOT / "docs" / "results.md", ROOT / "docs" / "images"
 HEAD = """
-    Every number here was measured by the command above it and is generated from the JSON file that the command writes; this
-    page by `python experiments/results_page.py`. FLOPs, where not said otherwise, are those of matrix products, Walsh
-    transforms included, of the backward pass of one image; saved bytes are all residuals of the backward pass that grow with
-    the batch.
+    Every number here was measured by the command above it and comes from the JSON file that the command writes.
+    `python experiments/results_page.py` makes this page from those files. Unless stated otherwise, FLOPs are those of the
+    matrix products of the backward pass, Walsh transforms included, per image. Saved bytes are everything kept for the backward
+    pass that grows with the batch.
 """
 
 
@@ -33,22 +35,22 @@ Section = Callable[[Mapping[str, Any]], str]
 SECTIONS: tuple[tuple[str, str, str, Section], ...] = (
     ("Digits", "digits", "digits.py", accuracy.digits),
     ("Tiny-ImageNet to CIFAR-10", "transfer", "transfer.py --data cifar10.zip", accuracy.transfer),
-    ("The sweep's steps on the clock", "transfer_steps", "transfer_steps.py", accuracy.transfer_steps),
+    ("Times of the sweep's training steps", "transfer_steps", "transfer_steps.py", accuracy.transfer_steps),
     ("How much of the gradient survives", "transfer_gradients", "transfer_gradients.py --data cifar10.zip", accuracy.gradients),
     (
-        "A layer on the clock, the paper's Table 8",
+        "Times of a layer (the paper's Table 8)",
         "bench_layers",
         "lbpwht bench layers --authors --rounds 11",
         costs.bench_layers,
     ),
-    ("A training step on the clock", "bench_step", _STEP.format(train="all"), costs.bench_step),
-    ("The last stage alone", "bench_step_last_stage", _STEP.format(train="last_stage"), costs.bench_step),
-    ("Other models", "bench_step_others", _OTHERS, costs.bench_step),
-    ("The loader", "loader_speed", "loader_speed.py", costs.loader_speed),
-    ("Ended and resumed", "kill_and_resume", "kill_and_resume.py", costs.kill_and_resume),
+    ("Times of a training step", "bench_step", _STEP.format(train="all"), costs.bench_step),
+    ("Times of a step that trains the last stage", "bench_step_last_stage", _STEP.format(train="last_stage"), costs.bench_step),
+    ("Times of other models' steps", "bench_step_others", _OTHERS, costs.bench_step),
+    ("Speed of the loader", "loader_speed", "loader_speed.py", costs.loader_speed),
+    ("Interrupted and resumed runs", "kill_and_resume", "kill_and_resume.py", costs.kill_and_resume),
     ("A long run", "soak", "soak.py", costs.soak),
     ("The paper's cost tables", "cost_tables", "cost_tables.py", costs.cost_tables),
-    ("Kept bytes", "saved_bytes", "saved_bytes.py", costs.kept_bytes),
+    ("Bytes kept", "saved_bytes", "saved_bytes.py", costs.kept_bytes),
     ("Accuracy, the paper's Table 5", "paper_table_5", "paper_tables.py 5 --data DATA --hub", accuracy.paper_table),
     ("Accuracy, the paper's Table 6", "paper_table_6", "paper_tables.py 6 --data DATA --hub", accuracy.paper_table),
     ("Accuracy, the paper's Table 7", "paper_table_7", "paper_tables.py 7 --data DATA --hub", accuracy.paper_table),
@@ -71,8 +73,19 @@ def render() -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def main() -> None:
-    """Writes the page and its plots."""
+def main(check: bool = False) -> None:
+    """Writes the page and its plots.
+
+    Args:
+      check: writes nothing, and fails if the page or a figure in the README is not what was measured.
+    """
+    if check:
+        wrong = results_readme.problems()
+        if render() != PAGE.read_text():
+            wrong.append("docs/results.md is not what was measured; run: python experiments/results_page.py")
+        if wrong:
+            raise SystemExit("\n".join(wrong))
+        return
     PAGE.write_text(render())
     IMAGES.mkdir(parents=True, exist_ok=True)
     if (sweep := read("transfer")) and (steps := read("transfer_steps")):

@@ -2,8 +2,8 @@
 
     python experiments/saved_bytes.py
 
-reproduces results/saved_bytes.json and prints it as Markdown. With recomputation the bytes are those kept between the blocks;
-what a block keeps comes back while that block is backpropagated, and the forward pass is charged once more.
+writes results/saved_bytes.json and prints it as Markdown. With recomputation, the bytes are those kept between the blocks: each
+block's own are made again while that block is backpropagated, which costs one more forward pass.
 """
 
 import dataclasses
@@ -12,16 +12,15 @@ from pathlib import Path
 
 import tyro
 
-from lbpwht_jax.adaptation.presets import adapted_model
-from lbpwht_jax.cost.backward import abstract_variables, backward_flops, saved_bytes
-from lbpwht_jax.cost.report import layer_costs
+from lbpwht_jax.adaptation import adapted_model
+from lbpwht_jax.cost import abstract_variables, backward_flops, layer_costs, saved_bytes
 from lbpwht_jax.models import model_info
 
 RESULTS = Path(__file__).parent / "results" / "saved_bytes.json"
 
 
 def count(model: str, method: str, classes: int = 100) -> dict:
-    """Both counts of a method, an image, in float32."""
+    """Bytes and FLOPs of a method, per image, in float32."""
     info = model_info(model)
     shape = (info.image_size, info.image_size, info.channels)
     adapted = adapted_model(model, method, num_classes=classes)
@@ -46,7 +45,7 @@ def main(
     """Counts every method on every model.
 
     Args:
-      models: their names.
+      models: names that ``lbpwht models`` lists.
       methods: short names, as for lbpwht cost.
       output: JSON file to write.
     """

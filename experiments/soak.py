@@ -3,8 +3,8 @@
     python experiments/soak.py
 
 The run is ``lbpwht finetune`` on digits with a batch of 2. It writes experiments/results/soak.json: resident memory over
-time, its slope over the second half, whether every step is in the metrics once, and whether the last checkpoint is what was
-exported.
+time, its slope over the second half, whether every step is in the metrics exactly once, and whether the last checkpoint equals
+the exported weights.
 """
 
 import itertools
@@ -36,13 +36,13 @@ def resident_mib(process: int) -> float | None:
 
 
 def main(steps: int = 20_000, batch_size: int = 2, checkpoint_every: int = 100, every: float = 2.0) -> None:
-    """Runs it.
+    """Runs the experiment.
 
     Args:
-      steps: at least; whole epochs are trained.
-      batch_size: images a step.
+      steps: least number of steps; whole epochs are trained.
+      batch_size: images per step.
       checkpoint_every: steps between checkpoints.
-      every: seconds between looks at the memory.
+      every: seconds between readings of the memory.
     """
     per_epoch = 1437 // batch_size
     epochs = -(-steps // per_epoch)

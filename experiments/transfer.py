@@ -2,16 +2,16 @@
 
     python experiments/transfer.py --data cifar10.zip
 
-appends every run to experiments/results/transfer.json and leaves out those already there, so that it can be stopped and called
-again. ``--processes 2`` runs two at a time, each on half of the cores, which for a model this small is faster than one on all.
-``experiments/transfer_steps.py`` times the steps, and ``experiments/results_page.py`` makes tables, claims and plots of all.
+appends every run to experiments/results/transfer.json and skips those already there, so that it can be stopped and called
+again. ``--processes 2`` runs two at a time, each on half of the cores; for a model this small that is faster than one on all.
+``experiments/transfer_steps.py`` times the steps, and ``experiments/results_page.py`` makes the tables, claims and plots.
 The images lie as ``.../{train,test}/CLASS/IMAGE`` in a zip file or folder; the weights are those of
 ``experiments/transfer_backbone.py``.
 
-Runs of one seed share their new head, their order of images and what augmentation draws. All methods have one learning rate,
-as in the paper: of 5e-4, 1e-3, 2e-3 and 4e-3 the one at which full backpropagation did best, with a seed that the sweep leaves
-out (``--methods full --seeds 100 --setting.lr ...`` into other files). LoRA is also run at four times that, since it often
-wants more.
+Runs of one seed share their new head, their order of images and the draws of augmentation. All methods have the same learning
+rate, as in the paper. Of 5e-4, 1e-3, 2e-3 and 4e-3 it is the one at which full backpropagation did best, with a seed outside
+the sweep (``--methods full --seeds 100 --setting.lr ...``, written to other files). LoRA also runs at four times that rate,
+because it often needs a higher one.
 """
 
 import concurrent.futures
@@ -35,13 +35,11 @@ from transfer_backbone import NAME, WEIGHTS, backbone, backbone_info
 from transfer_images import read_dataset
 from transfer_training import AUGMENTATION, make_trainer, train
 
-from lbpwht_jax.adaptation.linen import AdaptedModule, adapt
-from lbpwht_jax.adaptation.presets import Method, parse_method
-from lbpwht_jax.cost.backward import backward_flops, saved_bytes
-from lbpwht_jax.cost.report import layer_costs
+from lbpwht_jax.adaptation import AdaptedModule, Method, adapt, parse_method
+from lbpwht_jax.cost import backward_flops, layer_costs, saved_bytes
 from lbpwht_jax.data import Dataset
 from lbpwht_jax.train import Recipe
-from lbpwht_jax.weights.files import load_weights, replace_head
+from lbpwht_jax.weights import load_weights, replace_head
 
 RESULTS = Path(__file__).parent / "results" / "transfer.json"
 Train = Literal["last_stage", "all"]
@@ -54,8 +52,8 @@ class Variant:
 
     Attributes:
       method: short name, as for ``parse_method``.
-      projection: of low-rank backpropagation.
-      dx: how inputs' gradients are computed.
+      projection: projection of low-rank backpropagation.
+      dx: how the gradients of inputs are computed.
       lr_scale: multiplies the learning rate.
     """
 
@@ -66,7 +64,7 @@ class Variant:
 
     @property
     def name(self) -> str:
-        """How tables call it."""
+        """Its name in tables."""
         notes = [self.projection] * (self.projection != "fitted") + ["dW only"] * (self.dx == "exact")
         notes += [f"{self.lr_scale:g} x lr"] * (self.lr_scale != 1)
         return f"{self.method} ({', '.join(notes)})" if notes else self.method
@@ -101,7 +99,7 @@ class Setting:
       train_per_class: training images of each class, the same in all runs.
       test_per_class: test images of each class, the same in all runs.
       epochs: passes over the training images.
-      batch_size: images a step.
+      batch_size: images per step.
       lr: AdamW's peak learning rate.
     """
 
@@ -135,7 +133,7 @@ def run(variant: Variant, trained: Train, seed: int, setting: Setting, weights: 
     """Trains and evaluates once.
 
     Returns:
-      What the run was and came to: accuracies in [0, 1], costs an image, times in seconds.
+      Settings and results of the run: accuracies in [0, 1], costs per image, times in seconds.
     """
     started = time.perf_counter()
     info, classes = backbone_info(), len(dataset.classes)
@@ -166,24 +164,24 @@ def run(variant: Variant, trained: Train, seed: int, setting: Setting, weights: 
 
 
 def usable_cores() -> list[int]:
-    """Those this process may run on: all, where the system (macOS, Windows) confines no process to some."""
+    """The cores that this process may run on; all of them on macOS and Windows, which do not confine processes."""
     return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
 
 
 def cores() -> str:
-    """How many this process may run on, in words."""
+    """The number of cores that this process may run on, in words."""
     number = len(usable_cores())
     return "1 core" if number == 1 else f"{number} cores"
 
 
 @functools.cache
 def sweep_images(data: Path, setting: Setting, cache: Path | None) -> Dataset:
-    """The images, read once in each process; arguments as of ``main``."""
+    """The images, read once per process; the arguments are those of ``main``."""
     return read_dataset([data], backbone_info().image_size, setting.train_per_class, setting.test_per_class, cache)
 
 
 def run_task(task: Task, setting: Setting, weights: Path, data: Path, cache: Path | None) -> dict:
-    """``run``, in whichever process, leaving no compiled function behind."""
+    """Calls ``run`` in whichever process, and leaves no compiled function behind."""
     try:
         return run(*task, setting, weights, sweep_images(data, setting, cache))
     finally:
@@ -191,7 +189,7 @@ def run_task(task: Task, setting: Setting, weights: Path, data: Path, cache: Pat
 
 
 def _take_cores(shares: Any) -> None:
-    """Confines this process to a share of the cores that no other has taken; JAX, not yet started, makes as many threads."""
+    """Confines this process to cores that no other has taken. JAX starts later and makes as many threads."""
     os.sched_setaffinity(0, shares.get())
 
 
@@ -200,11 +198,11 @@ def run_all(tasks: Sequence[Task], processes: int, *arguments: Any) -> Iterator[
 
     Args:
       tasks: the runs.
-      processes: runs at a time.
-      *arguments: as of ``run_task``, after the task.
+      processes: number of runs at a time.
+      *arguments: those of ``run_task``, after the task.
 
     Yields:
-      What each run came to, as they end.
+      The result of each run as it ends.
 
     Raises:
       SystemExit: if there are more processes than cores, or the system cannot share these out.
@@ -231,10 +229,10 @@ def run_all(tasks: Sequence[Task], processes: int, *arguments: Any) -> Iterator[
 
 
 def open_results(output: Path, command: str, setting: dict, **facts: Any) -> dict:
-    """The results that a file holds already, or none yet.
+    """The results that a file already holds, or an empty set of results.
 
     Raises:
-      SystemExit: if they were made by another setting.
+      SystemExit: if they were made with another setting.
     """
     if not output.exists():
         return {"command": command, "setting": setting, **facts, "runs": []}
@@ -245,7 +243,7 @@ def open_results(output: Path, command: str, setting: dict, **facts: Any) -> dic
 
 
 def write_results(output: Path, results: dict) -> None:
-    """Writes the JSON file in one go: whoever reads it, or stops the program, finds it whole."""
+    """Writes a JSON file so that it is whole at any moment, even if the program is stopped."""
     output.parent.mkdir(parents=True, exist_ok=True)
     draft = output.with_suffix(".part")
     draft.write_text(json.dumps(results, indent=1) + "\n")
@@ -264,7 +262,7 @@ def main(
     processes: int = 1,
     setting: Setting = Setting(),
 ) -> None:
-    """Runs what is not there yet: for each seed the last stage, then the whole model, by every method.
+    """Runs what is not there yet: for each seed, every method on the last stage and then on the whole model.
 
     Args:
       data: zip file or folder with the images.
@@ -273,9 +271,9 @@ def main(
       cache: folder to keep decoded images in.
       methods: names of the variants to run.
       trains: what is trained, with the head.
-      seeds: of new head, order, augmentation and LoRA's branches.
-      limit: stops after so many runs.
-      processes: runs at a time.
+      seeds: each determines the new head, order, augmentation and LoRA's branches of its runs.
+      limit: stops after this many runs.
+      processes: number of runs at a time.
       setting: what all runs share.
     """
     variants = {variant.name: variant for variant in VARIANTS}

@@ -5,8 +5,8 @@
 writes experiments/results/transfer_backbone.safetensors, its test accuracy in the header. The images lie as
 ``.../{train,test}/CLASS/IMAGE`` in zip files or folders; several are read together.
 
-The model has the registry's EfficientFormer class with the two stages whose grids are the paper's last two, 14x14 and 7x7 (at
-56 pixels): the last, like the paper's, is no multiple of the 8x8 block.
+The model uses the registry's EfficientFormer class. At 56 pixels its two stages have the grids of the paper's last two,
+14x14 and 7x7; as in the paper, neither is a multiple of the 8x8 block.
 """
 
 import dataclasses
@@ -21,8 +21,7 @@ import tyro
 from transfer_images import read_dataset
 from transfer_training import AUGMENTATION, make_trainer, train
 
-from lbpwht_jax.models import model_info
-from lbpwht_jax.models.info import ModelInfo
+from lbpwht_jax.models import ModelInfo, model_info
 from lbpwht_jax.train import Recipe
 from lbpwht_jax.weights.files import count_parameters, save_weights
 
@@ -66,9 +65,9 @@ def main(
       output: safetensors file to write.
       cache: folder to keep decoded images in.
       epochs: passes over the training images.
-      batch_size: images a step.
+      batch_size: images per step.
       lr: AdamW's peak learning rate.
-      seed: of initial weights, shuffling and augmentation.
+      seed: determines initial weights, shuffling and augmentation.
       limit: training and test images of each class; all by default.
     """
     output.parent.mkdir(parents=True, exist_ok=True)

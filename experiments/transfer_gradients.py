@@ -1,4 +1,4 @@
-"""How much of each layer's gradient survives at each rank, on the pretrained backbone and real images.
+"""Measures how much of each layer's gradient survives at each rank, with the pretrained backbone and real images.
 
     python experiments/transfer_gradients.py --data cifar10.zip
 
@@ -23,9 +23,9 @@ from transfer_backbone import NAME, WEIGHTS, backbone_info
 from transfer_images import read_split
 from transfer_training import make_trainer, train
 
-from lbpwht_jax.adaptation.linen import AdaptedModule
+from lbpwht_jax.adaptation import AdaptedModule
 from lbpwht_jax.data import ArraySplit, Dataset
-from lbpwht_jax.ops.spec import LowRankSpec
+from lbpwht_jax.ops import LowRankSpec
 from lbpwht_jax.train import normalise
 
 RESULTS = Path(__file__).parent / "results" / "transfer_gradients.json"
@@ -33,7 +33,7 @@ METHODS = (*(f"lp_l1-{r}" for r in range(1, 9)), "lp_linf-2", "lp_linf-4")
 
 
 def kernel_gradients(model: AdaptedModule, variables: Any, batch: ArraySplit) -> dict[str, np.ndarray]:
-    """Gradients of the mean cross-entropy, as float64, by layer, of the kernels the paper's choice of layers has."""
+    """Gradients of the mean cross-entropy with respect to the kernels of the paper's layers, as float64, by layer."""
     info = backbone_info()
 
     @jax.jit
@@ -52,7 +52,7 @@ def kernel_gradients(model: AdaptedModule, variables: Any, batch: ArraySplit) ->
 
 
 def cosine(a: np.ndarray, b: np.ndarray) -> float:
-    """Cosine similarity of two arrays, taken as vectors."""
+    """Cosine similarity of two arrays, read as vectors."""
     return float(np.vdot(a, b) / (np.linalg.norm(a) * np.linalg.norm(b)))
 
 
@@ -83,9 +83,9 @@ def main(
       output: JSON file to write.
       cache: folder to keep decoded images in.
       methods: short names of low-rank methods.
-      projections: of these.
-      batch_size: images of the batch.
-      seed: of the new head and the choice of images.
+      projections: projections of these methods.
+      batch_size: images in the batch.
+      seed: determines the new head and the choice of images.
       train_per_class: training images of each class.
     """
     info = backbone_info()

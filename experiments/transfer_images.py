@@ -13,7 +13,7 @@ from lbpwht_jax.data import ArraySplit, Dataset
 
 
 def _files(path: Path) -> Iterator[tuple[str, Callable[[], bytes]]]:
-    """Name, such as ``train/cat/1.png``, and reader of every file below a folder or in a zip."""
+    """Yields every file below a folder or in a zip: its name, such as ``train/cat/1.png``, and a function that reads it."""
     if path.is_dir():
         for file in path.rglob("*"):
             if file.is_file():
@@ -36,14 +36,14 @@ def _decode(data: bytes, size: int) -> np.ndarray:
 def read_split(
     paths: Sequence[Path], split: str, size: int, per_class: int | None = None, cache: Path | None = None
 ) -> tuple[ArraySplit, tuple[str, ...]]:
-    """The images of ``.../SPLIT/CLASS/IMAGE`` in folders or zips, squashed to a square (bicubic), and the names of the classes.
+    """Reads the images ``.../SPLIT/CLASS/IMAGE`` of folders or zips, squashed to a square (bicubic), and the classes' names.
 
     Args:
       paths: folders or zip files, read together.
       split: ``"train"`` or ``"test"``.
       size: height and width of the result, in pixels.
-      per_class: takes so many of each class, the same ones whenever it is called; all by default.
-      cache: folder where the result is kept for the next time, by what was asked.
+      per_class: number of images per class, the same ones at every call; all by default.
+      cache: folder in which the result is kept for the next call with the same arguments.
 
     Raises:
       FileNotFoundError: if a path does not exist.
@@ -79,10 +79,10 @@ def read_split(
 def read_dataset(
     paths: Sequence[Path], size: int, train_per_class: int | None, test_per_class: int | None, cache: Path | None
 ) -> Dataset:
-    """Both splits; arguments as of ``read_split``.
+    """Reads both splits; for the arguments see ``read_split``.
 
     Raises:
-      ValueError: if the classes of the two are not the same, or as ``read_split`` does.
+      ValueError: if the two splits have different classes, or ``read_split`` finds no image.
     """
     train, classes = read_split(paths, "train", size, train_per_class, cache)
     test, others = read_split(paths, "test", size, test_per_class, cache)

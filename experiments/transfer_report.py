@@ -30,7 +30,7 @@ FAMILIES: Mapping[str, tuple[tuple[str, ...], str, str]] = {
 
 
 def accuracies(runs: Sequence[Mapping[str, Any]], train: str) -> dict[str, dict[int, float]]:
-    """Test accuracy in percent by variant and seed, of the runs that trained ``train``."""
+    """Test accuracy in percent, by variant and seed, of the runs that trained ``train``."""
     found: dict[str, dict[int, float]] = {}
     for run in runs:
         if run["train"] == train:
@@ -49,13 +49,14 @@ def interval(values: Sequence[float]) -> tuple[float, float, float]:
 
 @dataclasses.dataclass(frozen=True)
 class Claim:
-    """A claim as a difference of accuracies in points, which it says is at least ``bound``.
+    """A claim that a difference of accuracies is at least ``bound``.
 
     Attributes:
       text: what is claimed.
       shown: the difference, in words.
-      plus, minus: variants; the difference is that of their means.
-      bound: in points.
+      plus: variants; the difference is their mean accuracy less that of ``minus``.
+      minus: variants.
+      bound: least difference, in points.
     """
 
     text: str
@@ -76,7 +77,7 @@ class Claim:
         ]
 
     def verdict(self, low: float, high: float) -> str:
-        """What a confidence interval says of the claim."""
+        """What a confidence interval says about the claim."""
         return "holds" if low >= self.bound else "does not hold" if high < self.bound else "open"
 
 
@@ -119,7 +120,7 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def table(runs: Sequence[Mapping[str, Any]], train: str) -> str:
-    """The runs of one kind of training as a Markdown table, a row a variant, in the order of ``FAMILIES``."""
+    """The runs of one kind of training as a Markdown table, one row per variant, in the order of ``FAMILIES``."""
     rows, found = [], accuracies(runs, train)
     for name in (name for names, *_ in FAMILIES.values() for name in names if name in found):
         by_seed = found[name]
@@ -150,11 +151,11 @@ README_METHODS = ("full", "lp_l1-8", "lp_l1-4", "lp_l1-2", "lora-8", "lora_all-8
 
 
 def readme_table(runs: Sequence[Mapping[str, Any]], seconds: Mapping[str, Mapping[str, float]]) -> str:
-    """The README's excerpt: some methods, training the whole model.
+    """The README's table: some of the methods, training the whole model.
 
     Args:
-      runs: of the sweep.
-      seconds: of a step, by what is trained and the variant.
+      runs: the sweep's runs.
+      seconds: time of a step, by what is trained and the variant.
     """
     found, rows = accuracies(runs, "all"), []
     for name in README_METHODS:
@@ -174,7 +175,7 @@ def readme_table(runs: Sequence[Mapping[str, Any]], seconds: Mapping[str, Mappin
 
 
 def claims_table(runs: Sequence[Mapping[str, Any]]) -> str:
-    """Every claim for both kinds of training: the difference paired over seeds, its confidence interval, the verdict."""
+    """Every claim, for both kinds of training: the difference paired over seeds, its confidence interval, the verdict."""
     rows = []
     for claim in CLAIMS:
         for train, words in TRAINS.items():
@@ -189,12 +190,12 @@ def claims_table(runs: Sequence[Mapping[str, Any]]) -> str:
 
 
 def base_name(variant: str) -> str:
-    """The variant at the learning rate of all others."""
+    """The name of the same variant at the common learning rate."""
     return re.sub(r" \(.* x lr\)$", "", variant)
 
 
 def steps_table(seconds: Mapping[str, Mapping[str, float]]) -> str:
-    """Time of a step and speed-up over full backpropagation, by method, for each kind of training."""
+    """Time of a step and its speed-up over full backpropagation, by method, for each kind of training."""
     rows = []
     for name in next(iter(seconds.values())):
         own = [by_name[name] for by_name in seconds.values()]
@@ -207,13 +208,13 @@ def plot(runs: Sequence[Mapping[str, Any]], seconds: Mapping[str, Mapping[str, f
     """Draws accuracy against backward FLOPs, saved bytes and step time, a row for each kind of training.
 
     Args:
-      runs: of the sweep.
-      seconds: of a step, by what is trained and the variant.
-      path: of the image.
+      runs: the sweep's runs.
+      seconds: time of a step, by what is trained and the variant.
+      path: the image file to write.
     """
     axes_of: list[tuple[str, Callable[[Mapping[str, Any]], float]]] = [
-        ("backward MFLOPs an image", lambda run: run["backward_flops"] / 1e6),
-        ("saved KB an image", lambda run: run["saved_bytes"] / 1e3),
+        ("backward MFLOPs per image", lambda run: run["backward_flops"] / 1e6),
+        ("saved KB per image", lambda run: run["saved_bytes"] / 1e3),
         ("step (ms)", lambda run: seconds[run["train"]][base_name(run["variant"])] * 1e3),
     ]
     figure = Figure(figsize=(12, 7.6), layout="constrained")
@@ -278,7 +279,7 @@ def plot_gradients(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 
 def gradients_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Mean over the layers of the cosine similarity with the full gradient, a row a method."""
+    """Mean over the layers of the cosine similarity with the full gradient, one row per method."""
     columns = [(projection, dx) for dx in ("exact", "low_rank") for projection in ("fitted", "official")]
     lines = []
     for method in dict.fromkeys(row["method"] for row in rows):

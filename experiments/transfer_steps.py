@@ -2,7 +2,7 @@
 
     python experiments/transfer_steps.py
 
-writes experiments/results/transfer_steps.json. Images are random: what a step takes does not depend on them.
+writes experiments/results/transfer_steps.json. Images are random; the time of a step does not depend on them.
 """
 
 from collections.abc import Callable
@@ -24,7 +24,7 @@ CLASSES = 10
 
 
 def step_function(variant: Variant, trained: Train, variables: Any, dataset: Dataset, setting: Setting) -> Callable[[], Any]:
-    """A call is one training step on the same batch."""
+    """Returns a function that makes one training step, always on the same batch."""
     model = adapted_backbone(variant, trained, CLASSES)
     trainer = make_trainer(model, backbone_info(), dataset, setting.recipe(seed=0), model.trainable)
     with training_batches(dataset, trainer.loading) as batches:
@@ -49,7 +49,7 @@ def main(
     Args:
       weights: the pretrained backbone.
       output: JSON file to write.
-      rounds: samples of each time; the median counts.
+      rounds: number of samples of each time; the median counts.
       trains: what is trained, with the head.
     """
     setting = Setting()

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from lbpwht_jax.data import Augmentation, Dataset, training_batches
-from lbpwht_jax.models.info import ModelInfo
+from lbpwht_jax.models import ModelInfo
 from lbpwht_jax.train import Recipe, Trainer, TrainState, everything
 
 AUGMENTATION = Augmentation(flip=True, shift=4)
@@ -22,10 +22,10 @@ def train(trainer: Trainer, variables: Any) -> Iterator[tuple[int, float, TrainS
     """Trains to the end of the last epoch, without evaluations in between.
 
     Yields:
-      After every step its number from 1, the loss, and the state, which the next step donates.
+      After every step: its number, counted from 1, the loss, and the state. The next step donates the state's memory.
 
     Raises:
-      FloatingPointError: when the loss is no longer finite, naming the step.
+      FloatingPointError: when the loss is no longer finite; the text names the step.
     """
     state = trainer.initial_state(variables)
     with training_batches(trainer.dataset, trainer.loading) as batches:

@@ -1,6 +1,7 @@
 """Settings of every test run: eight CPU devices, strict dtype and rank promotion, warnings as errors.
 
-Tests spend most of their time compiling programs that run once, so XLA leaves out LLVM's optimisations.
+Tests spend most of their time compiling programs that run once, so XLA leaves out LLVM's optimisations, unless XLA_FLAGS says
+otherwise: ``XLA_FLAGS=--xla_backend_optimization_level=3 pytest tests/ops``.
 """
 
 import os
@@ -11,7 +12,9 @@ import pytest
 
 DEVICES = 8
 
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
+OPTIMISATION = "--xla_backend_optimization_level"
+if OPTIMISATION not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {OPTIMISATION}=0"
 
 hypothesis.settings.register_profile("suite", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("suite")
@@ -22,8 +25,19 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+# Files that take longest, in the order in which workers should take them: with the short ones last, no worker waits long for
+# another at the end.
+LONGEST = ("test_finetune", "test_notebooks", "test_transfer", "test_processes", "test_checkpoint", "test_cost_tables")
+
+
 def pytest_configure(config):
     config.addinivalue_line("filterwarnings", "error")
+
+
+def pytest_collection_modifyitems(items):
+    """Puts the longest files first; pytest-xdist hands files out in this order (``--no-loadscope-reorder``)."""
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(places)))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,1 +1,1 @@
-"""Clocks: the time that low-rank backpropagation saves in a layer and in a training step, and how far from the limit it is."""
+"""Benchmarks: the time that low rank saves in a layer and in a training step, and how far that is from the limit."""

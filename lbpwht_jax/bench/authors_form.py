@@ -1,8 +1,8 @@
-"""The form in which the authors' code computes the projection, as a baseline on the clock; for nothing else.
+"""The form in which the authors' code computes the projection, used only as a baseline for timing.
 
-As their layer does: the grid is reflected out to whole 8x8 blocks, every function is broadcast over every block, multiplied
-and summed, and the input's gradient is expanded in the same way. Their framework stores each product before summing it, which
-the barriers here make XLA do too.
+The grid is padded to whole 8x8 blocks by reflection; every function is broadcast over every block, multiplied and summed; the
+input's gradient is expanded in the same way. Their framework stores each product before it is summed; the barriers here make
+XLA do so too.
 """
 
 import math
@@ -16,13 +16,13 @@ from lbpwht_jax.ops.walsh import walsh_matrix
 
 
 def backward(x: jax.Array, kernel: jax.Array, g: jax.Array, spec: LowRankSpec, grid: Grid) -> tuple[jax.Array, jax.Array]:
-    """Cotangents of input and kernel of ``x @ kernel``, by projections that broadcast, multiply and sum.
+    """Cotangents of the input and the kernel of ``x @ kernel``, by projections that broadcast, multiply and sum.
 
     Args:
       x: ``[batch, tokens, in]``.
       kernel: ``[in, out]``.
       g: cotangent of the output, ``[batch, tokens, out]``.
-      spec: the functions, of two grid axes.
+      spec: the Walsh functions, for two grid axes.
       grid: height and width.
     """
     functions = _functions(spec, x.dtype)

@@ -1,4 +1,4 @@
-"""``lbpwht bench layers``: the backward pass of single dense layers, exact against low-rank."""
+"""``lbpwht bench layers``: times of the backward pass of single dense layers, exact and low-rank."""
 
 import dataclasses
 import itertools
@@ -38,21 +38,21 @@ class Row:
     """One layer at one rank.
 
     Attributes:
-      inputs: channels.
-      outputs: channels.
-      grid: height and width.
-      batch: images.
-      r: of LP_{L1-r}.
-      dense_seconds: of the exact backward pass: two products.
-      seconds: of the low-rank one, the projection of the input in the forward pass included.
-      speedup: of the low-rank over the exact one.
-      flop_ratio: of the matrix products of the exact one over those of the low-rank one, transforms included.
-      efficiency: speed-up over FLOP ratio.
-      floor_seconds: the least the low-rank one can take: its FLOPs at the measured peak or the bytes of inputs and outputs,
-        each once, at the measured bandwidth, whichever is more.
+      inputs: input channels.
+      outputs: output channels.
+      grid: height and width of the token grid.
+      batch: number of images.
+      r: the r of LP_{L1-r}.
+      dense_seconds: time of the exact backward pass, which is two products.
+      seconds: time of the low-rank backward pass, including the projection of the input in the forward pass.
+      speedup: ``dense_seconds`` over ``seconds``.
+      flop_ratio: FLOPs of the exact matrix products over those of the low-rank ones, Walsh transforms included.
+      efficiency: ``speedup`` over ``flop_ratio``.
+      floor_seconds: least time that the low-rank pass can take: its FLOPs at the measured peak, or the bytes of its inputs and
+        outputs, each moved once, at the measured bandwidth, whichever takes longer.
       over_floor: ``seconds`` over ``floor_seconds``.
-      authors_seconds: of the authors' form, where asked for.
-      predicted: the speed-up that the automatic choice (``lbpwht_jax.ops.heuristic``) goes by.
+      authors_seconds: time of the authors' form, if asked for.
+      predicted: the speed-up that the automatic choice expects (``predicted_speedup``).
       error: largest difference of a cotangent from the reference, over its largest value.
     """
 
@@ -82,17 +82,17 @@ class Layers:
     """
 
     batch: tuple[int, ...] = ()
-    """Images; by default 1 and 64 for Table 8 and 1 and 16 for the maps."""
+    """Numbers of images; by default 1 and 64 for Table 8, and 1 and 16 for the other stages."""
     ranks: tuple[int, ...] = (2, 4, 6, 8)
-    """r of LP_{L1-r}."""
+    """Values of r of LP_{L1-r}."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of inputs and kernel."""
+    """The dtype of inputs and kernel."""
     rounds: int = 15
-    """Samples of each time; the median counts."""
+    """Number of samples of each time; the median counts."""
     only: Literal["all", "table8", "stages"] = "all"
-    """Which layers."""
+    """The layers to time: all, Table 8's or those of the other stages."""
     authors: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Also times the form of the authors' code, which is slow."""
+    """Also times the form of the authors' code, which takes long."""
     output: Path = Path("bench")
     """Folder for the results."""
 
@@ -238,7 +238,7 @@ def _table(rows: list[Row]) -> Table:
 
 
 def _plot(rows: list[Row], file: Path, title: str) -> None:
-    """Speed-up over FLOP ratio, a mark a row, with the diagonal that spending FLOPs at an equal rate would give."""
+    """Plots speed-up against FLOP ratio, one mark per row; on the diagonal, FLOPs run at the rate of the exact pass."""
     figure = Figure(figsize=(6, 5), layout="constrained")
     axes = figure.subplots()
     layers = list(dict.fromkeys((row.inputs, row.outputs, row.grid) for row in rows))

@@ -1,4 +1,4 @@
-"""``lbpwht bench step``: whole training steps, of full backpropagation and of the methods that save."""
+"""``lbpwht bench step``: times of whole training steps, with full backpropagation and with other methods."""
 
 import dataclasses
 import sys
@@ -33,16 +33,16 @@ class Row:
     """One method on one model.
 
     Attributes:
-      model: its name.
-      method: its short name, with "+remat" where each block is computed again in the backward pass.
+      model: the model's name.
+      method: the method's short name, with "+remat" if each block is computed again in the backward pass.
       train: what is trained.
-      batch: images a step.
-      seconds: of a step: forward, backward, optimiser.
-      images_per_second: of training.
-      speedup: over the first method.
-      backward_flops: of matrix products, an image.
-      saved_bytes: kept for the backward pass, an image.
-      peak_bytes: device memory at most, as the compiler plans it; ``None`` where the backend does not report it.
+      batch: images per step.
+      seconds: time of a step: forward pass, backward pass and optimiser.
+      images_per_second: images trained on per second.
+      speedup: the first method's ``seconds`` over this one's.
+      backward_flops: FLOPs of the backward pass's matrix products, per image.
+      saved_bytes: bytes kept for the backward pass, per image.
+      peak_bytes: most device memory that the compiler plans to use; ``None`` if the backend does not report it.
     """
 
     model: str
@@ -61,23 +61,23 @@ class Row:
 class Step:
     """Times whole jitted training steps (forward, backward, clipping, AdamW), methods in turn in one process.
 
-    Images are random, batch normalisation is on its running statistics, and every method's first loss is compared with the
-    first method's before the clock starts. Writes step.json and step.png.
+    Images are random and batch normalisation uses its running statistics. Every method's first loss is compared with the first
+    method's before the clock starts. Writes step.json and step.png.
     """
 
     models: tuple[str, ...] = _MODELS
     """Names of the models; "lbpwht models" lists them."""
     methods: tuple[str, ...] = _METHODS
-    """As for "lbpwht finetune"; "+remat" computes each block again in the backward pass. The first is what others are compared
-    with."""
+    """Short names, as for "lbpwht finetune"; "+remat" computes each block again in the backward pass. The others are compared
+    with the first."""
     train: Train = "all"
-    """all; last_stage, with the head; or head, with LoRA's branches."""
+    """What is trained: all; last_stage, with the head; or head, with LoRA's branches."""
     batch_size: int = 16
-    """Images a step."""
+    """Images per step."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the computation; parameters and the optimiser's state are float32."""
+    """The dtype of the computation; parameters and the optimiser's state are float32."""
     rounds: int = 7
-    """Samples of each time; the median counts."""
+    """Number of samples of each time; the median counts."""
     output: Path = Path("bench")
     """Folder for the results."""
 
@@ -185,7 +185,7 @@ def _table(rows: list[Row]) -> Table:
 
 
 def _plot(rows: list[Row], file: Path, title: str) -> None:
-    """Speed-up of every method, models side by side."""
+    """Plots the speed-up of every method, models side by side."""
     figure = Figure(figsize=(8, 4), layout="constrained")
     axes = figure.subplots()
     models = list(dict.fromkeys(row.model for row in rows))

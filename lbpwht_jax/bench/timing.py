@@ -1,4 +1,4 @@
-"""Interleaved timing, and what the machine at hand can do at most."""
+"""Interleaved timing, and the limits of the machine at hand."""
 
 import ctypes
 import importlib.metadata
@@ -19,11 +19,11 @@ _PEAK_SIZE, _COPY_BYTES = 4096, 1 << 26
 
 
 def interleaved(functions: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
-    """Median seconds of each function, timed in turn so that a slow spell of the machine falls on all of them.
+    """Median seconds of each function. They are timed in turn, so that a slow spell of the machine affects all of them.
 
     Args:
-      functions: of no argument, returning arrays; called twice before the clock starts, so that they are compiled.
-      rounds: samples of each; a sample of a fast function is the mean of several calls in a row.
+      functions: take no arguments and return arrays; they are called twice before the clock starts, so that they are compiled.
+      rounds: number of samples of each; a sample of a fast function is the mean of several calls in a row.
     """
     repeats = {}
     for name, function in functions.items():
@@ -44,11 +44,14 @@ def interleaved(functions: Mapping[str, Callable[[], Any]], rounds: int) -> dict
 
 
 def keep_freed_memory() -> bool:
-    """Has glibc keep freed memory instead of handing it back to the kernel; returns whether it does.
+    """Makes glibc keep freed memory instead of returning it to the kernel.
 
-    Results of over 32 MB otherwise come in fresh pages at every call, and on a CPU the kernel's clearing of them is what one
-    measures: a third of the low-rank backward pass of a large layer. To be called before JAX's first computation. Freed
-    memory stays with the process, which never shrinks.
+    Otherwise results of more than 32 MB get fresh pages at every call, and the time that the kernel takes to clear them is
+    measured too: a third of the low-rank backward pass of a large layer on a CPU. To be called before JAX's first computation.
+    The process then never shrinks.
+
+    Returns:
+      Whether glibc keeps it; false where there is no glibc.
     """
     if platform.libc_ver()[0] != "glibc":
         return False
@@ -58,7 +61,7 @@ def keep_freed_memory() -> bool:
 
 
 def peak_flops(dtype: Any, rounds: int = 9) -> float:
-    """FLOP/s of one large matrix product of this dtype on the default device, 2 a multiply-add."""
+    """FLOP/s of one large matrix product of this dtype on the default device, at 2 FLOPs per multiply-add."""
     size = _PEAK_SIZE if jax.default_backend() != "cpu" else _PEAK_SIZE // 2
     a, b = (jax.random.normal(jax.random.key(seed), (size, size), dtype) for seed in (0, 1))
     product = jax.jit(jnp.matmul)
@@ -66,7 +69,7 @@ def peak_flops(dtype: Any, rounds: int = 9) -> float:
 
 
 def bandwidth(rounds: int = 9) -> float:
-    """Bytes/s of a pass that reads an array of 64 MiB and writes it in place (256 MiB on accelerators), both counted."""
+    """Bytes/s of a pass that reads and writes an array of 64 MiB in place (256 MiB on accelerators); both directions count."""
     size = _COPY_BYTES * (1 if jax.default_backend() == "cpu" else 4)
     array = [jnp.zeros(size // 4, jnp.float32)]
     add = jax.jit(lambda x: x + 1, donate_argnums=0)
@@ -79,7 +82,7 @@ def bandwidth(rounds: int = 9) -> float:
 
 
 def machine() -> dict[str, Any]:
-    """What timings depend on, for the record: processor, cores, device, versions."""
+    """What timings depend on: processor, cores, device and versions."""
     processor = platform.processor() or platform.machine()
     information = Path("/proc/cpuinfo")
     if information.exists():

@@ -1,4 +1,4 @@
-"""Data sets by name, batches of their images, and random changes to these on the device."""
+"""Data sets by name, batches of their images, and augmentation on the device."""
 
 from lbpwht_jax.data.augmentation import Augmentation, make_augmentation
 from lbpwht_jax.data.batches import Batch, Batches, Loading, evaluation_batches, steps_per_epoch, training_batches

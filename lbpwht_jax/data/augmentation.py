@@ -15,17 +15,18 @@ _TRIES = 10
 
 @dataclasses.dataclass(frozen=True)
 class Augmentation:
-    """How training images are changed; by default not at all.
+    """How training images are changed at random; by default they are not.
 
     Attributes:
-      crop_scale: the random resized crop's least and largest area over the image's, in (0, 1]; None for the whole image,
-        squashed. Its width over its height is drawn from 3/4 to 4/3, in the proportions of the original.
+      crop_scale: least and largest area of the random resized crop, as shares of the image's area, in (0, 1]. The crop's
+        width over its height, in the original's proportions, is drawn from 3/4 to 4/3. None takes the whole image, squashed.
       flip: whether half of the images are mirrored left to right.
-      shift: pixels that images are moved by at most along both axes, repeating their edges.
-      randaugment: operations an image and their magnitude in [0, 10]; None for none.
-      mixup: alpha of the Beta distribution of the share that an image keeps when it is blended with another; 0 for no mixup.
-      cutmix: the same of the area that it keeps when a box of it is replaced by another's; 0 for no cutmix. With both, each
-        image undergoes one or the other.
+      shift: largest number of pixels by which images are moved along both axes; their edges are repeated.
+      randaugment: number of operations per image, and their magnitude in [0, 10]; None for no operations.
+      mixup: an image is blended with another, and the share that it keeps is drawn from a Beta distribution with this alpha;
+        0 for no mixup.
+      cutmix: a box of an image is replaced by another image's, and the share of the area that it keeps is drawn from a Beta
+        distribution with this alpha; 0 for no cutmix. With both mixup and cutmix, each image undergoes one or the other.
 
     Raises:
       ValueError: if a number is out of range.
@@ -52,11 +53,11 @@ Augment = Callable[[jax.Array, jax.Array, jax.Array, jax.Array, int], tuple[jax.
 
 
 def make_augmentation(augmentation: Augmentation, image_size: int) -> Augment:
-    """What changes a batch, to be called inside jit.
+    """Makes a function that augments a batch, to be called inside jit.
 
     Args:
-      augmentation: what is done.
-      image_size: height and width of the images it returns, in pixels.
+      augmentation: the changes.
+      image_size: height and width of the images that the function returns, in pixels.
 
     Returns:
       ``augment(key, images, aspect, labels, num_classes) -> (images, targets)``: from uint8 ``[batch, s, s, channels]``,
@@ -88,15 +89,15 @@ def make_augmentation(augmentation: Augmentation, image_size: int) -> Augment:
 
 
 def crop_boxes(key: jax.Array, aspect: jax.Array, scale: tuple[float, float]) -> jax.Array:
-    """Boxes of the random resized crop, drawn as torchvision and timm draw them, but not rounded to pixels.
+    """Draws boxes of the random resized crop as torchvision and timm do, but without rounding them to pixels.
 
     Args:
-      key: of the draw.
+      key: a key for the draw.
       aspect: ``[batch]``, width over height of the original images.
-      scale: least and largest area, over the image's.
+      scale: least and largest area, as shares of the image's area.
 
     Returns:
-      ``[batch, 4]``: top, left, height and width, over the image's height and width.
+      ``[batch, 4]``: top, left, height and width, as shares of the image's height and width.
     """
     area_key, ratio_key, place_key = jax.random.split(key, 3)
     shape = (len(aspect), _TRIES)
@@ -115,11 +116,11 @@ def crop_boxes(key: jax.Array, aspect: jax.Array, scale: tuple[float, float]) ->
 
 
 def resample(images: jax.Array, boxes: jax.Array, size: int) -> jax.Array:
-    """Boxes of the images, resized (bicubic, antialiased).
+    """Cuts a box out of each image and resizes it (bicubic, antialiased).
 
     Args:
       images: ``[batch, height, width, channels]``, in [0, 1].
-      boxes: ``[batch, 4]``: top, left, height and width, over the image's height and width.
+      boxes: ``[batch, 4]``: top, left, height and width, as shares of the image's height and width.
       size: height and width of the result, in pixels.
 
     Returns:
@@ -136,14 +137,14 @@ def resample(images: jax.Array, boxes: jax.Array, size: int) -> jax.Array:
 
 
 def mix(key: jax.Array, images: jax.Array, targets: jax.Array, mixup: float, cutmix: float) -> tuple[jax.Array, jax.Array]:
-    """Mixes each image, and its target, with the image as far from the batch's other end.
+    """Mixes each image and its target with those at the same distance from the batch's other end.
 
     Args:
-      key: of the draws.
+      key: a key for the draws.
       images: ``[batch, height, width, channels]``.
       targets: ``[batch, classes]``.
-      mixup: as ``Augmentation`` has it.
-      cutmix: likewise; one of the two is not 0.
+      mixup: see ``Augmentation``.
+      cutmix: see ``Augmentation``; at least one of the two is not 0.
 
     Returns:
       Images and targets of the same shapes.

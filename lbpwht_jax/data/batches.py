@@ -1,4 +1,4 @@
-"""Batches of a data set: sampled, decoded and stacked by grain, the same whatever the number of threads and processes."""
+"""Batches of a data set, sampled, decoded and stacked by grain. They do not depend on the number of threads or processes."""
 
 import dataclasses
 import os
@@ -19,9 +19,10 @@ class Batch(NamedTuple):
     """One process's share of a batch, on the host.
 
     Attributes:
-      images: uint8, ``[batch, size, size, channels]``; ``size`` is the canvas in training, the image size in an evaluation.
+      images: uint8, ``[batch, size, size, channels]``; ``size`` is the canvas in training and the image size in evaluation.
       labels: int32, ``[batch]``.
-      real: bool, ``[batch]``; false where an evaluation has no image, or one that cannot be read. Such rows count nowhere.
+      real: bool, ``[batch]``; false for rows of an evaluation that have no image, or one that cannot be read. They are not
+        counted.
       aspect: float32, ``[batch]``: width over height of the original image.
     """
 
@@ -36,15 +37,15 @@ class Loading:
     """How images are loaded.
 
     Attributes:
-      batch_size: images a batch, over all processes.
+      batch_size: images per batch, over all processes.
       image_size: height and width of the images, in pixels.
       channels: 1 for greyscale, 3 for RGB.
-      seed: of the order of the training images.
-      workers: threads that read and decode; none of them changes what is loaded.
-      shard_index: which process this is.
-      shard_count: of how many.
-      canvas: height and width that training images are squashed to, in pixels, by default ``image_size``. A larger one keeps
-        the detail of what a random crop enlarges.
+      seed: determines the order of the training images.
+      workers: number of threads that read and decode; it does not change what is loaded.
+      shard_index: number of this process, counted from 0.
+      shard_count: number of processes.
+      canvas: height and width to which training images are squashed, in pixels; ``image_size`` by default. A larger canvas
+        keeps the detail that a random crop enlarges.
 
     Raises:
       ValueError: if a number is out of range, or the batch cannot be shared equally.
@@ -75,7 +76,7 @@ class Loading:
 
     @property
     def shard(self) -> slice:
-        """The rows of a batch that are this process's."""
+        """The rows of a batch that belong to this process."""
         rows = self.batch_size // self.shard_count
         return slice(self.shard_index * rows, (self.shard_index + 1) * rows)
 
@@ -84,7 +85,7 @@ class Batches(Iterator[Batch]):
     """An iterator over batches, and a context manager that ends its threads.
 
     Attributes:
-      skipped: why the images that could not be read so far could not, by what their split calls them.
+      skipped: for each image that could not be read so far, by its name in the split, the reason.
     """
 
     def __init__(self, batches: grain.MapDataset, workers: int):
@@ -106,7 +107,7 @@ class Batches(Iterator[Batch]):
         return loaded.batch
 
     def close(self) -> None:
-        """Ends the threads; no batch can be had afterwards."""
+        """Ends the threads; there are no batches afterwards."""
         self._batches.close()
 
     def __enter__(self) -> "Batches":
@@ -117,10 +118,10 @@ class Batches(Iterator[Batch]):
 
 
 def steps_per_epoch(dataset: Dataset, batch_size: int) -> int:
-    """The whole batches in the training images.
+    """The number of whole batches in the training images.
 
     Raises:
-      ValueError: if there is none.
+      ValueError: if there are fewer images than one batch takes.
     """
     if batch_size > len(dataset.train):
         raise ValueError(f"batch size {batch_size} is larger than the {len(dataset.train)} training images; lower it")
@@ -128,22 +129,22 @@ def steps_per_epoch(dataset: Dataset, batch_size: int) -> int:
 
 
 def training_batches(dataset: Dataset, loading: Loading, start_step: int = 0) -> Batches:
-    """Shuffled training batches without end.
+    """Makes an endless iterator over shuffled training batches.
 
-    The batch of a step depends on the seed and the step alone: each epoch is another permutation of the images, its whole
-    batches are steps, and the images left over are not seen in it. An image that cannot be read is replaced by the next one
-    in the split that can. Images are squashed to squares, their proportions given in ``aspect``.
+    The batch of a step depends on the seed and the step alone. Each epoch is another permutation of the images; each of its
+    whole batches is a step, and the images left over are not seen in that epoch. An image that cannot be read is replaced by
+    the next one in the split that can. Images are squashed to squares; ``aspect`` gives their proportions.
 
     Args:
-      dataset: its training images are read.
-      loading: how.
+      dataset: the data set whose training images are read.
+      loading: how they are loaded.
       start_step: the step whose batch comes first, counted from 0.
 
     Returns:
-      The batches. Taking one raises a ValueError where all images, or ``PATIENCE`` in a row, cannot be read.
+      The batches. Taking one raises a ValueError if all images, or ``PATIENCE`` in a row, cannot be read.
 
     Raises:
-      ValueError: if there are fewer images than a batch takes.
+      ValueError: if there are fewer images than one batch takes.
     """
     steps_per_epoch(dataset, loading.batch_size)
     split, size = dataset.train, loading.canvas or loading.image_size
@@ -163,18 +164,18 @@ def training_batches(dataset: Dataset, loading: Loading, start_step: int = 0) ->
 
 
 def evaluation_batches(split: Split, loading: Loading, crop: float, interpolation: str = "bicubic") -> Batches:
-    """Every image of a split once, in order, over all processes, resized and cropped as timm does.
+    """Makes an iterator over every image of a split, once and in order, resized and cropped as timm does.
 
-    Every process gets the same number of batches; rows without an image, or with one that cannot be read, are not ``real``.
+    Every process gets the same number of batches. Rows without an image, or with one that cannot be read, are not ``real``.
 
     Args:
       split: the images.
-      loading: how they are read; no seed is needed.
+      loading: how they are loaded; the seed is not used.
       crop: edge of the centre crop over the shorter side of the resized image, in (0, 1].
-      interpolation: of the resizing, "bicubic" or "bilinear".
+      interpolation: how images are resized, "bicubic" or "bilinear".
 
     Returns:
-      The batches. Taking the one after the last raises a ValueError where none of the images could be read.
+      The batches. After the last one, a ValueError is raised if none of the images could be read.
     """
     size = loading.image_size
 
@@ -190,7 +191,7 @@ def evaluation_batches(split: Split, loading: Loading, crop: float, interpolatio
 
 
 class _Loaded:
-    """A batch being filled, and the images that could not be read for it."""
+    """A batch while it is filled, and the images that could not be read for it."""
 
     def __init__(self, rows: int, size: int, channels: int):
         images = np.zeros((rows, size, size, channels), np.uint8)
@@ -200,7 +201,7 @@ class _Loaded:
     def fill(
         self, row: int, split: Split, index: int, shape: Callable[[Image.Image], np.ndarray], least: int | None = None
     ) -> bool:
-        """Reads an image into a row; false, and the reason kept, if it cannot be read."""
+        """Reads an image into a row. If that fails, keeps the reason and returns false."""
         images, labels, real, aspects = self.batch
         try:
             source, label = split.read(index)

@@ -1,4 +1,4 @@
-"""Encoded images to uint8 arrays, on the host, with Pillow."""
+"""Turns encoded images into uint8 arrays, on the host, with Pillow."""
 
 import io
 import math
@@ -12,25 +12,25 @@ _ORIENTATION = 0x0112
 
 
 class UnreadableImage(ValueError):
-    """Bytes that no image can be made of; the text says why."""
+    """The bytes are not an image that can be decoded; the text says why."""
 
 
 def decode(source: bytes | Image.Image, channels: int, least: int | None = None) -> tuple[Image.Image, float]:
-    """Decodes an image, turns it upright and brings it to 8 bits and one or three channels.
+    """Decodes an image, turns it upright and converts it to 8 bits and one or three channels.
 
-    Transparency is laid over white; 16-bit images keep their upper 8 bits.
+    Transparent images are laid over white; 16-bit images keep their upper 8 bits.
 
     Args:
       source: a file's bytes, or an open image.
       channels: 1 for greyscale, 3 for RGB.
-      least: edge in pixels below which no side matters: large JPEGs are then decoded at half, a quarter or an eighth of their
-        size.
+      least: both sides of the result need only this many pixels; large JPEGs are then decoded at half, a quarter or an eighth
+        of their size.
 
     Returns:
-      The image, of mode ``L`` or ``RGB``, and the width of the original over its height.
+      The image, in mode ``L`` or ``RGB``, and the original's width over its height.
 
     Raises:
-      UnreadableImage: if the bytes are damaged, or of no format or mode that Pillow turns into 8 bits.
+      UnreadableImage: if the bytes are damaged, or their format or mode cannot be converted to 8 bits.
     """
     mode = {1: "L", 3: "RGB"}[channels]
     try:
@@ -62,17 +62,17 @@ def _eight_bits(image: Image.Image, mode: str) -> Image.Image:
 
 
 def squash(image: Image.Image, size: int) -> np.ndarray:
-    """The whole image as uint8 ``[size, size, channels]``, whatever its proportions (bicubic)."""
+    """Resizes the whole image, whatever its proportions, to uint8 ``[size, size, channels]`` (bicubic)."""
     return _array(image.resize((size, size), Image.Resampling.BICUBIC))
 
 
 def resize_and_crop(image: Image.Image, size: int, crop: float, interpolation: str = "bicubic") -> np.ndarray:
-    """What timm shows a model in an evaluation.
+    """Resizes an image and cuts out its centre, as timm does for evaluation.
 
     Args:
-      image: of mode ``L`` or ``RGB``.
-      size: of the result, in pixels.
-      crop: ``size`` over the shorter side that the image is resized to before the centre is cut out, in (0, 1].
+      image: an image in mode ``L`` or ``RGB``.
+      size: height and width of the result, in pixels.
+      crop: ``size`` over the shorter side to which the image is resized before the centre is cut out, in (0, 1].
       interpolation: "bicubic" or "bilinear".
 
     Returns:
@@ -86,17 +86,17 @@ def resize_and_crop(image: Image.Image, size: int, crop: float, interpolation: s
 
 
 def load_image(path: Path, image_size: int, channels: int, crop: float, interpolation: str = "bicubic") -> np.ndarray:
-    """Reads one file as an evaluation sees it: uint8, ``[image_size, image_size, channels]``.
+    """Reads one file in the form that an evaluation uses: uint8, ``[image_size, image_size, channels]``.
 
     Args:
       path: an image file.
-      image_size: of the result, in pixels.
-      channels: 1 or 3.
-      crop: as ``resize_and_crop`` takes it.
-      interpolation: likewise.
+      image_size: height and width of the result, in pixels.
+      channels: 1 for greyscale, 3 for RGB.
+      crop: edge of the centre crop over the shorter side of the resized image, in (0, 1].
+      interpolation: how the image is resized, "bicubic" or "bilinear".
 
     Raises:
-      ValueError: if the file cannot be read or is no image; the text names it.
+      ValueError: if the file cannot be read or is not an image; the text names it.
     """
     try:
         image, _ = decode(path.read_bytes(), channels)

@@ -8,10 +8,10 @@ from lbpwht_jax.data.split import ArraySplit, Dataset
 
 
 def open_digits(seed: int) -> Dataset:
-    """Scikit-learn's 1,797 handwritten digits of 8 x 8 pixels; every fifth image, stratified, is for testing.
+    """Opens scikit-learn's 1,797 handwritten digits of 8 x 8 pixels. A fifth of each class is for testing.
 
     Args:
-      seed: of the split.
+      seed: determines the split.
     """
     pixels, targets = load_digits(return_X_y=True)
     images = np.rint(pixels.reshape(-1, 8, 8, 1) * (255 / 16)).astype(np.uint8)

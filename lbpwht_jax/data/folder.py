@@ -22,10 +22,10 @@ class FileSplit:
     """Labelled image files.
 
     Attributes:
-      root: the folder or zip file they are in.
-      files: their paths in it, separated by slashes.
+      root: the folder or zip file that holds them.
+      files: their paths in it, with slashes.
       labels: int32, ``[count]``.
-      read_bytes: what is in the file at such a path; an OSError if it cannot be read.
+      read_bytes: reads the file at such a path; raises OSError if it cannot be read.
     """
 
     root: Path
@@ -37,7 +37,7 @@ class FileSplit:
         return len(self.files)
 
     def read(self, index: int) -> tuple[bytes, int]:
-        """What one file holds, and its label."""
+        """The bytes of one file, and its label."""
         return self.read_bytes(self.files[index]), int(self.labels[index])
 
     def where(self, index: int) -> str:
@@ -49,18 +49,18 @@ def open_folder(name: str, path: Path, seed: int) -> Dataset:
     """Lists a folder or a zip file of images.
 
     The files are ``train/CLASS/...`` and ``test/CLASS/...`` (or ``val`` or ``validation``, if there is no ``test``), or just
-    ``CLASS/...``, of which a fifth of each class, drawn by the seed, is for testing. All may be in one further folder. Images
-    are known by their suffixes (``SUFFIXES``), in any case; other files, and whatever is hidden, are passed over.
+    ``CLASS/...``; then a fifth of each class, drawn by the seed, is for testing. One more folder may surround them. Images are
+    recognised by their suffixes (``SUFFIXES``), in upper or lower case; other files and hidden ones are ignored.
 
     Args:
-      name: of the data set.
+      name: the data set's name.
       path: the folder or zip file.
-      seed: of the split.
+      seed: determines the split.
 
     Raises:
       FileNotFoundError: if there is nothing at the path.
-      ValueError: if it is neither a folder nor a zip file, holds no images, a class has none (or, where a class is to be split,
-        only one), a class is tested but not trained, or an image is in no class.
+      ValueError: if it is neither a folder nor a zip file, holds no images, has a class without images (or with only one,
+        where classes are split), a class that is in the test images only, or an image that is in no class.
     """
     if not path.exists():
         raise FileNotFoundError(f"folder:{path}: there is no such folder or zip file")
@@ -92,7 +92,7 @@ def open_folder(name: str, path: Path, seed: int) -> Dataset:
 
 
 def image_files(folder: Path) -> list[Path]:
-    """The images in a folder and all below it, sorted: what has one of ``SUFFIXES``, in any case, and is not hidden.
+    """The images in a folder and its subfolders, sorted: files with one of ``SUFFIXES`` that are not hidden.
 
     Raises:
       ValueError: if there are none.
@@ -104,13 +104,13 @@ def image_files(folder: Path) -> list[Path]:
 
 
 def _visible(paths: Iterable[str]) -> tuple[list[str], list[str]]:
-    """Those that are not hidden, sorted, and the images among them."""
+    """The paths that are not hidden, sorted, and the images among them."""
     paths = sorted(p for p in paths if "/." not in f"/{p}" and not p.startswith("__MACOSX/"))
     return paths, [p for p in paths if p.lower().endswith(SUFFIXES)]
 
 
 def _list_folder(path: Path) -> tuple[Iterable[str], Callable[[str], bytes]]:
-    """The paths of all files, and of all folders with a slash at their end."""
+    """The paths of all files and of all folders (these end in a slash), and a function that reads a file."""
     paths = []
     for folder, folders, files in os.walk(path, followlinks=True):
         inside = Path(folder).relative_to(path).as_posix() + "/"
@@ -120,7 +120,7 @@ def _list_folder(path: Path) -> tuple[Iterable[str], Callable[[str], bytes]]:
 
 
 def _list_zip(path: Path) -> tuple[Iterable[str], Callable[[str], bytes]]:
-    """As ``_list_folder``; a zip file need not name the folders that its files are in."""
+    """Does the same for a zip file, which need not name the folders that its files are in."""
     try:
         archive = zipfile.ZipFile(path)
     except zipfile.BadZipFile as error:
@@ -145,7 +145,7 @@ def _list_zip(path: Path) -> tuple[Iterable[str], Callable[[str], bytes]]:
 
 
 def _common_top(images: Sequence[str]) -> str:
-    """The one folder, with a slash at its end, that all else is in; empty if there is none that could be left out."""
+    """The one folder that surrounds everything else, with a slash at its end; empty if there is none."""
     top = images[0].split("/", 1)[0] + "/"
     wrapped = all(p.startswith(top) and p.count("/") > 1 for p in images)
     return top if wrapped and top not in {f"{split}/" for split in ("train", *TESTS)} else ""
@@ -167,7 +167,7 @@ def _classify(path: Path, prefix: str, paths: Sequence[str], images: Sequence[st
 
 
 def _held_out(path: Path, classes: Sequence[str], labels: np.ndarray, seed: int) -> np.ndarray:
-    """Which images are for testing: a fifth of each class, and one at least."""
+    """Which images are for testing: a fifth of each class, but at least one."""
     held = np.zeros(len(labels), bool)
     for label, name in enumerate(classes):
         members = np.flatnonzero(labels == label)

@@ -9,17 +9,18 @@ from lbpwht_jax.data.split import Dataset
 
 
 def open_dataset(name: str, seed: int = 0, data_dir: Path | None = None) -> Dataset:
-    """Opens a data set: lists its files, and reads no image.
+    """Opens a data set. Its files are listed, but no image is read.
 
     Args:
-      name: "digits", scikit-learn's; "folder:PATH", a folder or zip file of images by class, as ``open_folder`` describes; or
-        "tfds:NAME" or "tfds:NAME:VERSION", prepared by ``lbpwht prepare``.
-      seed: of the split into training and test images, where the data set has none of its own.
-      data_dir: folder of the TFDS data sets; by default where TFDS has them.
+      name: "digits" for scikit-learn's; "folder:PATH" for a folder or zip file of ``train/CLASS/IMAGE`` and
+        ``test/CLASS/IMAGE``, or of ``CLASS/IMAGE``; or "tfds:NAME" or "tfds:NAME:VERSION" for one that ``lbpwht prepare``
+        has prepared.
+      seed: determines the split into training and test images, if the data set has none of its own.
+      data_dir: folder of the TFDS data sets; TFDS's own by default.
 
     Raises:
       FileNotFoundError: if there is nothing at the path.
-      ValueError: if the name is none of these, or what it names cannot be used; the text says why and what to do.
+      ValueError: if the name is none of these, or the data set cannot be used; the text says why and what to do.
     """
     kind, _, rest = name.partition(":")
     if name == "digits":

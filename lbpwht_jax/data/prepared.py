@@ -13,7 +13,7 @@ _NAME = re.compile(r"(?P<name>\w+(/[\w.-]+)?)(:(?P<version>\d+\.\d+\.\d+))?")
 
 
 class PreparedName(NamedTuple):
-    """The parts of ``NAME[/CONFIG][:VERSION]``: name with configuration, and version, or None for the latest."""
+    """The parts of ``NAME[/CONFIG][:VERSION]``: the name with its configuration, and the version (None for the latest)."""
 
     name: str
     version: str | None
@@ -23,10 +23,10 @@ class PreparedName(NamedTuple):
 
 
 def parse_name(text: str) -> PreparedName:
-    """Splits what follows ``tfds:``.
+    """Parses what follows ``tfds:``.
 
     Raises:
-      ValueError: if it is no such name.
+      ValueError: if it does not name a data set.
     """
     match = _NAME.fullmatch(text)
     if not match:
@@ -35,7 +35,7 @@ def parse_name(text: str) -> PreparedName:
 
 
 def unknown_name(name: str) -> str | None:
-    """What to tell if TFDS has no builder of this name; None if it has."""
+    """The message for a name that TFDS does not know; None if it knows it."""
     import tensorflow_datasets as tfds
 
     bare = name.split("/")[0]
@@ -57,10 +57,10 @@ class PreparedSplit:
     """One split of a prepared data set.
 
     Attributes:
-      name: what messages call it.
-      records: TFDS's data source, of dictionaries that hold undecoded features.
-      image: the feature that is an encoded image.
-      label: the feature that is the label.
+      name: its name in messages.
+      records: TFDS's data source; each record is a dictionary of undecoded features.
+      image: name of the feature that is an encoded image.
+      label: name of the feature that is the label.
     """
 
     name: str
@@ -77,25 +77,26 @@ class PreparedSplit:
         return record[self.image], int(record[self.label])
 
     def where(self, index: int) -> str:
-        """The record's place."""
+        """The record's name in messages."""
         return f"{self.name}[{index}]"
 
 
 def open_prepared(wanted: PreparedName, folder: Path) -> Dataset:
     """Opens a data set that ``lbpwht prepare`` has prepared.
 
-    Its split ``train`` is for training; for testing ``test``, or ``validation`` where there is none or it has no labels.
+    The split ``train`` is for training. The split ``test`` is for testing, or ``validation`` if there is no ``test`` or it has
+    no labels.
 
     Args:
-      wanted: which one; without a version, the latest that is prepared.
-      folder: that holds the data sets.
+      wanted: the data set; without a version, the latest that is prepared.
+      folder: the folder that holds the data sets.
 
     Returns:
       The data set, named with its version.
 
     Raises:
-      ValueError: if TFDS does not know it, it (or this version) is not prepared there, or not as ArrayRecord files, or it is
-        not of images with class labels.
+      ValueError: if TFDS does not know the data set, it (or this version) is not prepared in the folder, its files are not
+        ArrayRecord files, or it does not consist of images with class labels.
     """
     import tensorflow_datasets as tfds
 

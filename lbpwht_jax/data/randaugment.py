@@ -1,4 +1,4 @@
-"""RandAugment, on the device, with operations that are one affine warp or act on pixels alone."""
+"""RandAugment on the device. Every operation is one affine warp or changes pixel values alone."""
 
 import math
 
@@ -22,13 +22,13 @@ _FILL = 0.5
 
 
 def randaugment(key: jax.Array, images: jax.Array, operations: int, magnitude: float) -> jax.Array:
-    """Applies operations drawn for each image, one after the other, each with a sign drawn for it.
+    """Applies random operations to each image, one after the other, each with a random sign.
 
     Args:
-      key: of the draws.
+      key: a key for the draws.
       images: ``[batch, height, width, channels]``, in [0, 1].
-      operations: how many each image undergoes, drawn from ``OPERATIONS``.
-      magnitude: their strength, in [0, 10], as ``apply`` takes it after division by ten.
+      operations: number of operations per image, drawn from ``OPERATIONS``.
+      magnitude: their strength, in [0, 10]; ten times that of ``apply``.
 
     Returns:
       Images of the same shape, in [0, 1].
@@ -76,7 +76,7 @@ def apply(kinds: jax.Array, strengths: jax.Array, images: jax.Array) -> jax.Arra
 
 
 def _affine(kind: jax.Array, strength: jax.Array, shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
-    """From where an operation takes the pixel at ``(y, x)`` off the centre: a matrix ``[2, 2]`` and an offset ``[2]``."""
+    """The place that a pixel ``(y, x)``, relative to the centre, is taken from: a matrix ``[2, 2]`` and an offset ``[2]``."""
     rotate, shear_x, shear_y, translate_x, translate_y = (
         jnp.where(kind == OPERATIONS.index(name), strength, 0.0) for name in GEOMETRIC
     )
@@ -102,7 +102,7 @@ def _identity(image: jax.Array, strength: jax.Array) -> jax.Array:
 
 
 def _grey(image: jax.Array) -> jax.Array:
-    """``[height, width, 1]``."""
+    """The image in grey, ``[height, width, 1]``."""
     if image.shape[-1] == 1:
         return image
     return jnp.sum(image * jnp.asarray(_GREY, jnp.float32).reshape(1, 1, 3), -1, keepdims=True)

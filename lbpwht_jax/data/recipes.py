@@ -1,4 +1,4 @@
-"""How the paper's authors fine-tune on each of its seven data sets."""
+"""The recipes of the paper's authors for its seven data sets."""
 
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -29,14 +29,15 @@ RECIPES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "places365_small": _COMMON | {"lr": 1e-4},
     }
 )
-"""The fields of a training recipe, by the data set's TFDS name; a ``clip`` of 0 is no clipping."""
+"""The fields of a training recipe, by the data set's TFDS name; a ``clip`` of 0 means no clipping."""
 
 
 def paper_recipe(dataset: str) -> Mapping[str, Any]:
     """The fields of the paper's recipe for a data set.
 
     Args:
-      dataset: as ``open_dataset`` takes it; a folder or zip file is known by its name, such as ``folder:data/cifar10.zip``.
+      dataset: a name for ``open_dataset``; a folder or zip file is recognised by its own name, as in
+        ``folder:data/cifar10.zip``.
 
     Raises:
       ValueError: if the paper has no such data set.

@@ -1,4 +1,4 @@
-"""What a data set is: two splits of labelled images, and the names of the classes."""
+"""A data set: two splits of labelled images, and the names of the classes."""
 
 import dataclasses
 from typing import Protocol
@@ -8,7 +8,7 @@ from PIL import Image
 
 
 class Split(Protocol):
-    """Labelled images, read one by one, from any number of threads at once."""
+    """Labelled images, read one by one; several threads may read at once."""
 
     def __len__(self) -> int: ...
 
@@ -21,7 +21,7 @@ class Split(Protocol):
         ...
 
     def where(self, index: int) -> str:
-        """What a message calls this image: its file, or its place."""
+        """The image's name in messages: its file, or its number."""
         ...
 
 
@@ -46,7 +46,7 @@ class ArraySplit:
         return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels), int(self.labels[index])
 
     def where(self, index: int) -> str:
-        """The image's number."""
+        """The image's name in messages."""
         return f"image {index}"
 
 
@@ -55,7 +55,7 @@ class Dataset:
     """A data set.
 
     Attributes:
-      name: as ``open_dataset`` takes it.
+      name: the name given to ``open_dataset``.
       train: images to train on.
       test: images to evaluate on.
       classes: their names; a label is an index into them.

@@ -1,8 +1,8 @@
 """The count that follows the paper's, against the figures the paper prints."""
 
+import cost_tables
 import pytest
 
-from experiments import cost_tables
 from lbpwht_jax.cost.trace import Product
 
 
