@@ -1,5 +1,6 @@
 import json
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -79,12 +80,12 @@ def test_merged_equals_unmerged(name):
     adapted, variables, started, images = made(name)
     trained = filled(started)
     merged = adapted.merge(trained)
-    assert jax.tree.map(jnp.shape, merged) == jax.tree.map(jnp.shape, variables)
+    chex.assert_trees_all_equal_shapes(merged, variables)
     expected = adapted.apply(trained, images)
     scale = float(jnp.abs(expected).max())
     np.testing.assert_allclose(adapted.module.apply(merged, images), expected, atol=1e-5 * scale, rtol=0)
     back = adapted.unmerge(merged, trained)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6, rtol=0), back, trained)
+    chex.assert_trees_all_close(back, trained, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("spec", [None, FULL, LOW])
@@ -123,7 +124,7 @@ def test_the_file_round_trips(name, tmp_path):
     save_adapter(tmp_path / "new" / "folder", adapted, trained, info)
     for base in (variables, started):
         loaded = load_adapter(tmp_path / "new" / "folder", adapted, base, info)
-        jax.tree.map(np.testing.assert_array_equal, loaded, trained)
+        chex.assert_trees_all_equal(loaded, trained)
     assert sorted(p.name for p in (tmp_path / "new" / "folder").iterdir()) == [
         "adapter_config.json",
         "adapter_model.safetensors",
@@ -187,7 +188,7 @@ def test_running_statistics_and_pointwise_convolutions(tmp_path):
     }
     loaded = load_adapter(tmp_path, adapted, variables, info)
     stats = {"norm_0": variables["batch_stats"]["norm_0"], "norm_1": trained["batch_stats"]["norm_1"]}
-    jax.tree.map(np.testing.assert_array_equal, loaded, {**trained, "batch_stats": stats})
+    chex.assert_trees_all_equal(loaded, {**trained, "batch_stats": stats})
 
 
 def test_files_that_do_not_fit(tmp_path):
