@@ -161,7 +161,7 @@ def test_the_table():
 
 
 def test_the_table_of_a_branch_beside_a_slower_layer():
-    # 28 of 20 possible functions: no saving in the products, the transforms on top
+    # 28 functions for 20 tokens: the products save nothing, and the transforms come on top
     slow = lp_l1(7, when="faster")
     rows = cells(
         resolve(VIT, [LoRA("block_0/fc1", rank=2, spec=slow, **TOKENS), LowRank("block_1/fc1", slow, **TOKENS)], SHAPE)

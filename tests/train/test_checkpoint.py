@@ -128,9 +128,13 @@ def test_a_checkpoint_of_another_model(whole):
         checkpoints.restore(abstract(training, 12), ONE, 20)
     message = str(caught.value)
     assert "checkpoint 20 of" in message and "is not of this model and recipe" in message
-    assert "- params.second.kernel float32[32, 32]\n  + params.second.kernel float32[12, 12]" in message
+    assert "(- is what the model wants, + is what was found)" in message
+    assert "- params.second.kernel float32[12, 12]\n  + params.second.kernel float32[32, 32]" in message
     plain = trainer(recipe=dataclasses.replace(RECIPE, ema=0.0))
-    with Checkpoints(whole[0], CONFIG, write=False) as checkpoints, pytest.raises(ValueError, match=r"- ema\.head\.bias"):
+    with (
+        Checkpoints(whole[0], CONFIG, write=False) as checkpoints,
+        pytest.raises(ValueError, match=r"unexpected\n  \+ ema\.head\.bias"),
+    ):
         checkpoints.restore(abstract(plain), ONE, 20)
 
 

@@ -8,7 +8,6 @@ import sys
 import time
 
 import chex
-import jax
 import numpy as np
 import pytest
 

@@ -208,6 +208,15 @@ def test_one_compilation_for_all_steps(caplog):
     assert sum("jit(step)" in message for message in compiled) == 1
 
 
+def test_one_trace_for_all_steps():
+    training = trainer(model=PLAIN)
+    step = chex.assert_max_traces(make_train_step(PLAIN, INFO, RECIPE.optimizer(15), RECIPE, 4, 2), n=1)
+    compiled, state = jax.jit(step), training.initial_state(PLAIN_VARIABLES)
+    for _ in range(3):
+        state, _ = compiled(state, device_batch(training))
+    assert int(state.step) == 3
+
+
 @pytest.mark.parametrize("shard", ["data", "params"])
 def test_devices_share_a_run(shard):
     alone = losses(model=PLAIN, variables=PLAIN_VARIABLES)
@@ -239,8 +248,9 @@ def test_the_step_under_pmap():
     copies = jax.tree.map(lambda leaf: jnp.stack([leaf] * 4), initial_state(PLAIN_VARIABLES, optimizer))
     mapped, averaged = step(copies, jax.tree.map(lambda leaf: leaf.reshape(4, 2, *leaf.shape[1:]), batch))
     # means of four means, in float32
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a[0], b, rtol=1e-5, atol=1e-6), averaged, metrics)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a[2], b, rtol=1e-4, atol=1e-6), mapped.optimizer, state.optimizer)
+    chex.assert_trees_all_close(jax.tree.map(lambda leaf: leaf[0], averaged), metrics, rtol=1e-5, atol=1e-6)
+    third = jax.tree.map(lambda leaf: leaf[2], mapped.optimizer)
+    chex.assert_trees_all_close(third, state.optimizer, rtol=1e-4, atol=1e-6)
 
 
 def test_the_loss_is_that_of_smoothed_labels():
