@@ -16,9 +16,7 @@ ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "api.md"
 PACKAGE = "lbpwht_jax"
 MODULES = (
-    "adaptation.linen",
-    "adaptation.rules",
-    "adaptation.presets",
+    "adaptation",
     "models.info",
     "weights.pretrained",
     "weights.files",
