@@ -29,6 +29,10 @@ def check_same(wanted: Mapping[str, str], found: Mapping[str, str], problem: str
       ValueError: if the two differ, with lists of what is missing (``-``), what is unexpected (``+``), and what has another
         description (one line of each); at most 20 lines per list.
     """
+    # parameters first: what else differs (an optimiser's moments) mostly follows from them
+    wanted, found = (
+        dict(sorted(names.items(), key=lambda item: not item[0].startswith("params"))) for names in (wanted, found)
+    )
     differing = [name for name in wanted if name in found and wanted[name] != found[name]]
     lists = {
         "missing": [f"- {name} {text}" for name, text in wanted.items() if name not in found],

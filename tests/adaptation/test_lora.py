@@ -164,8 +164,12 @@ class Odd(nn.Module):
         scanned = nn.scan(body, variable_axes={"params": 0}, split_rngs={"params": True}, length=2)
         x = scanned(nn.Dense(6, name="layer"), x, None)[0]
         steps = self.variable("counters", "steps", lambda: jnp.int32(2**24 + 1))
-        scaled = nn.WeightNorm(nn.Dense(6, param_dtype=jnp.bfloat16, dtype=jnp.float32, name="own"), variable_filter={"kernel"})
-        return scaled(x) + 0 * steps.value.astype(jnp.float32) + nn.Dense(6, name="own_1")(x)
+        scaled = nn.WeightNorm(nn.Dense(6, name="own"), variable_filter={"kernel"})
+        return (
+            scaled(x)
+            + 0 * steps.value.astype(jnp.float32)
+            + nn.Dense(6, param_dtype=jnp.bfloat16, dtype=jnp.float32, name="own_1")(x)
+        )
 
 
 def test_any_model_round_trips(tmp_path):
@@ -186,9 +190,8 @@ def test_names_that_would_share_a_key(tmp_path):
     class Both(nn.Module):
         @nn.compact
         def __call__(self, x):
-            return nn.Dense(2, name="fc")(x) * self.param("scale", nn.initializers.ones, (2,)) + self.param(
-                "kernel", nn.initializers.zeros, (2,)
-            )
+            scale, kernel = (self.param(name, nn.initializers.ones, (2,)) for name in ("scale", "kernel"))
+            return nn.Dense(2, name="fc")(x) * (scale + kernel).reshape(1, 2)
 
     x = random(3, 2)
     adapted = adapt(Both(), [LoRA("fc", rank=1)], x)
