@@ -165,11 +165,8 @@ class Odd(nn.Module):
         x = scanned(nn.Dense(6, name="layer"), x, None)[0]
         steps = self.variable("counters", "steps", lambda: jnp.int32(2**24 + 1))
         scaled = nn.WeightNorm(nn.Dense(6, name="own"), variable_filter={"kernel"})
-        return (
-            scaled(x)
-            + 0 * steps.value.astype(jnp.float32)
-            + nn.Dense(6, param_dtype=jnp.bfloat16, dtype=jnp.float32, name="own_1")(x)
-        )
+        half = nn.Dense(6, param_dtype=jnp.bfloat16, dtype=jnp.float32, name="own_1")
+        return scaled(x) + half(x) + 0 * steps.value.astype(jnp.float32)
 
 
 def test_any_model_round_trips(tmp_path):
@@ -271,7 +268,7 @@ def test_files_that_do_not_fit(tmp_path):
     def load(rules, folder=tmp_path):
         return load_adapter(folder, adapt(OURS, rules, images), variables, VIT_INFO)
 
-    with pytest.raises(ValueError, match=r"does not fit the model and its rules:\n.*of another shape"):
+    with pytest.raises(ValueError, match=r"does not fit the model and its rules .*\n.*of another shape"):
         load([LoRA("attn/(qkv|proj)|fc1", rank=2, fused="qkv")])
     with pytest.raises(ValueError, match=r"missing\n  - base_model\.model\.blocks\.0\.mlp\.fc2\.lora_A\.weight \[3, 48\]"):
         load([LoRA("attn/(qkv|proj)|fc1|fc2", rank=3, fused="qkv")])
