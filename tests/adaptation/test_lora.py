@@ -279,5 +279,5 @@ def test_files_that_do_not_fit(tmp_path):
     with pytest.raises(FileNotFoundError):
         load(MODELS["ours"][1], tmp_path / "elsewhere")
     (tmp_path / "adapter_config.json").write_text("{")
-    with pytest.raises(ValueError, match=r"adapter_config\.json: no JSON file"):
+    with pytest.raises(ValueError, match=r"adapter_config\.json: not a JSON file"):
         load(MODELS["ours"][1])
