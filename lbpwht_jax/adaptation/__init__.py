@@ -1,10 +1,11 @@
 """Models under rules: low rank, LoRA and freezing, for Linen and NNX."""
 
 from lbpwht_jax.adaptation.linen import AdaptedModule, adapt, resolve
-from lbpwht_jax.adaptation.nnx import FrozenParam
+from lbpwht_jax.adaptation.nnx import FrozenParam, merge, with_branches
 from lbpwht_jax.adaptation.partition import join_params, split_params
 from lbpwht_jax.adaptation.presets import Method, Train, adapted_model, parse_method
-from lbpwht_jax.adaptation.rules import Freeze, LoRA, LowRank, Resolution, Rule
+from lbpwht_jax.adaptation.resolution import Resolution
+from lbpwht_jax.adaptation.rules import Freeze, LoRA, LowRank, Rule
 
 __all__ = [
     "AdaptedModule",
@@ -19,7 +20,9 @@ __all__ = [
     "adapt",
     "adapted_model",
     "join_params",
+    "merge",
     "parse_method",
     "resolve",
     "split_params",
+    "with_branches",
 ]

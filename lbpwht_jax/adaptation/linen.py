@@ -1,10 +1,10 @@
-"""``adapt``: a Flax model under rules, through Flax's public interfaces, its source and its parameters' names untouched."""
+"""``adapt``: puts a Flax model under rules, through public interfaces; its source and parameter names stay as they are."""
 
 import dataclasses
 import functools
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar, overload
 
 import flax.linen as nn
 import jax
@@ -13,36 +13,39 @@ from jax import lax
 
 from lbpwht_jax.adaptation import lora
 from lbpwht_jax.adaptation.nnx import adapt_nnx, find_nnx_layers
-from lbpwht_jax.adaptation.rules import Adaptation, Layer, Resolution, Rule, resolve_rules
+from lbpwht_jax.adaptation.resolution import Adaptation, Layer, Resolution, resolve_rules
+from lbpwht_jax.adaptation.rules import Rule
 from lbpwht_jax.adaptation.shapes import abstract_call
 from lbpwht_jax.layers.linen import LowRankDense
 from lbpwht_jax.ops.spec import LowRankSpec
+
+M = TypeVar("M", bound=nnx.Module)
 
 _DENSE = (nn.Dense, nn.DenseGeneral, LowRankDense)
 
 
 @dataclasses.dataclass(frozen=True)
 class AdaptedModule:
-    """A Linen model under rules, used as the model itself is: ``init`` and ``apply`` with the same arguments.
+    """A Linen model under rules; its ``init`` and ``apply`` take the same arguments as the model's.
 
-    The variables are the model's own; LoRA adds ``lora_a``, ``[inputs, rank]``, and ``lora_b``, ``[rank, outputs]``, beside
-    the kernels. Frozen parameters get zero gradients, which cost nothing.
+    The variables are the model's own. LoRA adds ``lora_a``, ``[inputs, rank]``, and ``lora_b``, ``[rank, outputs]``, beside
+    the kernels. Frozen parameters get zero gradients, and no computation is spent on them.
 
     Attributes:
       module: the model as it was.
-      resolution: what the rules came to; print it.
+      resolution: how the rules apply to the model's layers; ``print`` shows it as a table.
     """
 
     module: nn.Module
     resolution: Resolution
 
     def init(self, rngs: Any, *args: Any, **kwargs: Any) -> Any:
-        """Fresh variables, as ``module.init`` makes them, with LoRA's."""
+        """Fresh variables as ``module.init`` makes them, together with those of the LoRA branches."""
         with nn.intercept_methods(self._intercept):
             return self.module.init(rngs, *args, **kwargs)
 
     def apply(self, variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """What ``module.apply`` returns; the backward pass is as the rules say."""
+        """Returns what ``module.apply`` returns; the backward pass follows the rules."""
 
         def stop(path, leaf):
             return leaf if self.trainable(_joined(path)) else lax.stop_gradient(leaf)
@@ -61,15 +64,15 @@ class AdaptedModule:
         return self._by_path[path].spec if path in self._by_path else None
 
     def rank(self, path: str) -> int:
-        """Rank of the LoRA branch of the layer at ``path``, 0 without one."""
+        """The rank of the LoRA branch at the layer at ``path``, 0 if it has none."""
         return self._by_path[path].rank if path in self._by_path else 0
 
     def with_branches(self, key: jax.Array, variables: Mapping[str, Any]) -> dict[str, Any]:
-        """Variables of ``module`` with fresh LoRA branches, which leave its output as it is.
+        """Adds fresh LoRA branches to variables of ``module``; its output stays the same.
 
         Args:
-          key: of the random ``A``; each layer draws its own.
-          variables: of ``module``.
+          key: the random key; each layer draws its ``A`` from a key of its own.
+          variables: variables of ``module``.
         """
         flat = _flat(variables)
         for path, adaptation in self._branches.items():
@@ -82,10 +85,10 @@ class AdaptedModule:
         return {**variables, "params": traverse_util.unflatten_dict(flat, sep="/")}
 
     def merge(self, variables: Mapping[str, Any]) -> dict[str, Any]:
-        """Variables of ``module`` that compute the same: LoRA's branches added to the kernels, and gone.
+        """Adds LoRA's branches to the kernels: variables of ``module`` that compute the same, to rounding.
 
         Args:
-          variables: of this adapted model.
+          variables: variables of this adapted model.
         """
         flat = _flat(variables)
         for path, adaptation in self._branches.items():
@@ -95,11 +98,11 @@ class AdaptedModule:
         return {**variables, "params": traverse_util.unflatten_dict(flat, sep="/")}
 
     def unmerge(self, variables: Mapping[str, Any], branches: Mapping[str, Any]) -> dict[str, Any]:
-        """The inverse of ``merge``, to rounding.
+        """Undoes ``merge``, to rounding.
 
         Args:
-          variables: of ``module``, as ``merge`` returns them.
-          branches: variables that hold the branches, such as those ``merge`` was given.
+          variables: variables of ``module``, as ``merge`` returns them.
+          branches: variables that hold the branches, such as those that ``merge`` was given.
         """
         flat = _flat(variables)
         source = _flat(branches)
@@ -125,26 +128,35 @@ class AdaptedModule:
         return _twin(context.module, adaptation)(*args, **kwargs)
 
 
+@overload
+def adapt(model: nn.Module, rules: Sequence[Rule], *args: Any, **kwargs: Any) -> AdaptedModule: ...
+
+
+@overload
+def adapt(model: M, rules: Sequence[Rule], *args: Any, **kwargs: Any) -> M: ...
+
+
 def adapt(model: Any, rules: Sequence[Rule], *args: Any, **kwargs: Any) -> Any:
-    """Puts a model under rules, without touching it.
+    """Puts a model under rules; the model itself stays as it is.
 
     Args:
-      model: a Linen module of any source, whose dense layers are ``nn.Dense``, ``nn.DenseGeneral``, 1x1 ``nn.Conv`` or
-        ``LowRankDense``; or an NNX module with ``nnx.Linear``, ``nnx.LinearGeneral`` and 1x1 ``nnx.Conv``.
-      rules: ``LowRank``, ``LoRA`` and ``Freeze``; for each module the first that matches its path holds, and a module that
-        none matches is trained with exact backpropagation. A layer used under ``LowRank`` or ``LoRA`` backpropagates as the
-        rule says, whatever it did before.
-      *args, **kwargs: an example of what the model is called with: arrays or ``jax.ShapeDtypeStruct``, and anything else as
-        it is. Nothing is computed; the grids of maps and the shapes of LoRA's branches are read off it.
+      model: any Linen module whose dense layers are ``nn.Dense``, ``nn.DenseGeneral``, 1x1 ``nn.Conv`` or ``LowRankDense``;
+        or an NNX module with ``nnx.Linear``, ``nnx.LinearGeneral`` and 1x1 ``nnx.Conv``.
+      rules: ``LowRank``, ``LoRA`` and ``Freeze``. For each module the first rule that matches its path holds, and a module
+        that no rule matches is trained with exact backpropagation. A layer under ``LowRank`` or ``LoRA`` backpropagates as
+        the rule says, whatever it did before.
+      *args, **kwargs: an example call of the model: arrays or ``jax.ShapeDtypeStruct``, and anything else as it is. Nothing
+        is computed; the grids of maps and the shapes of LoRA's branches are read from it.
 
     Returns:
-      For a Linen module an ``AdaptedModule``. For an NNX module a copy, with the branches as submodules of the layers'
-      ``dot_general``, and frozen parameters as ``FrozenParam``, which ``nnx.grad`` and ``nnx.Optimizer`` leave out by default.
+      For a Linen module an ``AdaptedModule``. For an NNX module a copy of its class: frozen parameters are ``FrozenParam``,
+      which ``nnx.grad`` and ``nnx.Optimizer`` leave out by default, and LoRA's branches are submodules of the layers. Their
+      ``A`` is drawn from key 0 at first; ``lbpwht_jax.adaptation.with_branches`` draws it from yours.
 
     Raises:
-      TypeError: if model or rules are none.
+      TypeError: if ``model`` is not a Flax module, or one of ``rules`` is not a rule.
       ValueError: if a rule matches nothing, with the nearest paths; if a layer's grid cannot be known or does not fit; if a
-        layer that a rule takes has a ``dot_general`` of its own; if a Linen model has modules made by ``nn.jit``.
+        layer that a rule matches has a ``dot_general`` of its own; if a Linen model has modules made by ``nn.jit``.
     """
     resolution = resolve(model, rules, *args, **kwargs)
     if isinstance(model, nnx.Module):
@@ -155,7 +167,7 @@ def adapt(model: Any, rules: Sequence[Rule], *args: Any, **kwargs: Any) -> Any:
 
 
 def resolve(model: Any, rules: Sequence[Rule], *args: Any, **kwargs: Any) -> Resolution:
-    """What rules come to on a model; arguments and errors as of ``adapt``."""
+    """How rules apply to a model's layers; arguments and errors are those of ``adapt``."""
     if isinstance(model, nnx.Module):
         return resolve_rules(*find_nnx_layers(model, args, kwargs), rules)
     if not isinstance(model, nn.Module):
@@ -186,7 +198,7 @@ def _joined(path: Any) -> str:
 
 
 def _flat(variables: Mapping[str, Any]) -> dict[str, Any]:
-    """Parameters by path."""
+    """The parameters by path."""
     return traverse_util.flatten_dict(dict(variables["params"]), sep="/")
 
 

@@ -1,4 +1,4 @@
-"""LoRA's branch beside a dense layer (Hu et al., 2021): its arithmetic, its start, merging it into the kernel."""
+"""LoRA's branch beside a dense layer (Hu et al., 2021): its arithmetic, its initial values, its merging into the kernel."""
 
 import dataclasses
 import math
@@ -9,34 +9,34 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lbpwht_jax.adaptation.rules import Adaptation
+from lbpwht_jax.adaptation.resolution import Adaptation
 from lbpwht_jax.ops.sharding import is_explicit
 
 A, B = "lora_a", "lora_b"
 
 
 def init_a(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
-    """``A``, ``[..., inputs, rank]``, uniform within ``inputs ** -0.5`` either way, as PEFT draws it."""
+    """Draws ``A``, ``[..., inputs, rank]``, uniformly between ``-inputs ** -0.5`` and ``inputs ** -0.5``, as PEFT does."""
     bound = shape[-2] ** -0.5
     return jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
 def init_b(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
-    """``B``, ``[..., rank, outputs]``, zeros; ``key`` is not used."""
+    """Returns ``B``, ``[..., rank, outputs]``: zeros. ``key`` is not used."""
     return jnp.zeros(shape, dtype)
 
 
 def shapes(adaptation: Adaptation) -> dict[str, tuple[int, int]]:
-    """Shapes of the branch's parameters by name."""
+    """The shapes of the branch's parameters, by name."""
     layer, rank = adaptation.layer, adaptation.rank
     return {A: (layer.inputs, rank), B: (rank, layer.outputs)}
 
 
 def delta(adaptation: Adaptation, a: Any, b: Any) -> jax.Array:
-    """What the branch adds to the kernel, of the kernel's shape; of a stack of layers if ``a`` and ``b`` are stacks.
+    """What the branch adds to the kernel, in the kernel's shape; for a stack of layers if ``a`` and ``b`` are stacks.
 
     Args:
-      adaptation: of the layer.
+      adaptation: how the layer is adapted.
       a: ``[..., inputs, rank]``.
       b: ``[..., rank, outputs]``.
     """
@@ -46,12 +46,12 @@ def delta(adaptation: Adaptation, a: Any, b: Any) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class AdaptedProduct:
-    """Stands in for ``lax.dot_general`` or ``lax.conv_general_dilated`` in a layer, with a low-rank backward and a branch.
+    """Stands in for a layer's ``lax.dot_general`` or ``lax.conv_general_dilated``: low-rank backward pass and LoRA branch.
 
     Attributes:
-      adaptation: of the layer.
-      dense: the product of the layer itself, of the signature that this one has.
-      branch: makes ``A`` and ``B``; called at every call, where there is a branch.
+      adaptation: how the layer is adapted.
+      dense: the layer's own product, with the same signature.
+      branch: returns ``A`` and ``B``; called at each call of a layer that has a branch.
     """
 
     adaptation: Adaptation
@@ -59,7 +59,7 @@ class AdaptedProduct:
     branch: Callable[[], tuple[jax.Array, jax.Array]]
 
     def __call__(self, lhs: jax.Array, rhs: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
-        """The product, plus the branch's; arguments as of the function it stands for."""
+        """The product plus the branch's output; the arguments are those of the function that this stands in for."""
         if not self.adaptation.rank:
             return self.dense(lhs, rhs, *args, **kwargs)
         y = self.dense(lhs, lax.stop_gradient(rhs), *args, **kwargs)

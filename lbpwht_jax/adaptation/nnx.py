@@ -1,17 +1,19 @@
-"""``adapt`` for NNX models: on a copy, the layers' public ``dot_general`` and ``conv_general_dilated`` are replaced."""
+"""``adapt`` for NNX models: in a copy, the layers' public ``dot_general`` and ``conv_general_dilated`` are replaced."""
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 from flax import nnx
 from jax import lax
 
 from lbpwht_jax.adaptation import lora
-from lbpwht_jax.adaptation.rules import Adaptation, Layer, Resolution
+from lbpwht_jax.adaptation.resolution import Adaptation, Layer, Resolution
 from lbpwht_jax.adaptation.shapes import abstract_call
 from lbpwht_jax.ops.dot_general import LowRankDotGeneral
+
+M = TypeVar("M", bound=nnx.Module)
 
 
 class FrozenParam(nnx.Variable):
@@ -19,13 +21,13 @@ class FrozenParam(nnx.Variable):
 
 
 class AdaptedNNXProduct(nnx.Module):
-    """Stands in for ``lax.dot_general`` or ``lax.conv_general_dilated`` in a layer, and holds its LoRA branch.
+    """Stands in for a layer's ``lax.dot_general`` or ``lax.conv_general_dilated``, and holds the layer's LoRA branch.
 
     Args:
-      adaptation: of the layer.
-      dense: the product of the layer itself.
-      key: of the random ``A``.
-      dtype: of the branch's parameters.
+      adaptation: how the layer is adapted.
+      dense: the layer's own product.
+      key: the random key of ``A``.
+      dtype: dtype of the branch's parameters.
     """
 
     def __init__(self, adaptation: Adaptation, dense: Any, key: jax.Array, dtype: Any):
@@ -35,18 +37,18 @@ class AdaptedNNXProduct(nnx.Module):
         self.lora_b = nnx.LoRAParam(lora.init_b(key, shapes[lora.B], dtype))
 
     def __call__(self, lhs: jax.Array, rhs: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
-        """The product, plus the branch's; arguments as of the function it stands for."""
+        """The product plus the branch's output; the arguments are those of the function that this stands in for."""
         product = lora.AdaptedProduct(self.adaptation, self.dense, lambda: (self.lora_a[...], self.lora_b[...]))
         return product(lhs, rhs, *args, **kwargs)
 
 
 def find_nnx_layers(model: nnx.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[list[Layer], dict[str, int]]:
-    """The dense layers that a call of the model reaches, and the number of parameters of each module, by path.
+    """The dense layers that a call of the model reaches, and each module's number of own parameters by path.
 
     Args:
       model: left as it is.
-      args: of the call; arrays or ``jax.ShapeDtypeStruct``, and other things.
-      kwargs: of the call, likewise.
+      args: arguments of the call; arrays or ``jax.ShapeDtypeStruct``, and other values.
+      kwargs: keyword arguments of the call, in the same form.
     """
     copy = nnx.clone(model)
     found: dict[str, Layer] = {}
@@ -68,11 +70,11 @@ def find_nnx_layers(model: nnx.Module, args: Sequence[Any], kwargs: Mapping[str,
     return list(found.values()), counts
 
 
-def adapt_nnx(model: nnx.Module, resolution: Resolution) -> nnx.Module:
-    """A copy of the model under resolved rules; ``A`` of the LoRA branches is drawn from ``jax.random.key(0)``.
+def adapt_nnx(model: M, resolution: Resolution) -> M:
+    """A copy of the model under resolved rules; the branches' ``A`` are drawn from ``jax.random.key(0)``.
 
     Raises:
-      ValueError: if a layer that a rule takes has a product of its own.
+      ValueError: if a layer that a rule matches has a product of its own.
     """
     copy = nnx.clone(model)
     nodes = dict(nnx.iter_graph(copy, graph=True))
@@ -92,6 +94,55 @@ def adapt_nnx(model: nnx.Module, resolution: Resolution) -> nnx.Module:
             product = nnx.data(AdaptedNNXProduct(adaptation, product, key, layer.param_dtype))
         setattr(layer, field, product)
     return copy
+
+
+def with_branches(model: M, rngs: nnx.Rngs) -> M:
+    """A copy of an adapted NNX model with fresh LoRA branches: ``A`` random, each layer's from a key of its own, ``B`` zero.
+
+    Args:
+      model: an NNX model as ``adapt`` returns it.
+      rngs: the stream ``params`` gives the keys.
+
+    Raises:
+      ValueError: if the model has no LoRA branch.
+    """
+    copy = nnx.clone(model)
+    branches = _branches(copy)
+    if not branches:
+        raise ValueError("with_branches: the model has no LoRA branch; adapt it first with a LoRA rule")
+    for _, product in branches:
+        for parameter, init in ((product.lora_a, lora.init_a), (product.lora_b, lora.init_b)):
+            parameter[...] = init(rngs.params(), parameter.shape, parameter.dtype)
+    return copy
+
+
+def merge(model: M) -> M:
+    """A copy of an adapted NNX model with LoRA's branches added to the kernels and removed; outputs are equal to rounding.
+
+    Frozen parameters are ``nnx.Param`` again, so that the copy's state fits the model that was adapted. The layers keep the
+    backward pass that the rules gave them.
+
+    Args:
+      model: an NNX model as ``adapt`` returns it.
+    """
+    copy = nnx.clone(model)
+    for layer, product in _branches(copy):
+        kernel = layer.kernel[...]
+        change = lora.delta(product.adaptation, product.lora_a[...], product.lora_b[...])
+        layer.kernel[...] = kernel + change.astype(kernel.dtype)
+        setattr(layer, _field(layer), nnx.static(product.dense))  # the attribute held data
+    nodes = dict(nnx.iter_graph(copy, graph=True))
+    for path, node in nodes.items():
+        if isinstance(node, FrozenParam):
+            setattr(nodes[path[:-1]], str(path[-1]), nnx.Param(node[...], **node.get_metadata()))
+    return copy
+
+
+def _branches(model: nnx.Module) -> list[tuple[Any, AdaptedNNXProduct]]:
+    """The layers that have a LoRA branch, each with the product that holds it."""
+    layers = [node for _, node in nnx.iter_graph(model, graph=True) if _is_layer(node)]
+    products = [(layer, getattr(layer, _field(layer))) for layer in layers]
+    return [(layer, product) for layer, product in products if isinstance(product, AdaptedNNXProduct)]
 
 
 def _joined(path: Sequence[Any]) -> str:

@@ -1,4 +1,4 @@
-"""Parameters in two trees, those trained and those that stay as they are."""
+"""Splits parameters into those that are trained and those that stay as they are."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -7,14 +7,14 @@ from flax import traverse_util
 
 
 def split_params(params: Mapping[str, Any], trainable: Callable[[str], bool]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Splits nested parameters in two.
+    """Splits nested parameters into trained and frozen ones.
 
     Args:
       params: nested dictionaries of arrays.
       trainable: whether the parameter at a path, such as ``"blocks_0/mlp/fc1/kernel"``, is trained.
 
     Returns:
-      ``(trained, frozen)``, nested as ``params``, each with its own leaves alone.
+      ``(trained, frozen)``, each nested as ``params`` and holding only its own leaves.
 
     Raises:
       ValueError: if nothing is trained.
@@ -28,6 +28,6 @@ def split_params(params: Mapping[str, Any], trainable: Callable[[str], bool]) ->
 
 
 def join_params(trained: Mapping[str, Any], frozen: Mapping[str, Any]) -> dict[str, Any]:
-    """The parameters that ``split_params`` split."""
+    """Undoes ``split_params``."""
     leaves = traverse_util.flatten_dict(dict(trained)) | traverse_util.flatten_dict(dict(frozen))
     return traverse_util.unflatten_dict(leaves)

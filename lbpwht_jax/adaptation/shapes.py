@@ -1,4 +1,4 @@
-"""Calling functions on shapes."""
+"""Traces functions on shapes, without computing anything."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -8,12 +8,12 @@ import numpy as np
 
 
 def abstract_call(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    """Shapes and dtypes of ``function(*args, **kwargs)``; nothing is computed.
+    """The shapes and dtypes of ``function(*args, **kwargs)``; nothing is computed.
 
     Args:
-      function: of arrays and other things, returning arrays.
-      args: its arguments; arrays and ``jax.ShapeDtypeStruct`` in them are abstract, all else (flags, strings) stays as it is.
-      kwargs: its keyword arguments, likewise.
+      function: takes arrays and other values, returns arrays.
+      args: its arguments; arrays and ``jax.ShapeDtypeStruct`` become abstract, everything else (flags, strings) stays.
+      kwargs: its keyword arguments, treated in the same way.
     """
     leaves, structure = jax.tree.flatten((tuple(args), dict(kwargs)))
     abstract = [i for i, leaf in enumerate(leaves) if isinstance(leaf, (jax.Array, np.ndarray, jax.ShapeDtypeStruct))]

@@ -64,7 +64,7 @@ class Evaluate:
         evaluator = Evaluator(loaded.module, config.info, loading(config.info, config.image_size, batch_size), placement)
 
         def run() -> None:
-            variables = placement.put(loaded.variables, jax.tree.map(lambda _: placement.everywhere, loaded.variables))
+            variables = placement.put(loaded.variables, jax.tree.map(lambda _: placement.replicated, loaded.variables))
             found = evaluator(variables, getattr(dataset, self.split))
             if self.json:
                 fields = {"run": str(self.run), "dataset": dataset.name, "split": self.split, "checkpoint": self.checkpoint}

@@ -8,9 +8,10 @@ import flax.linen as nn
 import jax
 
 from lbpwht_jax.runs import folder as run_folder
-from lbpwht_jax.train.checkpoint import Checkpoints, differences, shapes
 from lbpwht_jax.runs.config import RunConfig
 from lbpwht_jax.train import Placement
+from lbpwht_jax.train.checkpoint import Checkpoints
+from lbpwht_jax.weights.differences import check_same, describe_arrays
 from lbpwht_jax.weights.files import load_weights
 
 FINAL, LAST, BEST = "final", "last", "best"
@@ -51,12 +52,8 @@ def load_run(path: Path, which: str = FINAL) -> FinishedRun:
             f"{path} is not finished; go on with lbpwht finetune --resume {path}, or use a checkpoint of it: --checkpoint last"
         )
     variables, _ = load_weights(file)
-    wanted = shapes(jax.eval_shape(module.init, jax.random.key(0), config.images()))
-    if shapes(variables) != wanted:
-        lines = differences(shapes(variables), wanted)
-        raise ValueError(
-            f"{file} does not fit {path / run_folder.CONFIG} (- in the weights, + in the model):\n  " + "\n  ".join(lines)
-        )
+    wanted = jax.eval_shape(module.init, jax.random.key(0), config.images())
+    check_same(describe_arrays(wanted), describe_arrays(variables), f"{file} does not fit {path / run_folder.CONFIG}")
     return FinishedRun(config, module, variables)
 
 

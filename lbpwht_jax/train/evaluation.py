@@ -15,7 +15,7 @@ from lbpwht_jax.train.step import make_eval_step
 
 
 class Evaluation(NamedTuple):
-    """What an evaluation found: accuracy in [0, 1], mean loss, how many images were read, why others were not, by name."""
+    """An evaluation's result: accuracy in [0, 1], mean loss, number of images read, and why others were not, by name."""
 
     accuracy: float
     loss: float
@@ -27,11 +27,11 @@ def loading(info: ModelInfo, image_size: int, batch_size: int, seed: int = 0, wo
     """How this process loads its share of the images for a model.
 
     Args:
-      info: of the model.
+      info: the model's description.
       image_size: height and width of the images, in pixels.
-      batch_size: over all processes.
-      seed: of the order of training images.
-      workers: threads; by default as many as there are cores, up to 16.
+      batch_size: images per step, in all processes together.
+      seed: seed of the order of the training images.
+      workers: loading threads; by default as many as there are cores, up to 16.
 
     Raises:
       ValueError: if a number is out of range, or the processes cannot share a batch equally.
@@ -59,13 +59,13 @@ class Evaluator:
 
     @functools.cached_property
     def _step(self) -> Callable:
-        return jax.jit(make_eval_step(self.model, self.info), out_shardings=self.placement.everywhere)
+        return jax.jit(make_eval_step(self.model, self.info), out_shardings=self.placement.replicated)
 
     def __call__(self, variables: Any, split: Split) -> Evaluation:
-        """Accuracy and mean loss over a split; images that cannot be read count nowhere.
+        """Accuracy and mean loss over a split; images that cannot be read are not counted.
 
         Args:
-          variables: of the model, on the devices.
+          variables: the model's variables, on the devices.
           split: the images.
 
         Raises:

@@ -1,4 +1,4 @@
-"""Where arrays live: the batch along all devices, the state on each of them or shared among them."""
+"""Where arrays live: the batch is split over all devices, the state is on each of them or split too."""
 
 import dataclasses
 import functools
@@ -20,10 +20,10 @@ class Placement:
     """Where a run's arrays live.
 
     Attributes:
-      shard: ``"data"``: the batch is shared among the devices and the state is on each. ``"params"``: parameters, their moving
-        average and the optimiser's state are shared too, each along the longest of its axes that the number of devices
-        divides. Scalars, arrays without such an axis and running statistics are on every device.
-      devices: of all processes; by default every one there is.
+      shard: ``"data"``: the batch is split over the devices, and each device has the whole state. ``"params"``: parameters,
+        their moving average and the optimiser's state are split too, each along the longest of its axes that the number of
+        devices divides. Scalars, arrays without such an axis and running statistics are on every device.
+      devices: the devices of all processes; by default all that there are.
     """
 
     shard: Shard = "data"
@@ -34,17 +34,21 @@ class Placement:
         return jax.make_mesh((len(self.devices),), ("data",), axis_types=(AxisType.Auto,), devices=self.devices)
 
     @functools.cached_property
-    def everywhere(self) -> NamedSharding:
-        """A copy on each device."""
+    def replicated(self) -> NamedSharding:
+        """The sharding that puts a copy on each device."""
         return NamedSharding(self._mesh, PartitionSpec())
 
     @functools.cached_property
     def along_batch(self) -> NamedSharding:
-        """The first axis shared among the devices."""
+        """The sharding that splits the first axis over the devices."""
         return NamedSharding(self._mesh, PartitionSpec("data"))
 
     def check(self, batch_size: int, parts: int) -> None:
-        """Whether the devices can share a batch that is accumulated in ``parts``.
+        """Checks that the devices can share a batch equally.
+
+        Args:
+          batch_size: images per step, on all devices together.
+          parts: in how many parts each step computes its gradients.
 
         Raises:
           ValueError: if they cannot.
@@ -58,27 +62,27 @@ class Placement:
             )
 
     def of_state(self, state: TrainState) -> TrainState:
-        """The shardings of a state's leaves."""
-        everywhere = jax.tree.map(lambda _: self.everywhere, state)
+        """The sharding of each array of a state."""
+        replicated = jax.tree.map(lambda _: self.replicated, state)
         if self.shard == "data":
-            return everywhere
+            return replicated
         shared = {name: jax.tree.map(self._longest_axis, getattr(state, name)) for name in _SHARED}
-        return everywhere._replace(**shared)
+        return replicated._replace(**shared)
 
     def _longest_axis(self, leaf: Any) -> NamedSharding:
         count = len(self.devices)
         length, axis = max(((n, -i) for i, n in enumerate(leaf.shape) if n % count == 0), default=(0, 0))
         if not length:
-            return self.everywhere
+            return self.replicated
         return NamedSharding(self._mesh, PartitionSpec(*(None,) * -axis, "data"))
 
     def abstract(self, state: TrainState) -> TrainState:
-        """Shapes, dtypes and shardings of a state, from those or from arrays."""
+        """The shapes, dtypes and shardings of a state, which may itself hold arrays or only shapes."""
         shardings = self.of_state(state)
         return jax.tree.map(lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at), state, shardings)
 
     def put(self, tree: Any, shardings: Any) -> Any:
-        """Host arrays, the same in every process, on the devices."""
+        """Puts host arrays, the same in every process, on the devices."""
 
         def place(leaf: Any, sharding: NamedSharding) -> jax.Array:
             array = np.array(leaf)
@@ -87,17 +91,17 @@ class Placement:
         return jax.tree.map(place, tree, shardings)
 
     def put_batch(self, batch: Any) -> Any:
-        """This process's share of a batch on its devices, part of the whole batch's arrays."""
+        """Puts this process's share of a batch on its devices, as part of the whole batch's arrays."""
         return jax.tree.map(functools.partial(jax.make_array_from_process_local_data, self.along_batch), batch)
 
     def gather(self, tree: Any) -> Any:
-        """A tree of arrays on the host, whole, in every process."""
-        return jax.device_get(jax.jit(lambda tree: tree, out_shardings=self.everywhere)(tree))
+        """Copies a tree of arrays to the host, whole, in every process."""
+        return jax.device_get(jax.jit(lambda tree: tree, out_shardings=self.replicated)(tree))
 
 
 _SHARED = ("params", "frozen", "optimizer", "ema")
 
 
 def bytes_on_a_device(tree: Any) -> int:
-    """Bytes that the arrays of a tree take on each device."""
+    """The bytes that the arrays of a tree take per device."""
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

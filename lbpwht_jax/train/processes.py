@@ -1,4 +1,4 @@
-"""Several processes working as one."""
+"""Several processes that train together."""
 
 import os
 
@@ -6,18 +6,18 @@ import jax
 
 
 def connect(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
-    """Joins the processes of a run; alone, does nothing. Before anything else that JAX does.
+    """Joins the processes of a run; does nothing for a single process. Call it before anything else that uses JAX.
 
-    With no coordinator given, processes that SLURM started as several tasks of one step, and those of a TPU slice of several
+    Without a coordinator, processes that SLURM started as several tasks of one step, and those of a TPU slice of several
     hosts, find each other by themselves.
 
     Args:
       coordinator: ``HOST:PORT`` of process 0.
-      num_processes: how many there are.
-      process_id: which this is, from 0.
+      num_processes: number of processes.
+      process_id: number of this process, from 0.
 
     Raises:
-      ValueError: if only some of the three are given, or the number does not fit.
+      ValueError: if only some of the three are given, or one of them is out of range.
     """
     given = [value is not None for value in (coordinator, num_processes, process_id)]
     if any(given):
@@ -39,5 +39,5 @@ def _several() -> bool:
 
 
 def is_first() -> bool:
-    """Whether this is the process that prints and writes."""
+    """Whether this process is the one that prints and writes."""
     return jax.process_index() == 0

@@ -1,4 +1,4 @@
-"""What training changes from step to step."""
+"""The state that training changes from step to step."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -13,13 +13,13 @@ class TrainState(NamedTuple):
     """What a step reads and writes.
 
     Attributes:
-      params: the parameters trained.
+      params: the trained parameters.
       frozen: the parameters that stay as they are.
       others: the model's other variables.
-      optimizer: optimiser state, of ``params`` alone.
-      ema: moving average of ``params``; ``None`` without one.
-      step: the steps done, int32.
-      diverged: whether a loss or gradient was not finite; the state is then that before, and stays so.
+      optimizer: the optimiser's state, for ``params`` only.
+      ema: the moving average of ``params``; ``None`` without one.
+      step: number of steps done, int32.
+      diverged: whether a loss or gradient was not finite; the rest is then the state before that step, and no longer changes.
     """
 
     params: Any
@@ -37,7 +37,7 @@ class TrainState(NamedTuple):
 
     @property
     def averaged(self) -> dict[str, Any]:
-        """All of the model's variables, the trained ones as their moving average where there is one."""
+        """All of the model's variables, with the moving average in place of the trained parameters if there is one."""
         return {"params": join_params(self.params if self.ema is None else self.ema, self.frozen), **self.others}
 
 
@@ -52,9 +52,9 @@ def initial_state(
     """The state before the first step, on copies of the variables.
 
     Args:
-      variables: of the model.
-      optimizer: of the parameters that are trained.
-      trainable: whether the parameter at a path, such as ``"blocks_0/mlp/fc1/kernel"``, is trained.
+      variables: the model's variables.
+      optimizer: the optimiser of the trained parameters.
+      trainable: tells whether the parameter at a path, such as ``"blocks_0/mlp/fc1/kernel"``, is trained.
       ema: whether a moving average is kept.
 
     Raises:

@@ -14,7 +14,7 @@ from lbpwht_jax.train.state import TrainState
 
 
 class Metrics(NamedTuple):
-    """What a training step measures: mean loss, accuracy in [0, 1], global norm of the gradients before clipping."""
+    """A training step's metrics: mean loss, accuracy in [0, 1], global norm of the gradients before clipping."""
 
     loss: jax.Array
     accuracy: jax.Array
@@ -22,7 +22,7 @@ class Metrics(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """What an evaluation step counts, over the images that are real: correct ones, summed loss, images."""
+    """What an evaluation step counts over the valid images: correct ones, the sum of their losses, their number."""
 
     correct: jax.Array
     loss: jax.Array
@@ -30,7 +30,7 @@ class Sums(NamedTuple):
 
 
 def normalise(images: jax.Array, info: ModelInfo) -> jax.Array:
-    """Float images ``[batch, height, width, channels]`` in [0, 1], normalised as the model expects."""
+    """Normalises float images ``[batch, height, width, channels]`` in [0, 1] as the model expects."""
     shape = (1, 1, 1, -1)
     mean, std = (jnp.asarray(values, jnp.float32).reshape(shape) for values in (info.mean, info.std))
     return (images - mean) / std
@@ -39,20 +39,20 @@ def normalise(images: jax.Array, info: ModelInfo) -> jax.Array:
 def make_train_step(
     model: Any, info: ModelInfo, optimizer: Any, recipe: Recipe, image_size: int, classes: int, axis: str | None = None
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """The training step, which computes no gradients of frozen parameters.
+    """Makes the training step, which computes no gradients for frozen parameters.
 
-    Where the loss or the gradients are not finite the state comes back as it was, but for ``diverged``; from then on no step
-    changes it.
+    If the loss or the gradients are not finite, the step returns the state as it was, with ``diverged`` set; no later step
+    changes that state.
 
     Args:
       model: called as ``model.apply(variables, images, train=True)``: a Linen module, or an adapted one.
       info: how its images are normalised.
-      optimizer: as ``recipe.optimizer`` makes it.
-      recipe: its augmentation, label smoothing, moving average, accumulation and seed.
+      optimizer: the optimiser that ``recipe.optimizer`` returns.
+      recipe: gives augmentation, label smoothing, moving average, gradient accumulation and seed.
       image_size: height and width of the images the model takes, in pixels.
-      classes: outputs of the model.
-      axis: the mapped axis over which gradients and metrics are averaged, for ``jax.pmap``; each device then draws its own
-        random numbers. Under ``jax.jit`` there is none, whatever the number of devices.
+      classes: number of the model's outputs.
+      axis: for ``jax.pmap``, the mapped axis over which gradients and metrics are averaged; each device then draws its own
+        random numbers. ``None`` under ``jax.jit``, for any number of devices.
 
     Returns:
       ``step(state, batch) -> (state, metrics)``.
@@ -100,7 +100,7 @@ def make_train_step(
 
 
 def _accumulated(gradients: Callable, parts: int, others: Any, key: jax.Array, *arrays: jax.Array, average_over: str | None):
-    """The other variables after all parts of the arrays, and the means over the parts of what ``gradients`` returns."""
+    """The other variables after all parts of the arrays, and the means of ``gradients``' results over the parts."""
     if parts == 1:
         others, means = gradients(others, key, *arrays)
     else:
@@ -121,13 +121,13 @@ def _accumulated(gradients: Callable, parts: int, others: Any, key: jax.Array, *
 
 
 def make_eval_step(model: Any, info: ModelInfo) -> Callable[[Any, Batch], Sums]:
-    """The evaluation step: ``step(variables, batch) -> sums``, of uint8 images of the model's size."""
+    """Makes the evaluation step ``step(variables, batch) -> sums``, for uint8 images of the model's size."""
 
     def step(variables: Any, batch: Any) -> Sums:
         logits = model.apply(variables, normalise(batch.images.astype(jnp.float32) / 255, info))
         logits = jnp.asarray(logits, jnp.float32)
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels)
-        correct = (logits.argmax(-1) == batch.labels) & batch.real
-        return Sums(jnp.sum(correct), jnp.sum(losses, where=batch.real), jnp.sum(batch.real))
+        correct = (logits.argmax(-1) == batch.labels) & batch.valid
+        return Sums(jnp.sum(correct), jnp.sum(losses, where=batch.valid), jnp.sum(batch.valid))
 
     return step

@@ -1,4 +1,4 @@
-"""Stopping at a signal, in one process or in all of them at the same step."""
+"""Stops training at a signal: one process, or all of them at the same step."""
 
 import os
 import signal
@@ -9,15 +9,15 @@ from jax.experimental import multihost_utils
 
 
 class StopSignals:
-    """A context manager that turns SIGTERM and SIGINT into a wish to stop, and calls back whether there is one.
+    """A context manager that notes SIGTERM and SIGINT; calling it tells whether to stop.
 
-    The first of them is only noted; a second one then ends the process at once, as it would have without this.
+    The first signal is only noted; a second one ends the process at once, as it would without this.
 
-    With several processes a SIGTERM to any of them stops all at the same step, which JAX's own handler for it arranges; SIGINT
-    is passed on as SIGTERM. Must be entered in the main thread.
+    With several processes, a SIGTERM to any of them stops all of them at the same step, by JAX's own handler; SIGINT is
+    passed on as SIGTERM. Must be entered in the main thread.
 
     Attributes:
-      received: the signal that came, if one did.
+      received: the signal received; ``None`` so far.
     """
 
     def __init__(self):
@@ -35,7 +35,7 @@ class StopSignals:
             signal.signal(number, handler)
 
     def __call__(self, step: int) -> bool:
-        """Whether to stop after a step, which must be asked after every step, by every process."""
+        """Whether to stop after a step; every process must ask after every step."""
         if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
             self.received = signal.SIGTERM
         return self.received is not None

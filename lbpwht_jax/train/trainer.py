@@ -23,10 +23,10 @@ class Step(NamedTuple):
 
     Attributes:
       number: from 1.
-      loss: mean over the batch, smoothed labels.
-      accuracy: of the batch, in [0, 1].
-      gradient_norm: before clipping.
-      seconds: since the step before it was done, or since its own start if something else was done between.
+      loss: mean over the batch, with smoothed labels.
+      accuracy: accuracy on the batch, in [0, 1].
+      gradient_norm: global norm of the gradients before clipping.
+      seconds: time since the step before was done, or since its own start if something else was done in between.
     """
 
     number: int
@@ -46,12 +46,12 @@ class Epoch(NamedTuple):
 
 
 class Snapshot(NamedTuple):
-    """The state at a moment to save it; the next step reuses its memory.
+    """The state when it is to be saved; the next step reuses its memory.
 
     Attributes:
-      state: after its last step.
-      epoch: the epoch that ended with it, if one did.
-      skipped: why the images that could not be read so far could not, by name.
+      state: the state after the last step done.
+      epoch: the epoch that ended with that step, if one did.
+      skipped: the images that could not be read so far, by name, each with the reason.
     """
 
     state: TrainState
@@ -63,7 +63,7 @@ class Diverged(FloatingPointError):
     """A loss or gradient that is not finite.
 
     Attributes:
-      state: the last good one, with ``diverged`` cleared.
+      state: the last good state, with ``diverged`` cleared.
     """
 
     def __init__(self, message: str, state: TrainState):
@@ -86,12 +86,12 @@ class Trainer:
       dataset: to train on, and to evaluate on after every epoch.
       recipe: how to train.
       image_size: height and width of the images the model takes, in pixels.
-      trainable: whether the parameter at a path is trained, such as ``AdaptedModule.trainable``.
+      trainable: tells whether the parameter at a path is trained, such as ``AdaptedModule.trainable``.
       placement: where the arrays live.
       workers: threads that load images; by default as many as there are cores, up to 16.
 
     Raises:
-      ValueError: if the training images do not make one batch, or the devices cannot share a batch equally.
+      ValueError: if there are fewer training images than one batch, or the devices cannot share a batch equally.
     """
 
     model: Any
@@ -109,12 +109,12 @@ class Trainer:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Whole batches in the training images."""
+        """How many whole batches the training images make."""
         return steps_per_epoch(self.dataset, self.recipe.batch_size)
 
     @property
     def steps(self) -> int:
-        """Of the whole training."""
+        """How many steps the whole training has."""
         return self.recipe.epochs * self.steps_per_epoch
 
     @functools.cached_property
@@ -122,7 +122,7 @@ class Trainer:
         return self.recipe.optimizer(self.steps)
 
     def initial_state(self, variables: Any) -> TrainState:
-        """The state before the first step, on the devices; the variables stay as they are.
+        """The state before the first step, on the devices; the variables given are copied.
 
         Raises:
           ValueError: if nothing is trained.
@@ -132,7 +132,7 @@ class Trainer:
 
     @functools.cached_property
     def train_step(self) -> Callable[[TrainState, Any], tuple[TrainState, Metrics]]:
-        """The compiled ``step(state, batch) -> (state, metrics)``; the state given is donated."""
+        """The compiled ``step(state, batch) -> (state, metrics)``, which reuses the memory of the state it is given."""
         recipe, classes = self.recipe, len(self.dataset.classes)
         step = make_train_step(self.model, self.info, self._optimizer, recipe, self.image_size, classes)
 
@@ -144,14 +144,14 @@ class Trainer:
 
     @functools.cached_property
     def loading(self) -> Loading:
-        """How this process loads its share of the images; random crops are cut from one and a half times the size."""
+        """How this process loads its share of the images; random crops are cut from images of one and a half times the size."""
         share = loading(self.info, self.image_size, self.recipe.batch_size, self.recipe.seed, self.workers)
         crops = self.recipe.augmentation.crop_scale is not None
         return dataclasses.replace(share, canvas=round(1.5 * self.image_size)) if crops else share
 
     @functools.cached_property
     def evaluator(self) -> Evaluator:
-        """Evaluates the model as training does."""
+        """What evaluates the model after each epoch."""
         return Evaluator(self.model, self.info, self.loading, self.placement)
 
     def fit(
@@ -159,20 +159,20 @@ class Trainer:
     ) -> Iterator[Step | Epoch | Snapshot]:
         """Trains to the end of the last epoch.
 
-        The host starts each step before it reads what the one before measured, so that neither waits for the other.
+        The host starts each step before it reads the metrics of the step before, so that neither waits for the other.
 
         Args:
-          state: to go on from, after any number of steps; its memory is reused.
-          save_every: steps between snapshots, beside those at the end of each epoch; 0 for no others.
-          stop: called with its number after each step has started; true stops the training after that step, at an epoch's
-            end after its evaluation.
+          state: the state to go on from, after any number of steps; its memory is reused.
+          save_every: steps between snapshots, in addition to one at the end of each epoch; 0 for no others.
+          stop: called with each step's number once the step has started; if it returns true, training stops after that step,
+            or after the evaluation if the step ends an epoch.
 
         Yields:
-          A ``Step`` for every step, an ``Epoch`` for every epoch, and then, where the state is to be saved, a ``Snapshot``;
-          the last thing is one.
+          A ``Step`` per step, an ``Epoch`` per epoch, and after them a ``Snapshot`` wherever the state is to be saved, which
+          is also the last item.
 
         Raises:
-          Diverged: when a loss or gradient is not finite, naming the step.
+          Diverged: if a loss or gradient is not finite; the message names the step.
           ValueError: if training images cannot be read.
         """
         number = int(jax.device_get(state.step))
@@ -208,6 +208,6 @@ class Trainer:
         now = time.perf_counter()
         if not (math.isfinite(loss) and math.isfinite(norm)):
             what = f"the gradients' norm is {norm}" if math.isfinite(loss) else f"the loss is {loss}"
-            last = state._replace(diverged=self.placement.put(False, self.placement.everywhere))
+            last = state._replace(diverged=self.placement.put(False, self.placement.replicated))
             raise Diverged(f"{what} at step {number}; lower the learning rate", last)
         return now, Step(number, loss, accuracy, norm, now - mark)

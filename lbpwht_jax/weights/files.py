@@ -1,4 +1,4 @@
-"""Model variables as safetensors files, and the weights that come with the package."""
+"""Reads and writes model variables as safetensors files, the weights that come with the package among them."""
 
 import contextlib
 import json
@@ -18,12 +18,12 @@ BUNDLED = "vit_micro_patch4_28"
 
 
 def save_weights(path: str | os.PathLike, variables: Mapping[str, Any], metadata: Mapping[str, Any]) -> None:
-    """Writes variables as safetensors, one tensor a leaf, named by its path, such as ``params/blocks_0/mlp/fc1/kernel``.
+    """Writes variables as safetensors: one tensor per array, named by its path, such as ``params/blocks_0/mlp/fc1/kernel``.
 
     Args:
-      path: of the file; an existing one is replaced.
+      path: the file; an existing one is replaced.
       variables: nested dictionaries of arrays.
-      metadata: what a reader needs to rebuild the model, JSON values by name; goes into the file's header.
+      metadata: what a reader needs to rebuild the model, JSON values by name; written to the file's header.
     """
     flat = flax.traverse_util.flatten_dict(dict(variables), sep="/")
     arrays = {name: np.asarray(leaf) for name, leaf in flat.items()}
@@ -35,8 +35,8 @@ def read_safetensors(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], di
     """The tensors of a safetensors file by name, and its header's metadata.
 
     Raises:
-      ValueError: if the file is no safetensors file, or a damaged one.
-      FileNotFoundError: if there is none.
+      ValueError: if the file is damaged or is not a safetensors file.
+      FileNotFoundError: if there is no such file.
     """
     try:
         with safetensors.safe_open(path, "np") as file:
@@ -49,14 +49,14 @@ def load_weights(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Any
     """Reads what ``save_weights`` wrote.
 
     Args:
-      path: of the file.
+      path: the file.
 
     Returns:
-      ``(variables, metadata)``, arrays as numpy's.
+      ``(variables, metadata)``; the arrays are NumPy's.
 
     Raises:
-      ValueError: if the file is no safetensors file, or a damaged one.
-      FileNotFoundError: if there is none.
+      ValueError: if the file is damaged or is not a safetensors file.
+      FileNotFoundError: if there is no such file.
     """
     arrays, header = read_safetensors(path)
     return flax.traverse_util.unflatten_dict(arrays, sep="/"), {key: json.loads(value) for key, value in header.items()}
@@ -66,29 +66,29 @@ def load_bundled() -> tuple[dict[str, Any], dict[str, Any]]:
     """The small vision transformer that comes with the package, pretrained on Fashion-MNIST.
 
     Returns:
-      ``(variables, metadata)``, as ``load_weights`` does; the model is ``create_model(BUNDLED, num_classes=10)``.
+      ``(variables, metadata)`` as from ``load_weights``; the model is ``create_model(BUNDLED, num_classes=10)``.
     """
     with bundled_file() as path:
         return load_weights(path)
 
 
 def bundled_file() -> contextlib.AbstractContextManager[Path]:
-    """The file ``load_bundled`` reads, for as long as the context lasts."""
+    """The path of the file that ``load_bundled`` reads; it is there until the context ends."""
     return resources.as_file(resources.files("lbpwht_jax") / "bundled" / f"{BUNDLED}.safetensors")
 
 
 def replace_head(variables: Mapping[str, Any], fresh: Mapping[str, Any]) -> dict[str, Any]:
-    """Pretrained variables with the classifier of freshly initialised ones.
+    """Replaces the classifier of pretrained variables by that of freshly initialised ones.
 
     Args:
-      variables: pretrained, for any number of classes.
-      fresh: of the same model, for the number of classes wanted.
+      variables: pretrained variables, for any number of classes.
+      fresh: variables of the same model, for the number of classes wanted.
 
     Returns:
-      ``variables`` but for the parameters named ``head`` and ``head_dist``, which are ``fresh``'s.
+      ``variables``, with the parameters named ``head`` and ``head_dist`` taken from ``fresh``.
 
     Raises:
-      ValueError: if the two differ elsewhere, naming where.
+      ValueError: if the two differ elsewhere; the message says where.
     """
     flat: dict[str, Any]
     wanted: dict[str, Any]
@@ -103,5 +103,5 @@ def replace_head(variables: Mapping[str, Any], fresh: Mapping[str, Any]) -> dict
 
 
 def count_parameters(variables: Mapping[str, Any]) -> int:
-    """Number of trainable scalars."""
+    """The number of scalars in the parameters."""
     return sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))

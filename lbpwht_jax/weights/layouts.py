@@ -1,4 +1,4 @@
-"""The layouts published weights come in, brought to timm's names."""
+"""Renames the tensors of published weights, in the layouts they come in, to timm's names."""
 
 import dataclasses
 import re
@@ -14,11 +14,11 @@ class Layout:
     """How one source names its tensors.
 
     Attributes:
-      name: of the layout, for messages.
-      sign: regular expression that some key matches, from its start, in files of this layout alone.
+      name: the layout's name, for messages.
+      sign: regular expression that some key matches, from its start, only in files of this layout.
       renames: regular expressions and replacements, applied in turn to every key.
-      dropped: regular expression, matched from the start of a key, of entries the models do not have (buffers computed here).
-      finish: what names alone cannot say, applied after the renames.
+      dropped: regular expression, matched from the start of a key, for entries that the models do not have (computed buffers).
+      finish: a change that names alone cannot express, applied after the renames.
     """
 
     name: str
@@ -29,13 +29,13 @@ class Layout:
 
 
 def to_timm_layout(state: Mapping[str, np.ndarray]) -> tuple[str, State]:
-    """Renames a state dict of any known layout to timm's, told by its keys.
+    """Renames a state dict of any known layout, which is recognised by its keys, to timm's.
 
     Args:
       state: tensors by name.
 
     Returns:
-      The layout's name and the state dict under timm's names; files of no other layout are taken to be timm's already.
+      The layout's name and the state dict under timm's names; a state dict of no known layout is taken to be timm's already.
     """
     for layout in LAYOUTS:
         if any(re.match(layout.sign, key) for key in state):
@@ -51,7 +51,7 @@ def to_timm_layout(state: Mapping[str, np.ndarray]) -> tuple[str, State]:
 
 
 def _fuse_qkv(state: State) -> State:
-    """Joins ``attn.{query,key,value}`` into timm's ``attn.qkv``; in SwinV2 queries and values alone have (separate) biases."""
+    """Joins ``attn.{query,key,value}`` into timm's ``attn.qkv``; SwinV2's biases of queries and values stay apart."""
     state = dict(state)
     for query in [key for key in state if key.endswith(".attn.query.weight")]:
         prefix = query.removesuffix("query.weight")
@@ -63,12 +63,12 @@ def _fuse_qkv(state: State) -> State:
 
 
 def _flatten_layer_scales(state: State) -> State:
-    """Layer scales of ``[channels, 1, 1]`` as ``[channels]``."""
+    """Reshapes layer scales from ``[channels, 1, 1]`` to ``[channels]``."""
     return {key: value.reshape(-1) if key.endswith(".gamma") else value for key, value in state.items()}
 
 
 def _after(match: re.Match) -> str:
-    """The next stage: timm counts a downsampling to the stage it leads to, the authors to the one it follows."""
+    """Names the next stage: timm puts a downsampling into the stage after it, the authors into the stage before it."""
     return f"layers.{int(match[1]) + 1}.downsample"
 
 

@@ -1,4 +1,4 @@
-"""What training changed, alone, in a folder laid out as PEFT's: LoRA's branches, the head and all else that was trained."""
+"""Reads and writes only what training changed (LoRA's branches, the head, all else that was trained), in PEFT's layout."""
 
 import collections
 import json
@@ -14,11 +14,12 @@ from flax import traverse_util
 
 from lbpwht_jax.adaptation import lora
 from lbpwht_jax.adaptation.linen import AdaptedModule
-from lbpwht_jax.adaptation.rules import Adaptation
+from lbpwht_jax.adaptation.resolution import Adaptation
 from lbpwht_jax.models import model_info
 from lbpwht_jax.models.info import ModelInfo
+from lbpwht_jax.weights.differences import check_same
 from lbpwht_jax.weights.files import read_safetensors
-from lbpwht_jax.weights.timm_keys import Entry, assemble, check, flat_to_timm, timm_key
+from lbpwht_jax.weights.timm_keys import describe, flat_to_timm, from_timm_array, timm_key
 
 TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _PREFIX = "base_model.model."
@@ -31,75 +32,72 @@ Model = str | ModelInfo | None
 def save_adapter(folder: str | Path, adapted: AdaptedModule, variables: Mapping[str, Any], model: Model = None) -> None:
     """Writes ``adapter_model.safetensors`` and ``adapter_config.json``.
 
-    The tensors are those that were trained, and the other variables (running statistics) of modules that are not frozen.
-    Their keys are ``base_model.model.`` and timm's key; for a branch timm's module path with ``lora_A.weight``,
-    ``[rank, inputs]``, and ``lora_B.weight``, ``[outputs, rank]`` (and two dimensions of 1 for 1x1 convolutions).
+    The tensors are the parameters that were trained, and the other variables (running statistics) of modules that are not
+    frozen. Their keys are ``base_model.model.`` and timm's key; for a branch timm's module path with ``lora_A.weight``,
+    ``[rank, inputs]``, and ``lora_B.weight``, ``[outputs, rank]`` (and two dimensions of 1 for 1x1 convolutions; those of a
+    stack of scanned layers have the stack's dimensions first).
 
     Args:
-      folder: made if there is none; its files of these names are replaced.
+      folder: made if it does not exist; files of these two names are replaced.
       adapted: the adapted model.
-      variables: of ``adapted``.
-      model: the registry's name of the model or its ``ModelInfo``, for timm's keys and layouts. For models of other sources
-        ``None``: keys follow from the paths, ``blocks_0/fc1/kernel`` being ``blocks.0.fc1.weight``.
+      variables: variables of ``adapted``.
+      model: the model's name in the registry or its ``ModelInfo``, for timm's keys and layouts. ``None`` for any other model:
+        the keys then follow from the paths, ``blocks_0/fc1/kernel`` being ``blocks.0.fc1.weight``; variables that would
+        share a key keep their whole path, joined with dots.
 
     Raises:
       ValueError: if the name is unknown.
     """
     info = _info(model)
     flat = traverse_util.flatten_dict(dict(variables))
-    tensors = {}
-    for path in _saved(adapted, flat):
-        if path[-1] in _LETTERS:
-            adaptation, matrix = _branch(adapted, path), np.asarray(flat[path])
-            tensors[_branch_key(info, path)] = matrix.T.reshape(_branch_shape(info, adaptation, path))
-        else:
-            tensors |= {_PREFIX + key: value for key, value in flat_to_timm(info, {path: flat[path]}).items()}
+    keys = _keys(info, _saved(adapted, flat))
+    tensors = {key: np.array(_to_file(info, adapted, path, flat[path]), order="C") for path, key in keys.items()}
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    contiguous = {key: np.array(value, order="C") for key, value in tensors.items()}
-    safetensors.numpy.save_file(contiguous, folder / TENSORS, metadata={"format": "pt"})
+    safetensors.numpy.save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
     (folder / CONFIG).write_text(json.dumps(_config(info, adapted, tensors), indent=2) + "\n")
 
 
 def load_adapter(
     folder: str | Path, adapted: AdaptedModule, variables: Mapping[str, Any], model: Model = None
 ) -> dict[str, Any]:
-    """Variables with what ``save_adapter`` wrote put in.
+    """Puts what ``save_adapter`` wrote into variables.
 
     Args:
-      folder: holding the two files.
-      adapted: the model under the rules it was trained with.
-      variables: of ``adapted`` or of the model it adapts; the same pretrained ones that training began with.
+      folder: the folder that holds the two files.
+      adapted: the model under the rules that it was trained with.
+      variables: variables of ``adapted`` or of the model that it adapts: the pretrained ones that training started from.
       model: as for ``save_adapter``.
 
     Returns:
-      Variables of ``adapted``; the arrays read are NumPy's, float32.
+      Variables of ``adapted``; the arrays read are NumPy's, in the dtypes of ``variables`` (branches in their kernel's).
 
     Raises:
-      ValueError: if the name is unknown, a file is damaged, the branches are scaled otherwise than ``adapted``'s, or tensors
-        are missing, unexpected or mis-shaped, with the list of them.
+      ValueError: if the name is unknown, a file is damaged, the branches' alphas are not ``adapted``'s, or tensors are
+        missing, unexpected or mis-shaped, with lists of them.
       FileNotFoundError: if a file is missing.
     """
     info, folder = _info(model), Path(folder)
     try:
         config = json.loads((folder / CONFIG).read_text())
     except json.JSONDecodeError as error:
-        raise ValueError(f"{folder / CONFIG}: no JSON file: {error}") from None
+        raise ValueError(f"{folder / CONFIG}: not a JSON file: {error}") from None
     tensors, _ = read_safetensors(folder / TENSORS)
     flat: dict[tuple[str, ...], Any] = traverse_util.flatten_dict(dict(variables))
-    flat |= {_path(adaptation, name): None for adaptation in _branches(adapted) for name in _LETTERS}
-    branches, others = [], []
-    for path in _saved(adapted, flat):
-        if path[-1] in _LETTERS:
-            shape = _branch_shape(info, _branch(adapted, path), path)
-            branches.append(Entry(path, _branch_key(info, path), shape))
-        else:
-            [(key, value)] = flat_to_timm(info, {path: flat[path]}).items()
-            others.append(Entry(path, _PREFIX + key, value.shape))
-    check([*branches, *others], tensors, f"{folder}: the adapter does not fit the model and its rules")
+    for adaptation in _branches(adapted):
+        kernel = flat[_path(adaptation, "kernel")]
+        stack = kernel.shape[: kernel.ndim - len(adaptation.layer.kernel_shape)]
+        for name, shape in lora.shapes(adaptation).items():
+            flat[_path(adaptation, name)] = np.empty((*stack, *shape), kernel.dtype)
+    keys = _keys(info, _saved(adapted, flat))
+    check_same(
+        {key: describe(_to_file(info, adapted, path, flat[path])) for path, key in keys.items()},
+        {key: describe(tensor) for key, tensor in tensors.items()},
+        f"{folder}: the adapter does not fit the model and its rules",
+    )
     _check_scales(folder, info, adapted, config)
-    flat |= {entry.path: np.array(tensors[entry.key], np.float32).reshape(entry.shape[:2]).T for entry in branches}
-    flat |= traverse_util.flatten_dict(assemble(info, others, tensors))
+    for path, key in keys.items():
+        flat[path] = _from_file(info, adapted, path, tensors[key]).astype(flat[path].dtype)
     return traverse_util.unflatten_dict(flat)
 
 
@@ -117,21 +115,39 @@ def _path(adaptation: Adaptation, leaf: str) -> tuple[str, ...]:
     return ("params", *filter(None, adaptation.layer.path.split("/")), leaf)
 
 
-def _branch(adapted: AdaptedModule, path: tuple[str, ...]) -> Adaptation:
-    return next(adaptation for adaptation in _branches(adapted) if _path(adaptation, path[-1]) == path)
+def _is_pointwise(info: ModelInfo, adapted: AdaptedModule, path: tuple[str, ...]) -> bool:
+    """Whether the branch at ``path`` is beside a 1x1 convolution."""
+    layer = next(adaptation.layer for adaptation in _branches(adapted) if _path(adaptation, path[-1]) == path)
+    return layer.kind == "Conv" or re.search(info.pointwise, f"{layer.path}/kernel") is not None
 
 
-def _branch_key(info: ModelInfo, path: tuple[str, ...]) -> str:
-    kernel = timm_key(info, (*path[:-1], "kernel"))
-    return f"{_PREFIX}{kernel.removesuffix('weight')}{_LETTERS[path[-1]]}.weight"
+def _keys(info: ModelInfo, paths: Iterable[tuple[str, ...]]) -> dict[tuple[str, ...], str]:
+    """Each variable's key in the file, by its path."""
+
+    def key(path: tuple[str, ...]) -> str:
+        if path[-1] not in _LETTERS:
+            return timm_key(info, path)
+        return f"{timm_key(info, (*path[:-1], 'kernel')).removesuffix('weight')}{_LETTERS[path[-1]]}.weight"
+
+    keys = {path: key(path) for path in paths}
+    uses = collections.Counter(keys.values())
+    return {path: _PREFIX + (key if uses[key] == 1 else ".".join(path)) for path, key in keys.items()}
 
 
-def _branch_shape(info: ModelInfo, adaptation: Adaptation, path: tuple[str, ...]) -> tuple[int, ...]:
-    """Of the tensor in the file."""
-    layer = adaptation.layer
-    matrix = lora.shapes(adaptation)[path[-1]][::-1]
-    pointwise = layer.kind == "Conv" or re.search(info.pointwise, f"{layer.path}/kernel")
-    return (*matrix, 1, 1) if pointwise else matrix
+def _to_file(info: ModelInfo, adapted: AdaptedModule, path: tuple[str, ...], value: Any) -> np.ndarray:
+    """A variable as a tensor in the file's layout."""
+    if path[-1] not in _LETTERS:
+        [tensor] = flat_to_timm(info, {path: value}).values()
+        return tensor
+    matrix = np.asarray(value).swapaxes(-1, -2)
+    return matrix.reshape(*matrix.shape, 1, 1) if _is_pointwise(info, adapted, path) else matrix
+
+
+def _from_file(info: ModelInfo, adapted: AdaptedModule, path: tuple[str, ...], tensor: np.ndarray) -> np.ndarray:
+    """Undoes ``_to_file``."""
+    if path[-1] not in _LETTERS:
+        return from_timm_array(info, path, tensor)
+    return (tensor.reshape(tensor.shape[:-2]) if _is_pointwise(info, adapted, path) else tensor).swapaxes(-1, -2)
 
 
 def _saved(adapted: AdaptedModule, paths: Iterable[tuple[str, ...]]) -> list[tuple[str, ...]]:

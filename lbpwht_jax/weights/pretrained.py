@@ -1,4 +1,4 @@
-"""Published weights into variables, and variables into files that timm loads."""
+"""Reads published weights into a model's variables, and writes variables to files that timm loads."""
 
 import dataclasses
 import json
@@ -6,7 +6,6 @@ import logging
 import os
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -15,17 +14,14 @@ import safetensors.numpy
 from flax import traverse_util
 
 from lbpwht_jax.models import ModelInfo, create_model, model_info
-from lbpwht_jax.weights.files import read_safetensors, save_weights
+from lbpwht_jax.weights.files import save_weights
 from lbpwht_jax.weights.layouts import to_timm_layout
+from lbpwht_jax.weights.sources import read_weights
 from lbpwht_jax.weights.timm_keys import Entry, assemble, check, entries, flat_to_timm, from_timm, to_timm
-from lbpwht_jax.weights.torch_file import read_torch_file
 
 __all__ = ["export_weights", "from_timm", "load_pretrained", "number_of_classes", "read_weights", "to_timm"]
 
 _LOG = logging.getLogger("lbpwht_jax")
-_HUB = re.compile(r"hf-hub:|\w[\w.-]*/\w[\w.-]*$")
-_SUFFIXES = (".safetensors", ".pth", ".bin")
-_NAMES = ("model.safetensors", "pytorch_model.bin")
 
 
 def load_pretrained(
@@ -38,28 +34,31 @@ def load_pretrained(
 ) -> dict[str, Any]:
     """Reads weights into the variables of a model.
 
-    The layout is told by the keys: timm's; the authors' EfficientFormer and EfficientFormerV2; transformers' ViT, DeiT and
-    SwinV2; Microsoft's SwinV2; or this library's own (``export_weights(..., format="flax")``). Every tensor must be there, of
-    the model's shape, and no other, but for the head where ``num_classes`` asks for another. (transformers' ViT normalises
-    with epsilon 1e-12 where timm and this library use 1e-6, which its logits show in the last digits.)
+    The layout is recognised by the keys: timm's; the authors' EfficientFormer and EfficientFormerV2; transformers' ViT, DeiT
+    and SwinV2; Microsoft's SwinV2; or this library's own (``export_weights(..., format="flax")``). Every tensor of the model
+    must be there with the model's shape, and no other; only the head may differ, if ``num_classes`` asks for another.
+    (transformers' ViT normalises with epsilon 1e-12 where timm and this library use 1e-6: its logits differ in the last
+    digits.)
 
     Args:
-      name: of the model, one of ``list_models()``.
+      name: the model's name, one of ``list_models()``.
       source: a ``.safetensors``, ``.pth`` or ``.bin`` file; a folder with ``model.safetensors`` or ``pytorch_model.bin``; or
         a Hugging Face hub id such as ``"timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k"``, which needs the extra ``[hub]``.
       num_classes: outputs of the head; by default as many as the file has. If the file has another number, or no head, the
-        head alone (both, where there are two) starts afresh with zeros, and the log (INFO, ``"lbpwht_jax"``) says so.
-      image_size: height and width of the images in pixels, by default the model's. Position embeddings and attention
-        biases made for another size are resampled as timm does, and the log says so.
-      offline: uses what is in the hub's local cache, without the network.
+        head (both heads, if there are two) starts with zeros, and the log (INFO, ``"lbpwht_jax"``) says so.
+      image_size: height and width of the images in pixels, by default the model's. What was made for another size is
+        resampled, and the log says so: position embeddings as timm does, by antialiased bicubic interpolation;
+        EfficientFormer's attention biases, for which timm has no rule, by this library's own: each offset keeps its share
+        of the map, interpolated linearly.
+      offline: uses only the hub's local cache, without the network.
 
     Returns:
       ``{"params": ...}``, with ``"batch_stats"`` where the model has batch normalisation: nested dictionaries of float32
       NumPy arrays, for ``create_model(name, num_classes=..., image_size=...).apply``.
 
     Raises:
-      ValueError: if the name is unknown; the file is damaged, of no known kind, or would run code; the tensors do not fit,
-        with the list of missing, unexpected and mis-shaped ones.
+      ValueError: if the name is unknown; the file is damaged, of an unknown kind, or would run code; the tensors do not fit,
+        with lists of the missing, unexpected and mis-shaped ones.
       FileNotFoundError: if the file or folder is missing, or the hub (or its cache, if offline) has no such weights.
       ImportError: if the source is a hub id and huggingface_hub is missing.
     """
@@ -91,16 +90,16 @@ def export_weights(
     """Writes a model's variables as ``.safetensors``.
 
     Args:
-      name: of the model, one of ``list_models()``.
+      name: the model's name, one of ``list_models()``.
       module: the model, as ``create_model`` returns it.
       variables: its ``{"params": ..., "batch_stats": ...}``.
-      path: of the file, replaced if it exists.
+      path: the file; an existing one is replaced.
       format: ``"timm"`` for keys and layouts that timm's ``load_state_dict(..., strict=True)`` takes; ``"flax"`` for the
         variables as they are, under keys such as ``"params/blocks_0/attn/qkv/kernel"``.
-      classes: names of the model's outputs in their order, kept as JSON under ``"classes"`` in the file's header.
+      classes: the names of the model's outputs in order, written as JSON under ``"classes"`` in the file's header.
 
     Raises:
-      ValueError: if the name or format is unknown, the variables are not the module's, or the classes are not as many as its
+      ValueError: if the name or format is unknown, the variables are not the module's, or there are not as many classes as
         outputs.
     """
     if format not in ("timm", "flax"):
@@ -118,7 +117,7 @@ def export_weights(
 
 
 def number_of_classes(name: str, variables: Mapping[str, Any]) -> int:
-    """How many classes the head in a model's variables tells apart.
+    """The number of classes of the head in a model's variables.
 
     Raises:
       ValueError: if the name is unknown or the variables have no head.
@@ -132,53 +131,6 @@ def number_of_classes(name: str, variables: Mapping[str, Any]) -> int:
     return classes
 
 
-def read_weights(source: str | os.PathLike, *, offline: bool = False) -> dict[str, np.ndarray]:
-    """The tensors of a file, folder or hub id by the names they have there; arguments and errors as ``load_pretrained``."""
-    path = Path(source)
-    if path.is_dir():
-        found = [path / name for name in _NAMES if (path / name).is_file()]
-        if not found:
-            raise FileNotFoundError(f"{source}: the folder has neither {' nor '.join(_NAMES)}")
-        path = found[0]
-    elif not path.is_file():
-        if path.suffix in _SUFFIXES or not _HUB.match(os.fspath(source)):
-            raise FileNotFoundError(
-                f"{source}: no such file or folder, nor a hub id such as timm/efficientformer_l1.snap_dist_in1k"
-            )
-        path = _download(os.fspath(source).removeprefix("hf-hub:"), offline)
-    if path.suffix == ".safetensors":
-        return read_safetensors(path)[0]
-    if path.suffix in _SUFFIXES:
-        return read_torch_file(path)
-    raise ValueError(
-        f"{path}: weights are read from files ending in {', '.join(_SUFFIXES)}, not in {path.suffix or 'nothing'!r}"
-    )
-
-
-def _download(repository: str, offline: bool) -> Path:
-    try:
-        from huggingface_hub import errors, hf_hub_download
-    except ImportError:
-        raise ImportError(
-            f"{repository}: no such file or folder, and reading from the Hugging Face hub needs huggingface_hub; "
-            "pip install 'lbpwht_jax[hub]', or pass the path of a file"
-        ) from None
-    for name in _NAMES:
-        try:
-            return Path(hf_hub_download(repository, name, local_files_only=offline))
-        except errors.LocalEntryNotFoundError as error:
-            if not offline:
-                raise FileNotFoundError(f"{repository}: not in the hub's local cache, nor could the hub be reached") from error
-        except errors.EntryNotFoundError:
-            continue
-        except errors.RepositoryNotFoundError as error:
-            raise FileNotFoundError(
-                f"{repository}: no such file or folder, and the hub has no such repository, or it needs a login"
-            ) from error
-    place = "the hub's local cache" if offline else "the hub"
-    raise FileNotFoundError(f"{repository}: {place} has neither {' nor '.join(_NAMES)} of it")
-
-
 def _timm_state(info: ModelInfo, source: str | os.PathLike, offline: bool) -> dict[str, np.ndarray]:
     state = read_weights(source, offline=offline)
     if any(key.startswith("params/") for key in state):
@@ -189,7 +141,7 @@ def _timm_state(info: ModelInfo, source: str | os.PathLike, offline: bool) -> di
 
 
 def _head_keys(one: list[Entry], two: list[Entry]) -> list[str]:
-    """The entries whose shape depends on the number of classes, told by two of them."""
+    """The keys whose shape depends on the number of classes, found by comparing two numbers."""
     return [a.key for a, b in zip(one, two, strict=True) if a.shape != b.shape]
 
 
@@ -200,7 +152,7 @@ def _classes(state: Mapping[str, np.ndarray], heads: list[str]) -> int | None:
 def _resampled(
     info: ModelInfo, module: nn.Module, wanted: list[Entry], state: dict[str, np.ndarray], where: str
 ) -> Mapping[str, np.ndarray]:
-    """The state at the module's image size; as it is if its keys are not the model's, which ``check`` reports."""
+    """The state at the module's image size; unchanged if its keys are not the model's, which ``check`` reports."""
     if info.resample is None or {e.key for e in wanted} != state.keys():
         return state
     result = info.resample(state, module)

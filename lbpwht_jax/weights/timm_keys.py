@@ -1,4 +1,4 @@
-"""Parameters here and tensors in timm's state dicts: the map between them, both ways and exact."""
+"""The exact map between parameters here and tensors in timm's state dicts, in both directions."""
 
 import dataclasses
 import re
@@ -12,9 +12,9 @@ import numpy as np
 from flax import traverse_util
 
 from lbpwht_jax.models import ModelInfo, model_info
+from lbpwht_jax.weights.differences import check_same
 
 _LEAVES = {"kernel": "weight", "scale": "weight", "mean": "running_mean", "var": "running_var"}
-_SHOWN = 20
 
 Path = tuple[str, ...]
 State = Mapping[str, np.ndarray]
@@ -26,9 +26,9 @@ class Entry:
     """One tensor of a model.
 
     Attributes:
-      path: in the variables, such as ``("params", "blocks_0", "attn", "qkv", "kernel")``.
-      key: in timm's state dict, such as ``"blocks.0.attn.qkv.weight"``.
-      shape: in timm's layout.
+      path: its place in the variables, such as ``("params", "blocks_0", "attn", "qkv", "kernel")``.
+      key: its name in timm's state dict, such as ``"blocks.0.attn.qkv.weight"``.
+      shape: its shape in timm's layout.
     """
 
     path: Path
@@ -37,7 +37,7 @@ class Entry:
 
 
 def entries(model: Model, module: nn.Module) -> list[Entry]:
-    """The tensors of a module, from the shapes of its initialisation (nothing is computed).
+    """The tensors of a module, read from the shapes of its initialisation; nothing is computed.
 
     Args:
       model: the registry's name of the model, or its ``ModelInfo``.
@@ -62,10 +62,10 @@ def to_timm(model: Model, module: nn.Module, variables: Mapping[str, Any]) -> di
       variables: its ``{"params": ..., "batch_stats": ...}``.
 
     Returns:
-      Tensors by timm's keys, in timm's layouts and the variables' dtypes, with the buffers timm's ``strict=True`` wants.
+      Tensors by timm's keys, in timm's layouts and the variables' dtypes, with the buffers that ``strict=True`` asks for.
 
     Raises:
-      ValueError: if the name is unknown, or if the variables are not the module's, with the list of differences.
+      ValueError: if the name is unknown, or if the variables are not the module's, with lists of the differences.
     """
     info = _info(model)
     state = flat_to_timm(info, traverse_util.flatten_dict(variables))
@@ -85,7 +85,7 @@ def from_timm(model: Model, module: nn.Module, state: Mapping[str, Any]) -> dict
       ``{"params": ..., "batch_stats": ...}`` as the module's ``init`` nests them, in float32.
 
     Raises:
-      ValueError: if the name is unknown, or if entries are missing, unexpected or mis-shaped, with the list of them.
+      ValueError: if the name is unknown, or if entries are missing, unexpected or mis-shaped, with lists of them.
     """
     info = _info(model)
     state = {key: np.asarray(value) for key, value in state.items() if not re.search(info.buffers, key)}
@@ -104,7 +104,7 @@ def timm_key(info: ModelInfo, path: Path) -> str:
 
 
 def flat_to_timm(info: ModelInfo, leaves: Mapping[Path, Any]) -> dict[str, np.ndarray]:
-    """Variables by path, as ``flax.traverse_util.flatten_dict`` gives them, as a timm state dict without buffers."""
+    """A timm state dict, without buffers, from variables by path as ``flax.traverse_util.flatten_dict`` returns them."""
     state = {}
     for path, leaf in leaves.items():
         array = np.asarray(leaf)
@@ -115,41 +115,41 @@ def flat_to_timm(info: ModelInfo, leaves: Mapping[Path, Any]) -> dict[str, np.nd
 
 
 def assemble(info: ModelInfo, wanted: Iterable[Entry], state: State) -> dict[str, Any]:
-    """Nests a checked timm state dict as variables, float32."""
-    leaves = {}
-    for entry in wanted:
-        array = np.array(state[entry.key], np.float32)
-        if entry.path[-1] == "kernel":
-            if _is_pointwise(info, entry.path):
-                array = array.reshape(array.shape[:2])
-            array = array.transpose(np.argsort(_to_timm_axes(array.ndim))).copy()
-        leaves[entry.path] = array
+    """Turns a checked timm state dict into nested variables, float32."""
+    leaves = {entry.path: from_timm_array(info, entry.path, np.array(state[entry.key], np.float32)) for entry in wanted}
     return traverse_util.unflatten_dict(leaves)
 
 
+def from_timm_array(info: ModelInfo, path: Path, array: np.ndarray) -> np.ndarray:
+    """The variable at ``path`` from its tensor in timm's layout."""
+    if path[-1] != "kernel":
+        return array
+    if _is_pointwise(info, path):
+        array = array.reshape(array.shape[:2])
+    return array.transpose(np.argsort(_to_timm_axes(array.ndim))).copy()
+
+
 def check(wanted: Sequence[Entry], state: State, problem: str) -> None:
-    """Raises ``ValueError`` with the list of missing, unexpected and mis-shaped entries, unless there are none."""
-    shapes = {entry.key: entry.shape for entry in wanted}
-    missing = [f"- {key} {list(shape)}" for key, shape in shapes.items() if key not in state]
-    unexpected = [f"+ {key} {_describe(value)}" for key, value in state.items() if key not in shapes]
-    differing = [
-        line
-        for key, shape in shapes.items()
-        if key in state and not (state[key].shape == shape and jnp.issubdtype(state[key].dtype, jnp.floating))
-        for line in (f"- {key} {list(shape)}", f"+ {key} {_describe(state[key])}")
-    ]
-    if missing or unexpected or differing:
-        lists = {"missing": missing, "unexpected": unexpected, "of another shape or dtype": differing}
-        lines = [problem + ":"]
-        for title, rows in lists.items():
-            count = len(rows) // 2 if rows is differing else len(rows)
-            lines += [f"{count} {title}"] * bool(rows) + [f"  {row}" for row in rows[:_SHOWN]]
-            lines += [f"  and {len(rows) - _SHOWN} more lines"] * (len(rows) > _SHOWN)
-        lines.append("- is what the model wants, + what there is. Check the model's name, num_classes and image_size")
-        raise ValueError("\n".join(lines))
+    """Refuses a timm state dict whose keys, shapes or kinds of dtype are not those of ``wanted``.
+
+    Args:
+      wanted: the model's tensors.
+      state: tensors by timm's keys.
+      problem: the first line of the message.
+
+    Raises:
+      ValueError: if there are differences, with lists of them.
+    """
+    check_same(
+        {entry.key: str(list(entry.shape)) for entry in wanted},
+        {key: describe(value) for key, value in state.items()},
+        problem,
+        "Check the model's name, num_classes and image_size",
+    )
 
 
-def _describe(value: np.ndarray) -> str:
+def describe(value: np.ndarray) -> str:
+    """The shape of a tensor, and its dtype if that is not a floating one."""
     dtype = "" if jnp.issubdtype(value.dtype, jnp.floating) else f" {value.dtype}"
     return f"{list(value.shape)}{dtype}"
 
@@ -163,8 +163,8 @@ def _is_pointwise(info: ModelInfo, path: Path) -> bool:
 
 
 def _to_timm_axes(ndim: int) -> tuple[int, ...]:
-    """Axes of a kernel here in timm's order: outputs, inputs, then the window."""
-    return (ndim - 1, ndim - 2, *range(ndim - 2))
+    """The axes of a kernel here in timm's order: outputs, inputs, then the window."""
+    return (ndim - 1, ndim - 2, *range(ndim - 2)) if ndim > 1 else tuple(range(ndim))
 
 
 def _timm_shape(info: ModelInfo, path: Path, shape: Sequence[int]) -> tuple[int, ...]:

@@ -29,23 +29,23 @@ _WRAPPERS = ("state_dict", "model")
 
 
 class _FileError(ValueError):
-    """What is wrong with a file, said in full."""
+    """An error whose message already says what is wrong with the file."""
 
 
 def read_torch_file(path: str | os.PathLike) -> dict[str, np.ndarray]:
     """The state dict in a ``.pth`` or ``.bin`` file, as ``torch.save`` writes them since torch 1.6 (a zip archive).
 
-    Only tensors, parameters, containers and plain values are unpickled; a state dict wrapped as ``{"model": ...}`` or
-    ``{"state_dict": ...}`` is taken out, everything else in the file is ignored.
+    Only tensors, parameters, containers and plain values are unpickled. A state dict wrapped as ``{"model": ...}`` or
+    ``{"state_dict": ...}`` is unwrapped; everything else in the file is ignored.
 
     Args:
-      path: of the file.
+      path: the file.
 
     Returns:
-      The tensors by name, in their dtypes (bfloat16 as ``jnp.bfloat16``) and read-only.
+      The tensors by name, read-only and in their own dtypes (bfloat16 as ``jnp.bfloat16``).
 
     Raises:
-      ValueError: if the file is no such archive, is truncated, needs code to be unpickled, or holds no state dict.
+      ValueError: if the file is not such an archive, is truncated, would run code to be unpickled, or holds no state dict.
       FileNotFoundError: if there is no such file.
     """
     path = os.fspath(path)
@@ -83,9 +83,9 @@ def _unpickle(archive: zipfile.ZipFile, path: str) -> Any:
 
 
 class _TensorUnpickler(pickle.Unpickler):
-    """Unpickles tensors from a torch archive, refusing every global that is not needed for that.
+    """Unpickles tensors from a torch archive and refuses every global that this does not need.
 
-    The callables it hands to the pickle are its own and live no longer than it, so a pickle can neither run nor change others.
+    The callables that it gives to the pickle belong to it alone, so a pickle can neither run nor change others.
     """
 
     def __init__(self, archive: zipfile.ZipFile, root: str, path: str):

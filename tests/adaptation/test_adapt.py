@@ -1,14 +1,15 @@
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx, traverse_util
-from foreign import Mixer, ViT
+from flax import traverse_util
+from foreign import ViT
 
 from lbpwht_jax import Freeze, LoRA, LowRank, LowRankDense, adapt, create_model, lp_l1, lp_linf
 from lbpwht_jax.adaptation.linen import AdaptedModule, resolve
-from lbpwht_jax.adaptation.nnx import FrozenParam
+from lbpwht_jax.adaptation.resolution import Resolution
 from lbpwht_jax.ops.flops import product_flops
 
 GRID, TOKENS = (4, 5), {"grid": (4, 5), "prefix_tokens": 1}
@@ -50,9 +51,10 @@ def test_a_linen_model_of_others(remat):
     adapted = {spec: adapt(model, rules(spec), SHAPE) for spec in (FULL, LOW, DW_ONLY)}
     expected = gradients(model, VARIABLES)
     # a 1x1 convolution sums in another order than a product
-    np.testing.assert_allclose(adapted[LOW].apply(VARIABLES, IMAGES), model.apply(VARIABLES, IMAGES), atol=2e-6, rtol=0)
-    for name, gradient in gradients(adapted[FULL], VARIABLES).items():
-        np.testing.assert_allclose(gradient, expected[name], atol=1e-5, rtol=1e-4)
+    chex.assert_trees_all_close(adapted[LOW].apply(VARIABLES, IMAGES), model.apply(VARIABLES, IMAGES), atol=2e-6, rtol=0)
+    found = gradients(adapted[FULL], VARIABLES)
+    chex.assert_trees_all_equal_shapes_and_dtypes(found, expected)
+    chex.assert_trees_all_close(found, expected, atol=1e-5, rtol=1e-4)
     matched = {f"block_{i}/attn/{n}/kernel" for i in range(2) for n in ("query", "key", "value", "out")}
     matched |= {f"block_{i}/fc{n}/kernel" for i in range(2) for n in (1, 2)} | {"mix/kernel"}
     assert differing(gradients(adapted[DW_ONLY], VARIABLES), expected) == matched
@@ -70,22 +72,22 @@ def test_it_is_used_as_the_model_is():
     fresh = adapted.init(jax.random.key(0), IMAGES)
     flat, plain = (traverse_util.flatten_dict(v["params"], sep="/") for v in (fresh, VARIABLES))
     assert flat.keys() - plain.keys() == {f"block_{i}/fc1/lora_{m}" for i in range(2) for m in "ab"}
-    for name, leaf in plain.items():
-        np.testing.assert_array_equal(flat[name], leaf)
+    chex.assert_trees_all_equal({name: flat[name] for name in plain}, plain)
     assert hash(adapted) == hash(adapt(VIT, [LoRA("fc1", spec=LOW, **TOKENS), *rules(LOW)], SHAPE))
 
     @jax.jit
+    @chex.assert_max_traces(n=1)
     def step(variables, key):
         output, state = adapted.apply(variables, IMAGES, train=True, rngs={"dropout": key}, mutable=["intermediates"])
         assert state == {}
         return output
 
     one, again, other = (step(fresh, jax.random.key(seed)) for seed in (1, 1, 2))
-    np.testing.assert_array_equal(one, again)
+    chex.assert_trees_all_equal(one, again)
     assert float(jnp.abs(one - other).max()) > 1e-3
     jitted = jax.jit(jax.grad(lambda v: (adapted.apply(v, IMAGES) * G).sum()))(fresh)
     eager = jax.grad(lambda v: (adapted.apply(v, IMAGES) * G).sum())(fresh)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-4), jitted, eager)
+    chex.assert_trees_all_close(jitted, eager, atol=1e-5, rtol=1e-4)
 
 
 def test_scanned_layers():
@@ -101,12 +103,12 @@ def test_scanned_layers():
     x, stack = random(2, 20, 8), Stack()
     adapted = adapt(stack, [LoRA("layer", spec=FULL, grid=GRID)], x)
     fresh = adapted.init(jax.random.key(0), x)
-    assert fresh["params"]["layer"]["lora_a"].shape == (3, 8, 8)
+    chex.assert_shape(fresh["params"]["layer"]["lora_a"], (3, 8, 8))
     plain = stack.init(jax.random.key(0), x)
     started = adapted.with_branches(jax.random.key(1), plain)
-    assert jax.tree.map(jnp.shape, started) == jax.tree.map(jnp.shape, fresh)
+    chex.assert_trees_all_equal_shapes(started, fresh)
     started["params"]["layer"]["lora_b"] = random(3, 8, 8, seed=2)
-    np.testing.assert_allclose(adapted.apply(started, x), stack.apply(adapted.merge(started), x), rtol=1e-4, atol=1e-4)
+    chex.assert_trees_all_close(adapted.apply(started, x), stack.apply(adapted.merge(started), x), rtol=1e-4, atol=1e-4)
 
 
 def test_our_own_models_know_their_grids():
@@ -116,7 +118,7 @@ def test_our_own_models_know_their_grids():
     by_rule = adapt(model, [LowRank(r"blocks_\d+/(attn/(qkv|proj)|mlp/fc[12])$", LOW)], images)
     by_plan = create_model("vit_micro_patch4_28", num_classes=10, spec=LOW)
     one, other = (jax.grad(lambda v, m=m: (m.apply(v, images) ** 2).sum())(variables) for m in (by_rule, by_plan))
-    jax.tree.map(np.testing.assert_array_equal, one, other)
+    chex.assert_trees_all_equal(one, other)
     assert {a.shown_grid for a in by_rule.resolution.adaptations} == {(7, 7)}
     assert {a.prefix_tokens for a in by_rule.resolution.adaptations} == {1}
 
@@ -140,22 +142,45 @@ def test_the_first_rule_that_matches_holds():
     assert adapted.trainable("block_1/fc1/lora_a") and not adapted.trainable("block_0/fc1/lora_a")
 
 
+def cells(resolution):
+    """The rows of the printed table, without its lines."""
+    lines = str(resolution).splitlines()
+    assert len(set(map(len, lines))) == 1 and all(line[0] == line[-1] == "|" for line in lines)
+    return [[cell.strip() for cell in line[1:-1].split("|")] for line in lines if not set(line) <= set("|- ")]
+
+
 def test_the_table():
-    text = str(resolve(VIT, [LoRA("block_0/attn", rank=2, spec=LOW, **TOKENS), *rules(LOW, "fc"), Freeze("norm")], SHAPE))
-    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in text.splitlines() if line.startswith("│")]
+    rows = cells(resolve(VIT, [LoRA("block_0/attn", rank=2, spec=LOW, **TOKENS), *rules(LOW, "fc"), Freeze("norm")], SHAPE))
+    assert rows[0] == ["path", "method", "grid", "rank", "trainable parameters"]
     assert ["block_0/attn/out", "LoRA + LowRank", "4x5", "2 + 3", "32"] in rows
     assert ["block_1/attn/out", "full", "", "", "72"] in rows
     assert ["block_1/fc1", "LowRank", "4x5", "3", "144"] in rows
     assert ["block_1/norm1", "frozen", "", "", "0"] in rows
     assert ["(top level)", "full", "", "", "8"] in rows
-    assert rows[-1][0] == "total" and int(rows[-1][-1].replace(",", "")) == sum(int(row[-1]) for row in rows[:-1])
+    assert rows[-1][0] == "total" and int(rows[-1][-1].replace(",", "")) == sum(int(row[-1]) for row in rows[1:-1])
+
+
+def test_the_table_of_a_branch_beside_a_slower_layer():
+    # 28 functions for 20 tokens: the products save nothing, and the transforms come on top
+    slow = lp_l1(7, when="faster")
+    rows = cells(
+        resolve(VIT, [LoRA("block_0/fc1", rank=2, spec=slow, **TOKENS), LowRank("block_1/fc1", slow, **TOKENS)], SHAPE)
+    )
+    assert ["block_0/fc1", "LoRA + full: LowRank is slower", "4x5", "2", "48"] in rows
+    assert ["block_1/fc1", "full: LowRank is slower", "4x5", "", "144"] in rows
+
+
+def test_the_table_cuts_nothing():
+    path = "/".join(["a_module_with_a_long_name"] * 12)
+    resolution = Resolution((), frozenset(), ((path, 10**12),))
+    assert cells(resolution)[1] == [path, "full", "", "", "1,000,000,000,000"]
 
 
 def test_frozen_parameters_cost_nothing():
     adapted = adapt(VIT, [Freeze(r"^(?!head)")], SHAPE)
     grads = jax.grad(lambda v: (adapted.apply(v, IMAGES) * G).sum())(VARIABLES)["params"]
     assert all(not leaf.any() for leaf in jax.tree.leaves({k: v for k, v in grads.items() if k != "head"}))
-    np.testing.assert_array_equal(grads["head"]["bias"], G.sum(0))
+    chex.assert_trees_all_equal(grads["head"]["bias"], G.sum(0))
 
     def flops(model, function):
         return product_flops(function(lambda v: (model.apply(v, IMAGES) * G).sum()), VARIABLES)
@@ -242,55 +267,3 @@ def test_modules_made_by_jit_are_refused():
 
     with pytest.raises(ValueError, match=r"adapt: the model has a Dense made by nn\.jit, whose traces hide the paths inside"):
         adapt(Jitted(), [LoRA("fc")], random(2, 20, 8))
-
-
-def nnx_gradients(model, x=IMAGES):
-    grads = nnx.grad(lambda m: (m(x) * G).sum())(model)
-    return {"/".join(map(str, path)): leaf[...] for path, leaf in nnx.to_flat_state(nnx.state(grads))}
-
-
-def test_an_nnx_model_of_others():
-    model = Mixer(nnx.Rngs(0))
-    before = nnx.state(model)
-    expected, output = nnx_gradients(model), model(IMAGES)
-
-    def adapted(spec):
-        return adapt(model, [LowRank(r"blocks/\d/fc", spec, grid=GRID), LowRank("mix", spec)], SHAPE)
-
-    np.testing.assert_allclose(adapted(LOW)(IMAGES), output, atol=1e-6, rtol=0)
-    for name, gradient in nnx_gradients(adapted(FULL)).items():
-        np.testing.assert_allclose(gradient, expected[name], atol=1e-5, rtol=1e-4)
-    matched = {f"blocks/{i}/fc{n}/kernel" for i in range(2) for n in (1, 2)}
-    # the mean over all tokens is all that the head's side of block 1's fc2 sees: its low-rank gradient is exact
-    assert differing(nnx_gradients(adapted(DW_ONLY)), expected) == {"mix/kernel", *matched} - {"blocks/1/fc2/kernel"}
-    low = nnx.jit(lambda m: nnx.grad(lambda m: (m(IMAGES) * G).sum())(m))(adapted(LOW))
-    assert float(jnp.abs(low.embed.kernel[...] - expected["embed/kernel"]).max()) > 1e-3
-    jax.tree.map(np.testing.assert_array_equal, before, nnx.state(model))
-
-
-def test_lora_and_freeze_on_nnx():
-    model = Mixer(nnx.Rngs(0))
-    adapted = adapt(model, [LoRA("blocks/0/fc1", rank=2, spec=LOW, grid=GRID), LoRA("mix", rank=1), Freeze("norm")], IMAGES)
-    np.testing.assert_allclose(adapted(IMAGES), model(IMAGES), atol=1e-6, rtol=0)
-    assert isinstance(adapted.blocks[0].fc1.kernel, FrozenParam) and isinstance(adapted.blocks[1].norm1.scale, FrozenParam)
-    branches = {"blocks/0/fc1/dot_general", "mix/conv_general_dilated"}
-    names = nnx_gradients(adapted).keys()
-    assert {name for name in names if "lora" in name} == {f"{path}/lora_{m}" for path in branches for m in "ab"}
-    assert not {"blocks/0/fc1/kernel", "blocks/0/fc1/bias", "mix/kernel", "blocks/1/norm1/scale"} & names
-    assert {"blocks/0/fc2/kernel", "blocks/1/fc1/kernel", "embed/kernel"} <= names
-    branch = adapted.blocks[0].fc1.dot_general
-    branch.lora_b[...] = random(2, 16, seed=3)
-    merged = nnx.clone(model)
-    merged.blocks[0].fc1.kernel[...] += 4 * (branch.lora_a[...] @ branch.lora_b[...])
-    np.testing.assert_allclose(adapted(IMAGES), merged(IMAGES), rtol=1e-4, atol=1e-5)
-
-
-def test_nnx_errors():
-    model = Mixer(nnx.Rngs(0))
-    with pytest.raises(ValueError, match=r"the token grid of blocks/0/fc1, a Linear on an input \[2, 20, 8\], cannot be known"):
-        adapt(model, [LowRank("blocks/0/fc1", LOW)], SHAPE)
-    with pytest.raises(ValueError, match=r"LowRank\('fc3'\) matches no dense layer .* nearest paths: blocks/"):
-        adapt(model, [LowRank("fc3", LOW)], SHAPE)
-    model.head.dot_general = lambda *args, **kwargs: jax.lax.dot_general(*args)
-    with pytest.raises(ValueError, match="head has a dot_general of its own"):
-        adapt(model, [LoRA("head")], SHAPE)

@@ -1,5 +1,6 @@
 import dataclasses
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -72,7 +73,7 @@ def test_frozen_kernels_under_transforms(transform):
             "scan": lambda x, w, g: jax.lax.scan(lambda c, t: (c + loss(t[0], w, t[1]), None), jnp.zeros(()), (x, g))[0],
         }[transform]
         dx, dw = jax.grad(inner, (0, 1))(x, w, g)
-    np.testing.assert_allclose(dx, expected, rtol=1e-4, atol=1e-5)
+    chex.assert_trees_all_close(dx, jnp.asarray(expected, jnp.float32), rtol=1e-4, atol=1e-5)
     assert not dw.any()
 
 

@@ -1,11 +1,13 @@
 import json
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
+from absl.testing import parameterized
 from flax import traverse_util
 from foreign import ViT
 
@@ -57,7 +59,7 @@ def made(name):
 def test_the_output_is_at_first_unchanged(name):
     adapted, variables, started, images = made(name)
     # a 1x1 convolution sums in another order than a product
-    np.testing.assert_allclose(adapted.apply(started, images), adapted.module.apply(variables, images), atol=1e-6, rtol=0)
+    chex.assert_trees_all_close(adapted.apply(started, images), adapted.module.apply(variables, images), atol=1e-6, rtol=0)
     changed = adapted.apply(filled(started), images)
     assert float(jnp.abs(changed - adapted.apply(started, images)).max()) > 1e-2
 
@@ -79,35 +81,56 @@ def test_merged_equals_unmerged(name):
     adapted, variables, started, images = made(name)
     trained = filled(started)
     merged = adapted.merge(trained)
-    assert jax.tree.map(jnp.shape, merged) == jax.tree.map(jnp.shape, variables)
+    chex.assert_trees_all_equal_shapes(merged, variables)
     expected = adapted.apply(trained, images)
     scale = float(jnp.abs(expected).max())
-    np.testing.assert_allclose(adapted.module.apply(merged, images), expected, atol=1e-5 * scale, rtol=0)
+    chex.assert_trees_all_close(adapted.module.apply(merged, images), expected, atol=1e-5 * scale, rtol=0)
     back = adapted.unmerge(merged, trained)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6, rtol=0), back, trained)
+    chex.assert_trees_all_close(back, trained, atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("spec", [None, FULL, LOW])
-def test_gradients_of_a_branch(spec):
-    """Against the chain rule, both products of the branch projected as the layer's own."""
-    x, w, a, b, g = (random(*shape, seed=i) for i, shape in enumerate([(2, 21, 6), (6, 7), (6, 3), (3, 7), (2, 21, 7)]))
-    adapted = adapt(nn.Dense(7), [LoRA("^$", rank=3, alpha=2, spec=spec, **(TOKENS if spec else {}))], x)
-    params = {"kernel": w, "bias": jnp.ones(7), "lora_a": a, "lora_b": b}
-    y, pullback = jax.vjp(lambda p, x: adapted.apply({"params": p}, x), params, x)
-    np.testing.assert_allclose(y, x @ w + 2 / 3 * (x @ a @ b) + 1, rtol=1e-5, atol=1e-5)
-    grads, dx = pullback(g)
-    project, expand = (np.eye(21), np.eye(21)) if spec is None else projection_matrices(spec, TOKENS["grid"], 1)
-    px, pg = (np.einsum("rl,blc->brc", project, t) for t in (x, g))
-    dz = expand @ (2 / 3 * pg @ b.T)
-    expected = {
-        "lora_b": 2 / 3 * np.einsum("brc,brd->cd", project @ np.asarray(x @ a), pg),
-        "lora_a": np.einsum("brc,brd->cd", px, project @ dz),
-        "kernel": np.zeros_like(w),
-        "bias": np.zeros(7),
-    }
-    for name, wanted in expected.items():
-        np.testing.assert_allclose(grads[name], wanted, rtol=1e-4, atol=1e-4)
-    np.testing.assert_allclose(dx, expand @ (pg @ w.T) + expand @ (project @ dz @ a.T), rtol=1e-4, atol=1e-4)
+class GradientsOfABranch(chex.TestCase):
+    @chex.variants(with_jit=True, without_jit=True, with_device=True, with_pmap=True)
+    @parameterized.named_parameters(("exact", None), ("full_rank", FULL), ("low_rank", LOW))
+    def test_against_the_chain_rule(self, spec):
+        """Both products of the branch are projected as the layer's own."""
+        x, w, a, b, g = (random(*shape, seed=i) for i, shape in enumerate([(2, 21, 6), (6, 7), (6, 3), (3, 7), (2, 21, 7)]))
+        adapted = adapt(nn.Dense(7), [LoRA("^$", rank=3, alpha=2, spec=spec, **(TOKENS if spec else {}))], x)
+
+        @self.variant
+        def backward(params, x, g):
+            y, pullback = jax.vjp(lambda p, x: adapted.apply({"params": p}, x), params, x)
+            return y, *pullback(g)
+
+        y, grads, dx = backward({"kernel": w, "bias": jnp.ones(7), "lora_a": a, "lora_b": b}, x, g)
+        chex.assert_trees_all_close(y, x @ w + 2 / 3 * (x @ a @ b) + 1, rtol=1e-5, atol=1e-5)
+        project, expand = (np.eye(21), np.eye(21)) if spec is None else projection_matrices(spec, TOKENS["grid"], 1)
+        project, expand = jnp.asarray(project, jnp.float32), jnp.asarray(expand, jnp.float32)
+        px, pg = project @ x, project @ g
+        dz = expand @ (2 / 3 * pg @ b.T)
+        expected = {
+            "lora_b": 2 / 3 * jnp.einsum("brc,brd->cd", project @ (x @ a), pg),
+            "lora_a": jnp.einsum("brc,brd->cd", px, project @ dz),
+            "kernel": jnp.zeros_like(w),
+            "bias": jnp.zeros(7),
+        }
+        chex.assert_trees_all_equal_shapes_and_dtypes(grads, expected)
+        # sums of up to 42 products of numbers around 10, in float32
+        chex.assert_trees_all_close(grads, expected, rtol=1e-4, atol=1e-4)
+        chex.assert_trees_all_close(dx, expand @ (pg @ w.T) + expand @ (project @ dz @ a.T), rtol=1e-4, atol=1e-4)
+
+
+def test_the_exact_directions_of_a_branch():
+    """With an exact backward pass, and with every function kept, the gradients are those of finite differences."""
+    x, w, a, b = (random(*shape, seed=i) for i, shape in enumerate([(1, 21, 3), (3, 2), (3, 2), (2, 2)]))
+    for spec in (None, FULL):
+        adapted = adapt(nn.Dense(2, use_bias=False), [LoRA("^$", rank=2, spec=spec, **(TOKENS if spec else {}))], x)
+
+        def output(b, a, x, adapted=adapted):
+            return adapted.apply({"params": {"kernel": w, "lora_a": a, "lora_b": b}}, x)
+
+        # linear in each argument, so that wide differences are exact but for rounding; chex multiplies atol by b.size
+        chex.assert_numerical_grads(output, (b, a, x), order=1, atol=1e-2 / b.size, rtol=1e-2, eps=1e-1, modes=["rev"])
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -123,11 +146,59 @@ def test_the_file_round_trips(name, tmp_path):
     save_adapter(tmp_path / "new" / "folder", adapted, trained, info)
     for base in (variables, started):
         loaded = load_adapter(tmp_path / "new" / "folder", adapted, base, info)
-        jax.tree.map(np.testing.assert_array_equal, loaded, trained)
+        chex.assert_trees_all_equal(loaded, trained)
     assert sorted(p.name for p in (tmp_path / "new" / "folder").iterdir()) == [
         "adapter_config.json",
         "adapter_model.safetensors",
     ]
+
+
+class Odd(nn.Module):
+    """What no timm model has: a stack of scanned layers, a norm's scale beside a kernel, an integer variable, bfloat16."""
+
+    @nn.compact
+    def __call__(self, x):
+        def body(layer, x, _):
+            return layer(x), None
+
+        scanned = nn.scan(body, variable_axes={"params": 0}, split_rngs={"params": True}, length=2)
+        x = scanned(nn.Dense(6, name="layer"), x, None)[0]
+        steps = self.variable("counters", "steps", lambda: jnp.int32(2**24 + 1))
+        scaled = nn.WeightNorm(nn.Dense(6, name="own"), variable_filter={"kernel"})
+        half = nn.Dense(6, param_dtype=jnp.bfloat16, dtype=jnp.float32, name="own_1")
+        return scaled(x) + half(x) + 0 * steps.value.astype(jnp.float32)
+
+
+def test_any_model_round_trips(tmp_path):
+    x = random(2, 20, 6)
+    adapted = adapt(Odd(), [LoRA("layer", rank=3, spec=LOW, grid=(4, 5))], x)
+    fresh = adapted.init(jax.random.key(0), x)
+    trained = filled(fresh)
+    save_adapter(tmp_path, adapted, trained)
+    tensors = safetensors.numpy.load_file(tmp_path / "adapter_model.safetensors")
+    assert tensors["base_model.model.layer.lora_A.weight"].shape == (2, 3, 6)
+    assert len(tensors) == len(jax.tree.leaves(fresh)) - 2  # all but the frozen kernel and bias of the stack
+    loaded = load_adapter(tmp_path, adapted, fresh)
+    chex.assert_trees_all_equal_shapes_and_dtypes(loaded, trained)
+    chex.assert_trees_all_equal(loaded, trained)
+
+
+def test_names_that_would_share_a_key(tmp_path):
+    class Both(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            scale, kernel = (self.param(name, nn.initializers.ones, (2,)) for name in ("scale", "kernel"))
+            return nn.Dense(2, name="fc")(x) * (scale + kernel).reshape(1, 2)
+
+    x = random(3, 2)
+    adapted = adapt(Both(), [LoRA("fc", rank=1)], x)
+    trained = filled(adapted.init(jax.random.key(0), x))
+    trained["params"]["kernel"] = jnp.array([3.0, 4.0])
+    save_adapter(tmp_path, adapted, trained)
+    loaded = load_adapter(tmp_path, adapted, adapted.init(jax.random.key(0), x))
+    chex.assert_trees_all_equal(loaded, trained)
+    keys = safetensors.numpy.load_file(tmp_path / "adapter_model.safetensors").keys()
+    assert {"base_model.model.params.kernel", "base_model.model.params.scale"} <= keys
 
 
 def test_the_file_is_laid_out_as_peft_s(tmp_path):
@@ -187,7 +258,7 @@ def test_running_statistics_and_pointwise_convolutions(tmp_path):
     }
     loaded = load_adapter(tmp_path, adapted, variables, info)
     stats = {"norm_0": variables["batch_stats"]["norm_0"], "norm_1": trained["batch_stats"]["norm_1"]}
-    jax.tree.map(np.testing.assert_array_equal, loaded, {**trained, "batch_stats": stats})
+    chex.assert_trees_all_equal(loaded, {**trained, "batch_stats": stats})
 
 
 def test_files_that_do_not_fit(tmp_path):
@@ -197,7 +268,7 @@ def test_files_that_do_not_fit(tmp_path):
     def load(rules, folder=tmp_path):
         return load_adapter(folder, adapt(OURS, rules, images), variables, VIT_INFO)
 
-    with pytest.raises(ValueError, match=r"does not fit the model and its rules:\n.*of another shape"):
+    with pytest.raises(ValueError, match=r"does not fit the model and its rules .*\n.*of another shape"):
         load([LoRA("attn/(qkv|proj)|fc1", rank=2, fused="qkv")])
     with pytest.raises(ValueError, match=r"missing\n  - base_model\.model\.blocks\.0\.mlp\.fc2\.lora_A\.weight \[3, 48\]"):
         load([LoRA("attn/(qkv|proj)|fc1|fc2", rank=3, fused="qkv")])
@@ -208,5 +279,5 @@ def test_files_that_do_not_fit(tmp_path):
     with pytest.raises(FileNotFoundError):
         load(MODELS["ours"][1], tmp_path / "elsewhere")
     (tmp_path / "adapter_config.json").write_text("{")
-    with pytest.raises(ValueError, match=r"adapter_config\.json: no JSON file"):
+    with pytest.raises(ValueError, match=r"adapter_config\.json: not a JSON file"):
         load(MODELS["ours"][1])

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 
-import jax
+import chex
 import numpy as np
 import pytest
 
@@ -58,7 +58,7 @@ def test_two_processes_stop_together_and_one_goes_on(tmp_path):
     np.testing.assert_allclose([step.loss for step in steps], [step.loss for step in wanted], rtol=0, atol=1e-5)
     assert [epoch.test_accuracy for epoch in epochs] == [epoch.test_accuracy for epoch in wanted_epochs]
     weights = [load_weights(tmp_path / name / "weights.safetensors")[0] for name in ("run", "alone")]
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-4), *weights)
+    chex.assert_trees_all_close(*weights, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize(

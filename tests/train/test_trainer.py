@@ -2,6 +2,7 @@ import dataclasses
 import functools
 import math
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -92,7 +93,7 @@ def test_it_learns_and_reports():
 
 def test_the_same_seed_gives_the_same_weights_and_another_does_not():
     (_, _, first), (_, _, again) = run(), run()
-    jax.tree.map(np.testing.assert_array_equal, first.params, again.params)
+    chex.assert_trees_all_equal(first.params, again.params)
     other = run(dataclasses.replace(RECIPE, seed=1))[2]
     assert (first.params["head"]["kernel"] != other.params["head"]["kernel"]).any()
 
@@ -100,7 +101,7 @@ def test_the_same_seed_gives_the_same_weights_and_another_does_not():
 def test_the_variables_given_stay_as_they_were():
     before = jax.tree.map(np.array, VARIABLES)
     run()
-    jax.tree.map(np.testing.assert_array_equal, before, VARIABLES)
+    chex.assert_trees_all_equal(before, VARIABLES)
 
 
 def test_augmentation_is_applied():
@@ -146,8 +147,8 @@ def test_accumulated_gradients_are_those_of_the_whole_batch():
 
     (whole, metrics), (parts, accumulated) = step(1), step(4)
     # the same sums in another order, in float32
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), metrics, accumulated)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), whole.optimizer, parts.optimizer)
+    chex.assert_trees_all_close(metrics, accumulated, rtol=1e-5, atol=1e-6)
+    chex.assert_trees_all_close(whole.optimizer, parts.optimizer, rtol=1e-4, atol=1e-6)
 
 
 def test_the_moving_average_is_what_is_evaluated():
@@ -159,7 +160,7 @@ def test_the_moving_average_is_what_is_evaluated():
         state, _ = training.train_step(state, training.placement.put_batch(batch))
         average = jax.tree.map(lambda old, new: 0.9 * old + 0.1 * np.asarray(new), average, state.params)
     *_, epoch, snapshot = training.fit(training.initial_state(PLAIN_VARIABLES))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), average, snapshot.state.averaged["params"])
+    chex.assert_trees_all_close(average, snapshot.state.averaged["params"], rtol=1e-5)
     found = training.evaluator(snapshot.state.averaged, DATA.test)
     assert epoch.test_loss == found.loss != training.evaluator(snapshot.state.variables, DATA.test).loss
 
@@ -196,7 +197,7 @@ def test_divergence_names_the_step_and_keeps_the_last_good_state(broken):
     state = training.initial_state(variables)
     for batch, _ in zip(training_batches(DATA, training.loading), range(3), strict=False):
         state, _ = training.train_step(state, training.placement.put_batch(batch))
-    jax.tree.map(np.testing.assert_array_equal, caught.value.state, state)
+    chex.assert_trees_all_equal(caught.value.state, state)
 
 
 def test_one_compilation_for_all_steps(caplog):
@@ -205,6 +206,15 @@ def test_one_compilation_for_all_steps(caplog):
     compiled = [record.message for record in caplog.records if "Compiling jit(" in record.message]
     assert sum("jit(placed)" in message for message in compiled) == 1
     assert sum("jit(step)" in message for message in compiled) == 1
+
+
+def test_one_trace_for_all_steps():
+    training = trainer(model=PLAIN)
+    step = chex.assert_max_traces(make_train_step(PLAIN, INFO, RECIPE.optimizer(15), RECIPE, 4, 2), n=1)
+    compiled, state = jax.jit(step), training.initial_state(PLAIN_VARIABLES)
+    for _ in range(3):
+        state, _ = compiled(state, device_batch(training))
+    assert int(state.step) == 3
 
 
 @pytest.mark.parametrize("shard", ["data", "params"])
@@ -238,8 +248,9 @@ def test_the_step_under_pmap():
     copies = jax.tree.map(lambda leaf: jnp.stack([leaf] * 4), initial_state(PLAIN_VARIABLES, optimizer))
     mapped, averaged = step(copies, jax.tree.map(lambda leaf: leaf.reshape(4, 2, *leaf.shape[1:]), batch))
     # means of four means, in float32
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a[0], b, rtol=1e-5, atol=1e-6), averaged, metrics)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a[2], b, rtol=1e-4, atol=1e-6), mapped.optimizer, state.optimizer)
+    chex.assert_trees_all_close(jax.tree.map(lambda leaf: leaf[0], averaged), metrics, rtol=1e-5, atol=1e-6)
+    third = jax.tree.map(lambda leaf: leaf[2], mapped.optimizer)
+    chex.assert_trees_all_close(third, state.optimizer, rtol=1e-4, atol=1e-6)
 
 
 def test_the_loss_is_that_of_smoothed_labels():

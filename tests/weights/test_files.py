@@ -1,3 +1,4 @@
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +13,7 @@ def test_round_trip(tmp_path):
     save_weights(tmp_path / "w.safetensors", variables, {"model": "m", "classes": ["x", "y"]})
     loaded, metadata = load_weights(tmp_path / "w.safetensors")
     assert jax.tree.structure(loaded) == jax.tree.structure(variables)
-    jax.tree.map(np.testing.assert_array_equal, loaded, variables)
+    chex.assert_trees_all_equal(loaded, variables)
     assert loaded["params"]["b"].dtype == jnp.bfloat16
     assert metadata == {"model": "m", "classes": ["x", "y"]}
 
@@ -32,16 +33,16 @@ def test_the_bundled_model_knows_what_it_learned():
     # its test accuracy on Fashion-MNIST, as its pretraining measured it
     assert metadata["test_accuracy"] > 0.8
     fresh = create_model(BUNDLED, num_classes=10).init(jax.random.key(0), jnp.zeros((1, 28, 28, 1)))
-    assert jax.tree.map(jnp.shape, variables) == jax.tree.map(jnp.shape, fresh)
+    chex.assert_trees_all_equal_shapes(variables, fresh)
 
 
 def test_a_new_head_replaces_the_head_alone():
     fresh = create_model(BUNDLED, num_classes=3).init(jax.random.key(0), jnp.zeros((1, 28, 28, 1)))
     variables, _ = load_bundled()
     merged = replace_head(variables, fresh)
-    jax.tree.map(np.testing.assert_array_equal, merged["params"].pop("head"), fresh["params"]["head"])
+    chex.assert_trees_all_equal(merged["params"].pop("head"), fresh["params"]["head"])
     variables["params"].pop("head")
-    jax.tree.map(np.testing.assert_array_equal, merged, variables)
+    chex.assert_trees_all_equal(merged, variables)
 
 
 def test_weights_of_another_model():

@@ -1,0 +1,72 @@
+"""Finds files of weights, on this machine or on the Hugging Face hub, and reads their tensors."""
+
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+
+from lbpwht_jax.weights.files import read_safetensors
+from lbpwht_jax.weights.torch_file import read_torch_file
+
+_HUB = re.compile(r"hf-hub:|\w[\w.-]*/\w[\w.-]*$")
+_SUFFIXES = (".safetensors", ".pth", ".bin")
+_NAMES = ("model.safetensors", "pytorch_model.bin")
+
+
+def read_weights(source: str | os.PathLike, *, offline: bool = False) -> dict[str, np.ndarray]:
+    """The tensors of a file, folder or hub id, by the names they have there.
+
+    Args:
+      source: a ``.safetensors``, ``.pth`` or ``.bin`` file; a folder with ``model.safetensors`` or ``pytorch_model.bin``; or
+        a Hugging Face hub id, which needs the extra ``[hub]``.
+      offline: uses only the hub's local cache, without the network.
+
+    Raises:
+      ValueError: if the file is damaged, of an unknown kind, or would run code.
+      FileNotFoundError: if the file or folder is missing, or the hub (or its cache, if offline) has no such weights.
+      ImportError: if the source is a hub id and huggingface_hub is missing.
+    """
+    path = Path(source)
+    if path.is_dir():
+        found = [path / name for name in _NAMES if (path / name).is_file()]
+        if not found:
+            raise FileNotFoundError(f"{source}: the folder has neither {' nor '.join(_NAMES)}")
+        path = found[0]
+    elif not path.is_file():
+        if path.suffix in _SUFFIXES or not _HUB.match(os.fspath(source)):
+            raise FileNotFoundError(
+                f"{source}: no such file or folder, nor a hub id such as timm/efficientformer_l1.snap_dist_in1k"
+            )
+        path = _download(os.fspath(source).removeprefix("hf-hub:"), offline)
+    if path.suffix == ".safetensors":
+        return read_safetensors(path)[0]
+    if path.suffix in _SUFFIXES:
+        return read_torch_file(path)
+    raise ValueError(
+        f"{path}: weights are read from files ending in {', '.join(_SUFFIXES)}, not in {path.suffix or 'nothing'!r}"
+    )
+
+
+def _download(repository: str, offline: bool) -> Path:
+    try:
+        from huggingface_hub import errors, hf_hub_download
+    except ImportError:
+        raise ImportError(
+            f"{repository}: no such file or folder, and reading from the Hugging Face hub needs huggingface_hub; "
+            "pip install 'lbpwht_jax[hub]', or pass the path of a file"
+        ) from None
+    for name in _NAMES:
+        try:
+            return Path(hf_hub_download(repository, name, local_files_only=offline))
+        except errors.LocalEntryNotFoundError as error:
+            if not offline:
+                raise FileNotFoundError(f"{repository}: not in the hub's local cache, nor could the hub be reached") from error
+        except errors.EntryNotFoundError:
+            continue
+        except errors.RepositoryNotFoundError as error:
+            raise FileNotFoundError(
+                f"{repository}: no such file or folder, and the hub has no such repository, or it needs a login"
+            ) from error
+    place = "the hub's local cache" if offline else "the hub"
+    raise FileNotFoundError(f"{repository}: {place} has neither {' nor '.join(_NAMES)} of it")
