@@ -165,9 +165,9 @@ def _batch(size: int, shape: tuple[int, int, int]) -> Batch:
     rng = np.random.default_rng(0)
     images: Any = jnp.asarray(rng.integers(0, 256, (size, *shape), dtype=np.uint8))
     labels: Any = jnp.asarray(rng.integers(0, _CLASSES, size).astype(np.int32))
-    real: Any = jnp.ones(size, bool)
+    valid: Any = jnp.ones(size, bool)
     aspect: Any = jnp.ones(size, jnp.float32)
-    return Batch(images, labels, real, aspect)
+    return Batch(images, labels, valid, aspect)
 
 
 def _table(rows: list[Row]) -> Table:

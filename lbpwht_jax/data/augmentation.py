@@ -1,62 +1,66 @@
 """Random changes to training images, on the device, inside jit."""
 
-import dataclasses
 import math
 from collections.abc import Callable
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
+import pydantic.dataclasses
+from pydantic import AfterValidator, Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 
 from lbpwht_jax.data.randaugment import randaugment
+from lbpwht_jax.data.validation import STRICT
 
 RATIO = (3 / 4, 4 / 3)
 _TRIES = 10
 
 
-@dataclasses.dataclass(frozen=True)
+def _rising(scale: tuple[float, float]) -> tuple[float, float]:
+    if scale[0] > scale[1]:
+        raise ValueError(f"the least area must not be above the largest, got {scale}")
+    return scale
+
+
+_Area = Annotated[float, Field(gt=0, le=1)]
+_Magnitude = Annotated[float, Field(ge=0, le=10)]
+
+
+@pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
 class Augmentation:
     """How training images are changed; by default not at all.
 
     Attributes:
-      crop_scale: the random resized crop's least and largest area over the image's, in (0, 1]; None for the whole image,
-        squashed. Its width over its height is drawn from 3/4 to 4/3, in the proportions of the original.
+      crop_scale: least and largest area of the random resized crop, as fractions of the image's area in (0, 1]; None keeps the
+        whole image, squashed. The crop's width over its height is drawn from 3/4 to 4/3, in the original's proportions.
       flip: whether half of the images are mirrored left to right.
-      shift: pixels that images are moved by at most along both axes, repeating their edges.
-      randaugment: operations an image and their magnitude in [0, 10]; None for none.
+      shift: the most pixels that an image is moved by along each axis; its edges are repeated.
+      randaugment: number of operations per image, and their magnitude in [0, 10]; None for none.
       mixup: alpha of the Beta distribution of the share that an image keeps when it is blended with another; 0 for no mixup.
-      cutmix: the same of the area that it keeps when a box of it is replaced by another's; 0 for no cutmix. With both, each
-        image undergoes one or the other.
+      cutmix: alpha of the Beta distribution of the area that an image keeps when a box of it is replaced by another's; 0 for no
+        cutmix. With both, each image undergoes one or the other.
 
     Raises:
-      ValueError: if a number is out of range.
+      pydantic.ValidationError: (a ValueError) if a value has the wrong type or is out of range.
     """
 
-    crop_scale: tuple[float, float] | None = None
+    crop_scale: Annotated[tuple[_Area, _Area], AfterValidator(_rising)] | None = None
     flip: bool = False
-    shift: int = 0
-    randaugment: tuple[int, float] | None = None
-    mixup: float = 0.0
-    cutmix: float = 0.0
-
-    def __post_init__(self):
-        if self.crop_scale is not None and not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
-            raise ValueError(f"Augmentation: crop_scale must be two rising numbers in (0, 1], got {self.crop_scale}")
-        for name in ("shift", "mixup", "cutmix"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"Augmentation: {name} must not be negative, got {getattr(self, name)}")
-        if self.randaugment is not None and not (self.randaugment[0] >= 1 and 0 <= self.randaugment[1] <= 10):
-            raise ValueError(f"Augmentation: randaugment must be a positive count and 0 to 10, got {self.randaugment}")
+    shift: NonNegativeInt = 0
+    randaugment: tuple[PositiveInt, _Magnitude] | None = None
+    mixup: NonNegativeFloat = 0.0
+    cutmix: NonNegativeFloat = 0.0
 
 
 Augment = Callable[[jax.Array, jax.Array, jax.Array, jax.Array, int], tuple[jax.Array, jax.Array]]
 
 
 def make_augmentation(augmentation: Augmentation, image_size: int) -> Augment:
-    """What changes a batch, to be called inside jit.
+    """Makes the function that changes a batch inside jit.
 
     Args:
-      augmentation: what is done.
-      image_size: height and width of the images it returns, in pixels.
+      augmentation: which changes.
+      image_size: height and width of the images that the function returns, in pixels.
 
     Returns:
       ``augment(key, images, aspect, labels, num_classes) -> (images, targets)``: from uint8 ``[batch, s, s, channels]``,
@@ -88,15 +92,15 @@ def make_augmentation(augmentation: Augmentation, image_size: int) -> Augment:
 
 
 def crop_boxes(key: jax.Array, aspect: jax.Array, scale: tuple[float, float]) -> jax.Array:
-    """Boxes of the random resized crop, drawn as torchvision and timm draw them, but not rounded to pixels.
+    """Draws the boxes of the random resized crop as torchvision and timm do, without rounding them to pixels.
 
     Args:
-      key: of the draw.
+      key: random key.
       aspect: ``[batch]``, width over height of the original images.
-      scale: least and largest area, over the image's.
+      scale: least and largest area, as fractions of the image's area.
 
     Returns:
-      ``[batch, 4]``: top, left, height and width, over the image's height and width.
+      ``[batch, 4]``: top, left, height and width, as fractions of the image's height and width.
     """
     area_key, ratio_key, place_key = jax.random.split(key, 3)
     shape = (len(aspect), _TRIES)
@@ -115,11 +119,11 @@ def crop_boxes(key: jax.Array, aspect: jax.Array, scale: tuple[float, float]) ->
 
 
 def resample(images: jax.Array, boxes: jax.Array, size: int) -> jax.Array:
-    """Boxes of the images, resized (bicubic, antialiased).
+    """Cuts a box from each image and resizes it (bicubic, antialiased).
 
     Args:
       images: ``[batch, height, width, channels]``, in [0, 1].
-      boxes: ``[batch, 4]``: top, left, height and width, over the image's height and width.
+      boxes: ``[batch, 4]``: top, left, height and width, as fractions of the image's height and width.
       size: height and width of the result, in pixels.
 
     Returns:
@@ -136,14 +140,14 @@ def resample(images: jax.Array, boxes: jax.Array, size: int) -> jax.Array:
 
 
 def mix(key: jax.Array, images: jax.Array, targets: jax.Array, mixup: float, cutmix: float) -> tuple[jax.Array, jax.Array]:
-    """Mixes each image, and its target, with the image as far from the batch's other end.
+    """Mixes each image and its target with those at the mirrored place of the batch (the first with the last, and so on).
 
     Args:
-      key: of the draws.
+      key: random key.
       images: ``[batch, height, width, channels]``.
       targets: ``[batch, classes]``.
-      mixup: as ``Augmentation`` has it.
-      cutmix: likewise; one of the two is not 0.
+      mixup: alpha, as in ``Augmentation``.
+      cutmix: alpha, as in ``Augmentation``; at least one of the two is above 0.
 
     Returns:
       Images and targets of the same shapes.
@@ -159,7 +163,7 @@ def mix(key: jax.Array, images: jax.Array, targets: jax.Array, mixup: float, cut
         for n, place in zip((height, width), centres, strict=True)
     )
     box = (rows[:, :, None] & columns[:, None, :]).astype(jnp.float32)
-    # of each pixel, the share that the other image has
+    # the other image's share of each pixel
     other = jnp.where(cuts.reshape(batch, 1, 1), box, given)
     share = other.mean((1, 2))[:, None]
     images = images * (1 - other[..., None]) + images[::-1] * other[..., None]

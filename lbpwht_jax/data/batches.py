@@ -21,13 +21,13 @@ class Batch(NamedTuple):
     Attributes:
       images: uint8, ``[batch, size, size, channels]``; ``size`` is the canvas in training, the image size in an evaluation.
       labels: int32, ``[batch]``.
-      real: bool, ``[batch]``; false where an evaluation has no image, or one that cannot be read. Such rows count nowhere.
+      valid: bool, ``[batch]``; false where an evaluation has no image, or one that cannot be read. Such rows count nowhere.
       aspect: float32, ``[batch]``: width over height of the original image.
     """
 
     images: np.ndarray
     labels: np.ndarray
-    real: np.ndarray
+    valid: np.ndarray
     aspect: np.ndarray
 
 
@@ -102,7 +102,7 @@ class Batches(Iterator[Batch]):
                 raise ValueError(f"none of the images can be read; the first, {name}: {reason}") from None
             raise
         self.skipped.update(loaded.skipped)
-        self._any |= bool(loaded.batch.real.any())
+        self._any |= bool(loaded.batch.valid.any())
         return loaded.batch
 
     def close(self) -> None:
@@ -165,7 +165,7 @@ def training_batches(dataset: Dataset, loading: Loading, start_step: int = 0) ->
 def evaluation_batches(split: Split, loading: Loading, crop: float, interpolation: str = "bicubic") -> Batches:
     """Every image of a split once, in order, over all processes, resized and cropped as timm does.
 
-    Every process gets the same number of batches; rows without an image, or with one that cannot be read, are not ``real``.
+    Every process gets the same number of batches; rows without an image, or with one that cannot be read, are not ``valid``.
 
     Args:
       split: the images.
@@ -201,12 +201,12 @@ class _Loaded:
         self, row: int, split: Split, index: int, shape: Callable[[Image.Image], np.ndarray], least: int | None = None
     ) -> bool:
         """Reads an image into a row; false, and the reason kept, if it cannot be read."""
-        images, labels, real, aspects = self.batch
+        images, labels, valid, aspects = self.batch
         try:
             source, label = split.read(index)
             image, aspect = decode(source, images.shape[-1], least)
         except (OSError, UnreadableImage) as error:
             self.skipped[split.where(index)] = str(error)
             return False
-        images[row], labels[row], real[row], aspects[row] = shape(image), label, True, aspect
+        images[row], labels[row], valid[row], aspects[row] = shape(image), label, True, aspect
         return True

@@ -29,14 +29,14 @@ RECIPES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "places365_small": _COMMON | {"lr": 1e-4},
     }
 )
-"""The fields of a training recipe, by the data set's TFDS name; a ``clip`` of 0 is no clipping."""
+"""Fields of ``Recipe`` by the data set's TFDS name; a ``clip`` of 0 means no clipping."""
 
 
 def paper_recipe(dataset: str) -> Mapping[str, Any]:
-    """The fields of the paper's recipe for a data set.
+    """The paper's recipe for a data set, as fields of ``Recipe``.
 
     Args:
-      dataset: as ``open_dataset`` takes it; a folder or zip file is known by its name, such as ``folder:data/cifar10.zip``.
+      dataset: as for ``open_dataset``; a folder or zip file counts by its name, such as ``folder:data/cifar10.zip``.
 
     Raises:
       ValueError: if the paper has no such data set.

@@ -59,7 +59,7 @@ class Evaluator:
 
     @functools.cached_property
     def _step(self) -> Callable:
-        return jax.jit(make_eval_step(self.model, self.info), out_shardings=self.placement.everywhere)
+        return jax.jit(make_eval_step(self.model, self.info), out_shardings=self.placement.replicated)
 
     def __call__(self, variables: Any, split: Split) -> Evaluation:
         """Accuracy and mean loss over a split; images that cannot be read count nowhere.

@@ -34,7 +34,7 @@ class Placement:
         return jax.make_mesh((len(self.devices),), ("data",), axis_types=(AxisType.Auto,), devices=self.devices)
 
     @functools.cached_property
-    def everywhere(self) -> NamedSharding:
+    def replicated(self) -> NamedSharding:
         """A copy on each device."""
         return NamedSharding(self._mesh, PartitionSpec())
 
@@ -59,17 +59,17 @@ class Placement:
 
     def of_state(self, state: TrainState) -> TrainState:
         """The shardings of a state's leaves."""
-        everywhere = jax.tree.map(lambda _: self.everywhere, state)
+        replicated = jax.tree.map(lambda _: self.replicated, state)
         if self.shard == "data":
-            return everywhere
+            return replicated
         shared = {name: jax.tree.map(self._longest_axis, getattr(state, name)) for name in _SHARED}
-        return everywhere._replace(**shared)
+        return replicated._replace(**shared)
 
     def _longest_axis(self, leaf: Any) -> NamedSharding:
         count = len(self.devices)
         length, axis = max(((n, -i) for i, n in enumerate(leaf.shape) if n % count == 0), default=(0, 0))
         if not length:
-            return self.everywhere
+            return self.replicated
         return NamedSharding(self._mesh, PartitionSpec(*(None,) * -axis, "data"))
 
     def abstract(self, state: TrainState) -> TrainState:
@@ -92,7 +92,7 @@ class Placement:
 
     def gather(self, tree: Any) -> Any:
         """A tree of arrays on the host, whole, in every process."""
-        return jax.device_get(jax.jit(lambda tree: tree, out_shardings=self.everywhere)(tree))
+        return jax.device_get(jax.jit(lambda tree: tree, out_shardings=self.replicated)(tree))
 
 
 _SHARED = ("params", "frozen", "optimizer", "ema")

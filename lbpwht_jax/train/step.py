@@ -22,7 +22,7 @@ class Metrics(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """What an evaluation step counts, over the images that are real: correct ones, summed loss, images."""
+    """What an evaluation step counts, over the valid images: correct ones, summed loss, images."""
 
     correct: jax.Array
     loss: jax.Array
@@ -127,7 +127,7 @@ def make_eval_step(model: Any, info: ModelInfo) -> Callable[[Any, Batch], Sums]:
         logits = model.apply(variables, normalise(batch.images.astype(jnp.float32) / 255, info))
         logits = jnp.asarray(logits, jnp.float32)
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels)
-        correct = (logits.argmax(-1) == batch.labels) & batch.real
-        return Sums(jnp.sum(correct), jnp.sum(losses, where=batch.real), jnp.sum(batch.real))
+        correct = (logits.argmax(-1) == batch.labels) & batch.valid
+        return Sums(jnp.sum(correct), jnp.sum(losses, where=batch.valid), jnp.sum(batch.valid))
 
     return step

@@ -208,6 +208,6 @@ class Trainer:
         now = time.perf_counter()
         if not (math.isfinite(loss) and math.isfinite(norm)):
             what = f"the gradients' norm is {norm}" if math.isfinite(loss) else f"the loss is {loss}"
-            last = state._replace(diverged=self.placement.put(False, self.placement.everywhere))
+            last = state._replace(diverged=self.placement.put(False, self.placement.replicated))
             raise Diverged(f"{what} at step {number}; lower the learning rate", last)
         return now, Step(number, loss, accuracy, norm, now - mark)

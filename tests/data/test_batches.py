@@ -90,7 +90,7 @@ def test_batches_keep_images_with_their_labels():
         assert [values.dtype for values in batch] == [np.uint8, np.int32, bool, np.float32]
         assert batch.images.shape == (4, 5, 5, 1)
         np.testing.assert_array_equal(batch.images, np.broadcast_to(batch.labels.reshape(4, 1, 1, 1), (4, 5, 5, 1)))
-        assert batch.real.all() and (batch.aspect == 2).all()
+        assert batch.valid.all() and (batch.aspect == 2).all()
 
 
 def test_a_step_has_its_batch_wherever_one_starts():
@@ -116,8 +116,8 @@ def test_an_evaluation_sees_every_image_once(count, shards):
         lengths.add(len(share))
         for batch in share:
             assert len(batch.labels) == 4 // shards
-            assert (batch.images[batch.real] == batch.labels[batch.real].reshape(-1, 1, 1, 1)).all()
-            seen.extend(batch.labels[batch.real])
+            assert (batch.images[batch.valid] == batch.labels[batch.valid].reshape(-1, 1, 1, 1)).all()
+            seen.extend(batch.labels[batch.valid])
     assert sorted(seen) == list(range(count))
     assert lengths == {-(-count // 4)}
 
@@ -144,7 +144,7 @@ def test_what_cannot_be_read_is_replaced_by_the_next_that_can():
 
 def test_what_cannot_be_read_counts_in_no_evaluation():
     with evaluation_batches(damaged(10, (0, 7)), LOADING, crop=1.0) as batches:
-        seen = np.concatenate([batch.labels[batch.real] for batch in batches])
+        seen = np.concatenate([batch.labels[batch.valid] for batch in batches])
         assert batches.skipped == {"image 0": "disk on fire", "image 7": "disk on fire"}
     np.testing.assert_array_equal(seen, [1, 2, 3, 4, 5, 6, 8, 9])
 

@@ -84,7 +84,7 @@ def test_train_and_test(layout):
     (batch,), skipped = evaluate(dataset)
     assert not skipped
     np.testing.assert_array_equal(batch.images[:3, 0, 0, 0], [0, 0, 10])
-    np.testing.assert_array_equal(batch.real, [True, True, True, False])
+    np.testing.assert_array_equal(batch.valid, [True, True, True, False])
 
 
 def test_validation_stands_in_for_a_test_split(tmp_path):
@@ -130,7 +130,7 @@ def test_damaged_images_are_skipped_and_named(tmp_path):
     (root / "test/c0/2.png").write_bytes(b"these are words")
     (root / "test/c1/3.png").unlink()
     batches, skipped = evaluate(whole)
-    assert [batch.real.tolist() for batch in batches] == [[True, True, False, True], [True, True, True, False]]
+    assert [batch.valid.tolist() for batch in batches] == [[True, True, False, True], [True, True, True, False]]
     assert {name: reason.split(":")[0] for name, reason in skipped.items()} == {
         f"{root}/test/c0/2.png": "UnidentifiedImageError",
         f"{root}/test/c1/3.png": "[Errno 2] No such file or directory",
@@ -139,7 +139,7 @@ def test_damaged_images_are_skipped_and_named(tmp_path):
         batch = next(batches)
         assert set(batches.skipped) == {f"{root}/train/c0/1.png", f"{root}/train/c1/0.png"}
     np.testing.assert_array_equal(batch.images[:, 0, 0, 0], 10 * batch.labels)
-    assert batch.real.all() and np.bincount(batch.labels).tolist() == [4, 4]
+    assert batch.valid.all() and np.bincount(batch.labels).tolist() == [4, 4]
 
 
 def test_a_damaged_member_of_a_zip_is_skipped(tmp_path):
@@ -151,7 +151,7 @@ def test_a_damaged_member_of_a_zip_is_skipped(tmp_path):
     data[at] ^= 255
     target.write_bytes(data)
     (batch,), skipped = evaluate(open_dataset(f"folder:{target}"))
-    assert batch.real.tolist() == [True, False, False, False]
+    assert batch.valid.tolist() == [True, False, False, False]
     assert list(skipped) == [f"{target}/test/c1/1.bmp"] and "Bad CRC-32" in skipped[f"{target}/test/c1/1.bmp"]
 
 

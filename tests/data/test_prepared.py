@@ -80,8 +80,8 @@ def test_it_is_read_as_it_was_prepared(folder):
     with evaluation_batches(dataset.test, Loading(4, 6, 3, workers=2), crop=1.0) as batches:
         whole = list(batches)
         assert not batches.skipped
-    values = np.concatenate([batch.images[batch.real] for batch in whole])
-    labels = np.concatenate([batch.labels[batch.real] for batch in whole])
+    values = np.concatenate([batch.images[batch.valid] for batch in whole])
+    labels = np.concatenate([batch.labels[batch.valid] for batch in whole])
     assert sorted(values[:, 0, 0, 0]) == [0, 2, 4, 201, 203]
     np.testing.assert_array_equal(values[:, 0, 0, 0] > 100, labels)
     with training_batches(dataset, Loading(12, 6, 1, workers=2)) as batches:

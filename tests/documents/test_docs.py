@@ -10,7 +10,8 @@ import pytest
 import results_page
 import tyro
 
-from lbpwht_jax import cli
+from lbpwht_jax.cli.entry import COMMANDS
+from lbpwht_jax.cli.execute import load
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -18,7 +19,7 @@ PAGES = sorted(DOCS.glob("*.md"))
 EXAMPLES = {page.name: re.findall(r"^```python\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE) for page in PAGES}
 
 
-def load(path):
+def module_at(path):
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -45,7 +46,7 @@ def test_the_index_has_every_page():
 
 
 def test_the_api_page_is_what_the_docstrings_say():
-    assert load(DOCS / "make_api.py").render() == (DOCS / "api.md").read_text(), "run python docs/make_api.py"
+    assert module_at(DOCS / "make_api.py").render() == (DOCS / "api.md").read_text(), "run python docs/make_api.py"
 
 
 def test_the_results_page_is_what_was_measured():
@@ -79,6 +80,4 @@ SHELL = [
 
 @pytest.mark.parametrize(("page", "arguments"), SHELL, ids=lambda value: " ".join(value) if isinstance(value, list) else value)
 def test_the_commands_parse(page, arguments):
-    command = {"evaluate": cli.Evaluate, "finetune": cli.Finetune, "predict": cli.Predict, "export": cli.Export}
-    command |= {"prepare": cli.Prepare, "models": cli.Models, "convert": cli.Convert, "cost": cli.Cost, "bench": cli.Bench}
-    tyro.cli(command[arguments[0]], args=arguments[1:])
+    tyro.cli(load(COMMANDS[arguments[0]]), args=arguments[1:])
