@@ -17,8 +17,8 @@ class Cost:
     """Counts what training a model costs per image: backward FLOPs, activations kept for them, gradients and parameters.
 
     Nothing is computed or allocated: the counts are read off the model's layers; which of them the method adapts is the
-    family's default choice. FLOPs are counted twice: "paper" as the authors of LBP-WHT did, element-wise work included; "matmul" for the
-    products and Walsh transforms as this library computes them.
+    family's default choice. FLOPs are counted twice: "paper" as the authors of LBP-WHT did, element-wise work included;
+    "matmul" for the products and Walsh transforms as this library computes them.
     """
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]

@@ -84,7 +84,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     missing = [package for package in NEEDED if importlib.util.find_spec(package) is None]
     if missing:
         return _mistake(
-            f"the command line needs {', '.join(missing)}: pip install 'lbpwht_jax[train]', or in a clone pip install -e '.[train]'"
+            "the command line needs more packages: pip install 'lbpwht_jax[train]', or in a clone pip install -e '.[train]'; "
+            f"missing: {', '.join(missing)}"
         )
     if name == "--version":
         print(f"lbpwht {__version__}")

@@ -64,8 +64,8 @@ def check_agreement(flags: RunFlags, config: RunConfig, folder: Path) -> None:
         raise ValueError(f"--recipe does not go with --resume: the run in {folder} keeps its configuration; leave it out")
     for name, wanted, recorded in _differences(flags.over(config), config):
         raise ValueError(
-            f"--{name.replace('_', '-')} {wanted}: the run in {folder} was started with {recorded}, and a resumed run keeps its "
-            "configuration; leave the flag out, or start a new run"
+            f"--{name.replace('_', '-')} {wanted}: the run in {folder} was started with {recorded}, and a resumed run keeps "
+            "its configuration; leave the flag out, or start a new run"
         )
 
 
