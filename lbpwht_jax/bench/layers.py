@@ -38,20 +38,20 @@ class Row:
     """One layer at one rank.
 
     Attributes:
-      inputs: channels.
-      outputs: channels.
+      inputs: input channels.
+      outputs: output channels.
       grid: height and width.
       batch: images.
-      r: of LP_{L1-r}.
-      dense_seconds: of the exact backward pass: two products.
-      seconds: of the low-rank one, the projection of the input in the forward pass included.
-      speedup: of the low-rank over the exact one.
-      flop_ratio: of the matrix products of the exact one over those of the low-rank one, transforms included.
+      r: the rank, as in LP_{L1-r}.
+      dense_seconds: time of the exact backward pass, two products.
+      seconds: time of the low-rank backward pass, with the input's projection in the forward pass.
+      speedup: ``dense_seconds`` over ``seconds``.
+      flop_ratio: FLOPs of the exact products over those of the low-rank ones, transforms included.
       efficiency: speed-up over FLOP ratio.
       floor_seconds: the least the low-rank one can take: its FLOPs at the measured peak or the bytes of inputs and outputs,
         each once, at the measured bandwidth, whichever is more.
       over_floor: ``seconds`` over ``floor_seconds``.
-      authors_seconds: of the authors' form, where asked for.
+      authors_seconds: time of the authors' form, where asked for.
       predicted: the speed-up that the automatic choice (``lbpwht_jax.ops.heuristic``) goes by.
       error: largest difference of a cotangent from the reference, over its largest value.
     """
@@ -86,7 +86,7 @@ class Layers:
     ranks: tuple[int, ...] = (2, 4, 6, 8)
     """r of LP_{L1-r}."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of inputs and kernel."""
+    """Dtype of inputs and kernel."""
     rounds: int = 15
     """Samples of each time; the median counts."""
     only: Literal["all", "table8", "stages"] = "all"
@@ -238,7 +238,7 @@ def _table(rows: list[Row]) -> Table:
 
 
 def _plot(rows: list[Row], file: Path, title: str) -> None:
-    """Speed-up over FLOP ratio, a mark a row, with the diagonal that spending FLOPs at an equal rate would give."""
+    """Draws speed-up over FLOP ratio, a mark per row, with the diagonal that spending FLOPs at an equal rate would give."""
     figure = Figure(figsize=(6, 5), layout="constrained")
     axes = figure.subplots()
     layers = list(dict.fromkeys((row.inputs, row.outputs, row.grid) for row in rows))

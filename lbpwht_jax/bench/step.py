@@ -33,15 +33,15 @@ class Row:
     """One method on one model.
 
     Attributes:
-      model: its name.
-      method: its short name, with "+remat" where each block is computed again in the backward pass.
+      model: the model's name.
+      method: the method's short name, with "+remat" where each block is computed again in the backward pass.
       train: what is trained.
-      batch: images a step.
-      seconds: of a step: forward, backward, optimiser.
-      images_per_second: of training.
-      speedup: over the first method.
-      backward_flops: of matrix products, an image.
-      saved_bytes: kept for the backward pass, an image.
+      batch: images per step.
+      seconds: median time of a step: forward, backward, optimiser.
+      images_per_second: images trained on per second.
+      speedup: seconds of the first method over this one's.
+      backward_flops: FLOPs of the backward pass's matrix products, per image.
+      saved_bytes: bytes kept for the backward pass, per image.
       peak_bytes: device memory at most, as the compiler plans it; ``None`` where the backend does not report it.
     """
 
@@ -73,9 +73,9 @@ class Step:
     train: Train = "all"
     """all; last_stage, with the head; or head, with LoRA's branches."""
     batch_size: int = 16
-    """Images a step."""
+    """Images per step."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the computation; parameters and the optimiser's state are float32."""
+    """Dtype of the computation; parameters and the optimiser's state are float32."""
     rounds: int = 7
     """Samples of each time; the median counts."""
     output: Path = Path("bench")

@@ -20,6 +20,7 @@ from sklearn.datasets import load_digits
 from lbpwht_jax import adapt, load_pretrained
 from lbpwht_jax.adaptation.presets import parse_method
 from lbpwht_jax.cli import main
+from lbpwht_jax.cli.run_flags import RunFlags
 from lbpwht_jax.models import create_model, model_info
 from lbpwht_jax.runs import folder as run_folder
 from lbpwht_jax.runs.finished import load_run
@@ -28,15 +29,18 @@ from lbpwht_jax.train import Placement
 from lbpwht_jax.weights.files import BUNDLED, load_bundled, load_weights
 from lbpwht_jax.weights.peft import load_adapter
 
+# Two epochs of 22 steps; a rate that gets somewhere in them
+SHORT = ["--train", "last_stage", "--epochs", "2", "--lr", "2e-3", "--warmup-steps", "5"]
+
 
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory):
-    """A short run beside full backpropagation and LP_{L1-2}: its folder and what it printed."""
+    """A short run of the last stage beside full backpropagation and LP_{L1-2}: its folder and what it printed."""
     folder = tmp_path_factory.mktemp("runs") / "new" / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("COLUMNS", "160")
         with contextlib.redirect_stdout(io.StringIO()) as printed:
-            assert main(["finetune", "--epochs", "3", "--compare", "--output", str(folder)]) == 0
+            assert main(["finetune", *SHORT, "--compare", "--output", str(folder)]) == 0
     return folder, printed.getvalue()
 
 
@@ -72,11 +76,11 @@ def test_the_run_folder_is_complete(compared):
     for method, folder in folders(compared[0]).items():
         config = json.loads((folder / "config.json").read_text())
         assert config["method"] == method and config["dataset"] == "digits"
-        assert config["recipe"]["epochs"] == 3
+        assert config["recipe"]["epochs"] == 2
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        assert [line["number"] for line in lines if line["kind"] == "step"] == list(range(1, 67))
+        assert [line["number"] for line in lines if line["kind"] == "step"] == list(range(1, 45))
         accuracies = [line["test_accuracy"] for line in lines if line["kind"] == "epoch"]
-        assert len(accuracies) == 3
+        assert len(accuracies) == 2
         assert json.loads((folder / "result.json").read_text())["test_accuracy"] == accuracies[-1]
         with Image.open(folder / "curves.png") as plot:
             assert np.asarray(plot.convert("L")).std() > 5
@@ -86,7 +90,7 @@ def test_the_folder_is_all_that_evaluation_needs(compared, capsys):
     accuracy = json.loads((compared[0] / "result.json").read_text())["test_accuracy"]
     found = json.loads(lbpwht(capsys, "evaluate", compared[0], "--json"))
     assert (found["accuracy"], found["images"]) == (accuracy, 360)
-    # three of fifteen epochs: far from chance, short of the end
+    # far from chance after two epochs, short of what fifteen come to
     assert accuracy > 0.5
     best = json.loads(lbpwht(capsys, "evaluate", compared[0], "--checkpoint", "best", "--batch-size", "40", "--json"))
     assert best["accuracy"] == max(epoch.test_accuracy for epoch in read_metrics(compared[0])[1])
@@ -171,14 +175,31 @@ def test_a_run_that_is_finished_in_use_or_not_there(compared, capsys, tmp_path):
     assert read_metrics(unfinished) == read_metrics(compared[0])
 
 
-def test_a_resumed_run_keeps_its_configuration(compared, capsys, tmp_path):
-    for arguments, message in (
-        (["--lr", "1"], "--lr 1.0: the run in .* was started with 0.0005, and a resumed run keeps its configuration"),
-        (["--model", "vit_tiny_patch16_224"], "--model vit_tiny_patch16_224: the run in .* was started with vit_micro"),
-        (["--compare"], "--compare does not go with --resume"),
-        (["--batch-size", "60"], "--batch-size 60: the run in .* was started with 64"),
+def test_a_resumed_run_keeps_its_configuration(compared, capsys):
+    # a flag that contradicts the run is refused whether or not its value is the one it has in a new run by default
+    full = compared[0] / "compare" / "full"
+    for folder, arguments, message in (
+        (compared[0], ["--lr", "1"], r"--lr 1\.0: the run in .* was started with 0\.\d+, and a resumed run keeps its config"),
+        (
+            compared[0],
+            ["--model", "vit_tiny_patch16_224"],
+            "--model vit_tiny_patch16_224: the run in .* was started with vit_m",
+        ),
+        (compared[0], ["--batch-size", "60"], "--batch-size 60: the run in .* was started with 64"),
+        (compared[0], ["--crop-scale", "0.5", "1"], r"--crop-scale \(0\.5, 1\.0\): the run in .* was started with None"),
+        (compared[0], ["--remat"], "--remat True: the run in .* was started with False"),
+        (compared[0], ["--compare"], "--compare does not go with --resume"),
+        (compared[0], ["--recipe", "default"], "--recipe does not go with --resume"),
+        (full, ["--method", "lp_l1-4"], "--method lp_l1-4: the run in .* was started with full"),
+        (full, ["--train", "all"], "--train all: the run in .* was started with last_stage"),
+        # what agrees is accepted: it is only then that the run turns out to be finished
+        (full, ["--method", "full", "--train", "last_stage", "--dataset", "digits", "--when", "faster"], "is finished"),
+        (full, ["--batch-size", "64", "--image-size", "28", "--pretrained", "bundled", "--flip", "False"], "is finished"),
     ):
-        assert re.search(message, mistake(capsys, "finetune", "--resume", compared[0], *arguments))
+        assert re.search(message, mistake(capsys, "finetune", "--resume", folder, *arguments)), arguments
+
+
+def test_a_checkpoint_of_another_configuration(compared, capsys, tmp_path):
     other = shutil.copytree(compared[0], tmp_path / "run")
     (other / "result.json").unlink()
     config = json.loads((other / "config.json").read_text())
@@ -241,7 +262,7 @@ def test_low_rank_is_cheaper_than_full(compared):
 
 def test_a_sum_on_the_last_stage(tmp_path):
     method = "lp_l1-2+lora-4"
-    arguments = ["--method", method, "--train", "last_stage", "--epochs", "1", "--output", str(tmp_path)]
+    arguments = ["--method", method, "--train", "last_stage", "--epochs", "1", "--batch-size", "480", "--output", str(tmp_path)]
     assert main(["finetune", *arguments]) == 0
     config, result = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("config", "result"))
     assert (config["method"], config["train"]) == (method, "last_stage")
@@ -324,3 +345,12 @@ def test_help_explains_every_option(capsys):
     ):
         assert f"--{option}" in text
     assert "lp_linf-R" in text and "Run folder" not in text
+
+
+def test_every_flag_that_decides_what_a_run_computes_can_be_told_from_a_flag_not_given():
+    def given(flags):
+        for field in dataclasses.fields(flags):
+            value = getattr(flags, field.name)
+            yield from given(value) if dataclasses.is_dataclass(value) else [value]
+
+    assert set(given(RunFlags())) == {None, False}
