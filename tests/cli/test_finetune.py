@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -135,7 +136,7 @@ def test_predictions(compared, capsys, tmp_path):
 def test_export_of_a_run(compared, capsys, tmp_path):
     lbpwht(capsys, "export", compared[0], tmp_path / "timm.safetensors")
     again = load_pretrained(BUNDLED, tmp_path / "timm.safetensors")
-    jax.tree.map(np.testing.assert_array_equal, again, load_weights(compared[0] / "weights.safetensors")[0])
+    chex.assert_trees_all_equal(again, load_weights(compared[0] / "weights.safetensors")[0], strict=True)
     assert "write lbpwht export vit_micro_patch4_28 SOURCE OUTPUT" in mistake(capsys, "export", BUNDLED, tmp_path / "x")
     assert f"write lbpwht export {compared[0]} OUTPUT" in mistake(capsys, "export", compared[0])
     assert "is no run folder: cannot read" in mistake(capsys, "export", tmp_path, tmp_path / "x")
@@ -237,7 +238,7 @@ def test_a_signal_stops_and_saves_and_the_run_goes_on_bit_for_bit(capsys, tmp_pa
     ]
     assert untimed[0] == untimed[1]
     weights = [load_weights(tmp_path / name / "weights.safetensors")[0] for name in ("whole", "run")]
-    jax.tree.map(np.testing.assert_array_equal, *weights)
+    chex.assert_trees_all_equal(*weights, strict=True)
 
 
 def test_the_table_shows_every_method(compared):
@@ -271,7 +272,7 @@ def test_a_sum_on_the_last_stage(tmp_path):
     assert result["trainable_parameters"] == block + 2 * 96 + 96 * 10 + 10
     saved, start = load_weights(tmp_path / "weights.safetensors")[0]["params"], load_bundled()[0]["params"]
     for name in ("patch_embed", "pos_embed", *(f"blocks_{i}" for i in range(5))):
-        jax.tree.map(np.testing.assert_array_equal, saved[name], start[name])
+        chex.assert_trees_all_equal(saved[name], start[name], strict=True)
     # the adapter, on the pretrained weights, is the same model
     info, base = model_info(BUNDLED), create_model(BUNDLED, num_classes=10)
     images = np.random.default_rng(0).normal(size=(2, 28, 28, 1)).astype(np.float32)
