@@ -12,7 +12,8 @@ import pytest
 from packaging.requirements import Requirement
 
 import lbpwht_jax
-from lbpwht_jax.cli.entry import COMMANDS, NEEDED
+from lbpwht_jax.cli.commands import COMMANDS
+from lbpwht_jax.cli.entry import NEEDED
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())

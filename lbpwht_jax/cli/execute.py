@@ -8,7 +8,7 @@ from typing import Protocol
 import tyro
 from rich.console import Console
 
-from lbpwht_jax.cli.entry import Command
+from lbpwht_jax.cli.commands import Command
 
 
 class Runnable(Protocol):

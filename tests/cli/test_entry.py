@@ -8,7 +8,7 @@ import pytest
 
 import lbpwht_jax
 from lbpwht_jax.cli import main
-from lbpwht_jax.cli.entry import COMMANDS
+from lbpwht_jax.cli.commands import COMMANDS
 
 
 def test_help_has_a_line_for_each_command(capsys):

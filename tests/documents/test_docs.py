@@ -10,7 +10,7 @@ import pytest
 import results_page
 import tyro
 
-from lbpwht_jax.cli.entry import COMMANDS
+from lbpwht_jax.cli.commands import COMMANDS
 from lbpwht_jax.cli.execute import load
 
 ROOT = Path(__file__).parents[2]
