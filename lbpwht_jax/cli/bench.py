@@ -20,5 +20,5 @@ class Bench:
     ]
 
     def prepare(self) -> Callable[[], None]:
-        """As of the command that was chosen."""
+        """Checks the arguments of the bench that was chosen; returns and raises what it does."""
         return self.what.prepare()

@@ -8,17 +8,17 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from lbpwht_jax.adaptation.presets import Train
-from lbpwht_jax.cost.report import ModelCost, model_cost
+from lbpwht_jax.adaptation import Train
+from lbpwht_jax.cost import ModelCost, model_cost
 
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """Counts what training a model costs an image: backward FLOPs, activations kept for them, gradients and parameters.
+    """Counts what training a model costs per image: backward FLOPs, activations kept for them, gradients and parameters.
 
-    Nothing is computed or allocated: the counts are read off the model's layers, the family's default choice of them
-    adapted. FLOPs are counted twice: "paper" as the authors of LBP-WHT did, element-wise work included; "matmul" for the
-    products and Walsh transforms as this library computes them.
+    Nothing is computed or allocated: the counts are read off the model's layers; which of them the method adapts is the
+    family's default choice. FLOPs are counted twice: "paper" as the authors of LBP-WHT did, element-wise work included;
+    "matmul" for the products and Walsh transforms as this library computes them.
     """
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
@@ -37,7 +37,7 @@ class Cost:
     """Prints JSON instead of a table."""
 
     def prepare(self) -> None:
-        """Prints the costs; raises as ``model_cost`` does."""
+        """Prints the costs; raises what ``model_cost`` raises."""
         cost = model_cost(self.model, self.method, self.train, self.num_classes, self.image_size)
         if self.json:
             fields = dataclasses.asdict(cost)
@@ -54,17 +54,17 @@ def _summary(cost: ModelCost) -> Table:
     table = Table(title=title, title_justify="left", show_header=False)
     table.add_column()
     table.add_column(justify="right")
-    table.add_row("backward MFLOPs an image, as the paper counts", f"{cost.backward_flops_paper / 1e6:,.2f}")
+    table.add_row("backward MFLOPs per image, as the paper counts", f"{cost.backward_flops_paper / 1e6:,.2f}")
     table.add_row("  speed-up over full backpropagation", f"{cost.speedup_vs_full_paper:.2f}x")
-    table.add_row("backward MFLOPs an image, products and Walsh transforms", f"{cost.backward_flops_matmul / 1e6:,.2f}")
-    table.add_row("activations kept an image, MB", f"{cost.saved_activation_bytes / 1e6:,.2f}")
+    table.add_row("backward MFLOPs per image, products and Walsh transforms", f"{cost.backward_flops_matmul / 1e6:,.2f}")
+    table.add_row("activations kept per image, MB", f"{cost.saved_activation_bytes / 1e6:,.2f}")
     table.add_row("gradients, MB", f"{cost.gradient_bytes / 1e6:,.2f}")
     table.add_row("trainable parameters", f"{cost.trainable_parameters:,}")
     return table
 
 
 def _layers(cost: ModelCost) -> Table:
-    table = Table(title="by layer, an image", title_justify="left")
+    table = Table(title="by layer, per image", title_justify="left")
     for title in ("path", "kind", "method"):
         table.add_column(title)
     for title in ("MFLOPs, paper", "MFLOPs, matmul", "kept, kB", "trainable"):

@@ -5,6 +5,7 @@ import importlib.util
 from pathlib import Path
 from typing import Annotated
 
+import tensorflow_datasets as tfds
 import tyro
 
 from lbpwht_jax.data.prepared import default_folder, parse_name, unknown_name
@@ -36,8 +37,6 @@ class Prepare:
         unknown = unknown_name(wanted.name)
         if unknown:
             raise ValueError(unknown)
-        import tensorflow_datasets as tfds
-
         name = wanted.name + (f":{wanted.version}" if wanted.version else "")
         try:
             builder = tfds.builder(name, data_dir=self.data_dir or default_folder(), file_format="array_record")

@@ -1,19 +1,32 @@
 """Random changes to training images, on the device, inside jit."""
 
-import dataclasses
 import math
 from collections.abc import Callable
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
+import pydantic.dataclasses
+from pydantic import AfterValidator, Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 
 from lbpwht_jax.data.randaugment import randaugment
+from lbpwht_jax.data.validation import STRICT
 
 RATIO = (3 / 4, 4 / 3)
 _TRIES = 10
 
 
-@dataclasses.dataclass(frozen=True)
+def _rising(scale: tuple[float, float]) -> tuple[float, float]:
+    if scale[0] > scale[1]:
+        raise ValueError(f"the least area must not be above the largest, got {scale}")
+    return scale
+
+
+_Area = Annotated[float, Field(gt=0, le=1)]
+_Magnitude = Annotated[float, Field(ge=0, le=10)]
+
+
+@pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
 class Augmentation:
     """How training images are changed at random; by default they are not.
 
@@ -29,24 +42,15 @@ class Augmentation:
         distribution with this alpha; 0 for no cutmix. With both mixup and cutmix, each image undergoes one or the other.
 
     Raises:
-      ValueError: if a number is out of range.
+      pydantic.ValidationError: (a ValueError) if a value has the wrong type or is out of range.
     """
 
-    crop_scale: tuple[float, float] | None = None
+    crop_scale: Annotated[tuple[_Area, _Area], AfterValidator(_rising)] | None = None
     flip: bool = False
-    shift: int = 0
-    randaugment: tuple[int, float] | None = None
-    mixup: float = 0.0
-    cutmix: float = 0.0
-
-    def __post_init__(self):
-        if self.crop_scale is not None and not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
-            raise ValueError(f"Augmentation: crop_scale must be two rising numbers in (0, 1], got {self.crop_scale}")
-        for name in ("shift", "mixup", "cutmix"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"Augmentation: {name} must not be negative, got {getattr(self, name)}")
-        if self.randaugment is not None and not (self.randaugment[0] >= 1 and 0 <= self.randaugment[1] <= 10):
-            raise ValueError(f"Augmentation: randaugment must be a positive count and 0 to 10, got {self.randaugment}")
+    shift: NonNegativeInt = 0
+    randaugment: tuple[PositiveInt, _Magnitude] | None = None
+    mixup: NonNegativeFloat = 0.0
+    cutmix: NonNegativeFloat = 0.0
 
 
 Augment = Callable[[jax.Array, jax.Array, jax.Array, jax.Array, int], tuple[jax.Array, jax.Array]]
@@ -160,7 +164,7 @@ def mix(key: jax.Array, images: jax.Array, targets: jax.Array, mixup: float, cut
         for n, place in zip((height, width), centres, strict=True)
     )
     box = (rows[:, :, None] & columns[:, None, :]).astype(jnp.float32)
-    # of each pixel, the share that the other image has
+    # the other image's share of each pixel
     other = jnp.where(cuts.reshape(batch, 1, 1), box, given)
     share = other.mean((1, 2))[:, None]
     images = images * (1 - other[..., None]) + images[::-1] * other[..., None]

@@ -7,6 +7,8 @@ import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import tensorflow_datasets as tfds
+
 from lbpwht_jax.data.split import Dataset
 
 _NAME = re.compile(r"(?P<name>\w+(/[\w.-]+)?)(:(?P<version>\d+\.\d+\.\d+))?")
@@ -36,8 +38,6 @@ def parse_name(text: str) -> PreparedName:
 
 def unknown_name(name: str) -> str | None:
     """The message for a name that TFDS does not know; None if it knows it."""
-    import tensorflow_datasets as tfds
-
     bare = name.split("/")[0]
     try:
         tfds.builder_cls(bare)
@@ -98,8 +98,6 @@ def open_prepared(wanted: PreparedName, folder: Path) -> Dataset:
       ValueError: if TFDS does not know the data set, it (or this version) is not prepared in the folder, its files are not
         ArrayRecord files, or it does not consist of images with class labels.
     """
-    import tensorflow_datasets as tfds
-
     version = _version(wanted, folder)
     builder: Any = tfds.builder_from_directory(folder / wanted.name / version)
     name, info = f"tfds:{wanted.name}:{version}", builder.info

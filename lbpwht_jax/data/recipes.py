@@ -33,7 +33,7 @@ RECIPES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 
 
 def paper_recipe(dataset: str) -> Mapping[str, Any]:
-    """The fields of the paper's recipe for a data set.
+    """The paper's recipe for a data set, as fields of ``Recipe``.
 
     Args:
       dataset: a name for ``open_dataset``; a folder or zip file is recognised by its own name, as in

@@ -1,21 +1,21 @@
-"""What a run is: the model and how it is adapted, the data, the recipe. ``config.json`` of its folder holds nothing less."""
+"""What a run is: the model and how it is adapted, the data, the recipe; all that ``config.json`` of its folder must hold."""
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import pydantic.dataclasses
+from pydantic import AfterValidator, ConfigDict, PositiveInt, TypeAdapter
 
-from lbpwht_jax.adaptation.linen import AdaptedModule, adapt
-from lbpwht_jax.data import Augmentation, Dataset
-from lbpwht_jax.adaptation.presets import Train, parse_method
-from lbpwht_jax.models import create_model, model_info
-from lbpwht_jax.models.info import ModelInfo
-from lbpwht_jax.weights.pretrained import load_pretrained
+from lbpwht_jax.adaptation import AdaptedModule, Train, adapt, parse_method
+from lbpwht_jax.data import Dataset
+from lbpwht_jax.data.validation import STRICT, plain_errors
+from lbpwht_jax.models import ModelInfo, create_model, model_info
 from lbpwht_jax.train import Placement, Recipe, TrainState, initial_state
-from lbpwht_jax.weights.files import BUNDLED, bundled_file, replace_head
+from lbpwht_jax.weights import BUNDLED, load_pretrained, replace_head
+from lbpwht_jax.weights.files import bundled_file
 
 DType = Literal["float32", "bfloat16"]
 Projection = Literal["fitted", "official"]
@@ -23,31 +23,45 @@ When = Literal["always", "faster"]
 BUNDLED_WEIGHTS, NO_WEIGHTS = "bundled", "none"
 
 
-@dataclasses.dataclass(frozen=True)
+def _known_model(name: str) -> str:
+    model_info(name)
+    return name
+
+
+def _known_method(method: str) -> str:
+    parse_method(method)
+    return method
+
+
+# config.json also tells which versions and device made the run: what a run is does not depend on them
+@pydantic.dataclasses.dataclass(frozen=True, config=ConfigDict(**{**STRICT, "extra": "ignore"}))
 class RunConfig:
     """Everything that decides what a run computes.
 
     Attributes:
-      model: its name.
-      pretrained: what training starts from: "bundled", "none", or as ``load_pretrained`` takes it.
+      model: the model's name.
+      pretrained: what training starts from: "bundled", "none", or a source that ``load_pretrained`` takes.
       image_size: height and width of the images, in pixels.
-      channels, mean, std, interpolation, crop: what the model takes, as of ``ModelInfo``.
-      dataset: as ``open_dataset`` takes it.
-      data_dir: likewise.
-      classes: their names.
-      method: a short name, as ``parse_method`` takes it.
+      channels, mean, std, interpolation, crop: how images are prepared for the model, as in ``ModelInfo``.
+      dataset: the data set's name, as for ``open_dataset``.
+      data_dir: the folder of TFDS data sets, as for ``open_dataset``.
+      classes: names of the classes, in the order of the labels.
+      method: a short name, as for ``parse_method``.
       train: what is trained.
-      projection: of low-rank backpropagation.
+      projection: how low-rank backpropagation projects blocks that the grid does not fill.
       when: whether layers that low rank would make slower stay exact, as in ``LowRankSpec``.
-      dtype: of the computation; parameters are float32.
+      dtype: dtype of the computation; parameters are float32.
       remat: whether blocks are computed again in the backward pass.
       recipe: how to train.
+
+    Raises:
+      pydantic.ValidationError: (a ValueError) if a value has the wrong type, is out of range or is an unknown name.
     """
 
-    model: str
+    model: Annotated[str, AfterValidator(_known_model)]
     pretrained: str
-    image_size: int
-    channels: int
+    image_size: PositiveInt
+    channels: PositiveInt
     mean: tuple[float, ...]
     std: tuple[float, ...]
     interpolation: str
@@ -55,7 +69,7 @@ class RunConfig:
     dataset: str
     data_dir: str | None
     classes: tuple[str, ...]
-    method: str
+    method: Annotated[str, AfterValidator(_known_method)]
     train: Train
     projection: Projection
     when: When
@@ -65,16 +79,12 @@ class RunConfig:
 
     @property
     def info(self) -> ModelInfo:
-        """Of the model, its images as the run normalised them."""
+        """What the registry knows of the model, its images prepared as the run did."""
         images = {name: getattr(self, name) for name in ("channels", "mean", "std", "interpolation", "crop")}
         return dataclasses.replace(model_info(self.model), **images)
 
     def module(self) -> nn.Module:
-        """The plain model, batch normalisation on its running statistics.
-
-        Raises:
-          ValueError: if there is no such model.
-        """
+        """The plain model, batch normalisation on its running statistics."""
         return create_model(
             self.model,
             num_classes=len(self.classes),
@@ -86,10 +96,10 @@ class RunConfig:
         )
 
     def check_classes(self, dataset: Dataset) -> None:
-        """Whether a data set has the run's classes.
+        """Checks that a data set has the run's classes.
 
         Raises:
-          ValueError: if it has others, or in another order.
+          ValueError: if it has others, or the same in another order.
         """
         if dataset.classes == self.classes:
             return
@@ -105,19 +115,19 @@ class RunConfig:
         """The model under the method's rules.
 
         Raises:
-          ValueError: if a name is unknown, or the method trains nothing.
+          ValueError: if the method trains nothing.
         """
         rules = parse_method(self.method, projection=self.projection, when=self.when).rules(self.info, self.train)
         return adapt(self.module(), rules, self.images())
 
     def start(self, model: AdaptedModule) -> dict[str, Any]:
-        """The variables to start from, with a new head and branches that follow from the seed.
+        """The variables that training starts from; head and LoRA's branches are new and follow from the seed.
 
         Args:
-          model: as ``adapted`` returns it.
+          model: what ``adapted`` returned.
 
         Raises:
-          ValueError, FileNotFoundError, ImportError: as ``load_pretrained`` does.
+          ValueError, FileNotFoundError, ImportError: if ``load_pretrained`` raises it.
         """
         key = jax.random.key(self.recipe.seed)
         fresh = model.module.init(key, jnp.zeros(self.images().shape))
@@ -137,26 +147,25 @@ class RunConfig:
         return placement.abstract(jax.eval_shape(lambda v: initial_state(v, optimizer, model.trainable, ema), variables))
 
     def to_json(self) -> dict[str, Any]:
-        """As JSON values by name."""
-        return _listed(dataclasses.asdict(self))
+        """The fields as JSON values by name."""
+        return _JSON.dump_python(self, mode="json")
 
     @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> "RunConfig":
-        """The inverse of ``to_json``; values it does not know are left out.
+    def from_json(cls, text: str, where: str = "") -> "RunConfig":
+        """Reads what ``to_json`` returned, written as JSON; other values beside the run's fields are left out.
+
+        Args:
+          text: the JSON.
+          where: the file it was read from, for messages.
 
         Raises:
-          ValueError: if some are missing, or make no recipe.
+          ValueError: if a field is missing, of another type, out of range or an unknown name; names the field.
         """
-        try:
-            recipe = {name: _tupled(value) for name, value in values["recipe"].items()}
-            recipe["augmentation"] = Augmentation(**{k: _tupled(v) for k, v in recipe["augmentation"].items()})
-            fields = {field.name: _tupled(values[field.name]) for field in dataclasses.fields(cls)}
-            return cls(**{**fields, "recipe": Recipe(**recipe)})
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"no configuration of this version's: {type(error).__name__}: {error}") from None
+        with plain_errors(where):
+            return _JSON.validate_json(text)
 
     def images(self) -> jax.ShapeDtypeStruct:
-        """Shape and dtype of one image, as a batch."""
+        """Shape and dtype of a batch of one image."""
         return jax.ShapeDtypeStruct((1, self.image_size, self.image_size, self.channels), jnp.float32)
 
 
@@ -164,11 +173,4 @@ def _few(names: list[str]) -> str:
     return ", ".join(names[:5]) + " ..." * (len(names) > 5)
 
 
-def _tupled(value: Any) -> Any:
-    return tuple(map(_tupled, value)) if isinstance(value, list) else value
-
-
-def _listed(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {name: _listed(item) for name, item in value.items()}
-    return list(map(_listed, value)) if isinstance(value, tuple) else value
+_JSON = TypeAdapter(RunConfig)

@@ -1,4 +1,4 @@
-"""A run folder's model, to be used."""
+"""Reading the model that a run made."""
 
 import dataclasses
 from pathlib import Path
@@ -22,9 +22,9 @@ class FinishedRun:
     """What a run made.
 
     Attributes:
-      config: of the run.
+      config: what the run was.
       module: the plain model.
-      variables: of it, on the host; LoRA's branches merged, the moving average where there is one.
+      variables: the model's, on the host; LoRA's branches are merged, and the moving average is taken where there is one.
     """
 
     config: RunConfig
@@ -36,9 +36,9 @@ def load_run(path: Path, which: str = FINAL) -> FinishedRun:
     """Reads a run folder.
 
     Args:
-      path: of the folder.
-      which: ``"final"``: what the run came to. ``"last"`` or ``"best"`` (of the highest test accuracy): a checkpoint, also of
-        a run that is not finished; or the number of a checkpoint's step.
+      path: the folder.
+      which: ``"final"`` for what the run ended with; ``"last"``, ``"best"`` (highest test accuracy) or the number of a step for
+        a checkpoint, which also works for a run that is not finished.
 
     Raises:
       ValueError: if the folder holds no run or not what is asked for, or it is damaged.

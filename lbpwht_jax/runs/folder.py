@@ -1,17 +1,15 @@
-"""The folder of a training run: configuration, metrics, checkpoints, weights, plot."""
+"""The folder of a training run: its lock, its configuration and its JSON files."""
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import filelock
-from matplotlib.figure import Figure
 
-from lbpwht_jax.runs.metrics import METRICS
 from lbpwht_jax.runs.config import RunConfig
-from lbpwht_jax.train import Epoch, Step
+from lbpwht_jax.runs.metrics import METRICS
 
 CONFIG, RESULT, SKIPPED, LOCK = "config.json", "result.json", "skipped.json", ".lock"
 WEIGHTS, ADAPTER, PLOT = "weights.safetensors", "adapter", "curves.png"
@@ -21,12 +19,12 @@ def lock(path: Path, create: bool) -> filelock.BaseFileLock:
     """Takes a run folder for this process, until the lock is released or the process ends.
 
     Args:
-      path: of the folder.
-      create: whether it is that of a new run, to be made if there is none.
+      path: the folder.
+      create: true for a new run, whose folder is made; false for one that is there.
 
     Raises:
-      ValueError: if another process has it; if it is to be new and holds a run, or is not and holds none; if it cannot be made
-        or written.
+      ValueError: if another process has the folder; if a new run's folder holds one already, or the folder of a run that is
+        there holds none; if it cannot be made or written.
     """
     if create and ((path / CONFIG).exists() or (path / METRICS).exists()):
         raise ValueError(f"{path} already holds a run; name another --output, continue it with --resume {path}, or delete it")
@@ -44,51 +42,37 @@ def lock(path: Path, create: bool) -> filelock.BaseFileLock:
 
 
 def read_config(path: Path) -> RunConfig:
-    """The configuration of a run.
+    """Reads the configuration of a run.
 
     Raises:
-      ValueError: if the folder holds no run, or its ``config.json`` is damaged.
+      ValueError: if the folder holds no run, or a field of its ``config.json`` is missing or wrong.
     """
     try:
-        return RunConfig.from_json(json.loads((path / CONFIG).read_text()))
+        text = (path / CONFIG).read_text()
     except OSError as error:
         raise ValueError(f"{path} is no run folder: cannot read {path / CONFIG} ({error.strerror})") from None
-    except ValueError as error:
-        raise ValueError(f"{path / CONFIG}: {error}") from None
+    return RunConfig.from_json(text, f"{path / CONFIG}: no configuration of this version's")
 
 
 def write_json(file: Path, values: Mapping[str, Any]) -> None:
-    """Writes JSON values by name, indented, replacing the file at once."""
+    """Writes JSON values by name, indented; the file is replaced at once, so that it is never half written."""
     new = file.with_name(f"{file.name}.new")
     new.write_text(json.dumps(values, indent=2) + "\n")
     os.replace(new, file)
 
 
 def add_skipped(path: Path, skipped: Mapping[str, str]) -> dict[str, str]:
-    """Adds images that could not be read, and why, by name, to the folder's ``skipped.json``; returns all of them."""
+    """Adds images that could not be read to the folder's ``skipped.json``.
+
+    Args:
+      path: the run folder.
+      skipped: why each could not be read, by its name.
+
+    Returns:
+      All that the file now holds.
+    """
     file = path / SKIPPED
     before = json.loads(file.read_text()) if file.exists() else {}
     if skipped.keys() - before.keys():
         write_json(file, before | dict(skipped))
     return before | dict(skipped)
-
-
-def plot_curves(path: Path, steps: Sequence[Step], epochs: Sequence[Epoch], title: str) -> None:
-    """Draws training loss by step and both accuracies by epoch into the folder's ``curves.png``."""
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    figure.suptitle(title)
-    loss, accuracy = figure.subplots(1, 2)
-    loss.plot([step.number for step in steps], [step.loss for step in steps], linewidth=0.8, label="training, smoothed labels")
-    ends = [epoch.step for epoch in epochs]
-    loss.plot(ends, [epoch.test_loss for epoch in epochs], marker="o", markersize=3, label="test")
-    loss.set(xlabel="step", ylabel="cross-entropy (nats)", ylim=(0, None))
-    starts = [0, *ends[:-1]]
-    within = [[step.accuracy for step in steps if a < step.number <= b] for a, b in zip(starts, ends, strict=False)]
-    means = [100 * sum(values) / max(len(values), 1) for values in within]
-    accuracy.plot(ends, means, marker="o", markersize=3, label="training")
-    accuracy.plot(ends, [100 * epoch.test_accuracy for epoch in epochs], marker="o", markersize=3, label="test")
-    accuracy.set(xlabel="step", ylabel="accuracy (%)")
-    for axes in (loss, accuracy):
-        axes.grid(alpha=0.3)
-        axes.legend()
-    figure.savefig(path / PLOT, dpi=120)

@@ -18,9 +18,9 @@ class MetricsFile:
 
     Args:
       run: the run folder.
-      batch_size: images a step.
-      done: the steps to go on after; what was written of later ones is dropped.
-      write: false in the processes of a run that leave the writing to the first one.
+      batch_size: images per step.
+      done: how many steps were done before; lines of later steps are dropped.
+      write: false in those processes of a run that leave the writing to the first one.
     """
 
     def __init__(self, run: Path, batch_size: int, done: int = 0, write: bool = True):
@@ -53,13 +53,13 @@ class MetricsFile:
             self._board.add_scalar(name, value, _step(event))
 
     def sync(self) -> None:
-        """Returns when all that was written is on the disk."""
+        """Waits until all that was written is on the disk."""
         if self._write:
             os.fsync(self._file.fileno())
 
 
 def read_metrics(run: Path) -> tuple[list[Step], list[Epoch]]:
-    """The events in the folder's ``metrics.jsonl``, up to a line that was not written to its end."""
+    """Reads the folder's ``metrics.jsonl``, up to a line that was not written to its end."""
     steps, epochs = [], []
     file = run / METRICS
     for line in file.read_text().splitlines() if file.exists() else ():

@@ -19,9 +19,9 @@ class Reporter:
     """Shows a training's progress: a bar on a terminal, elsewhere lines; a line for every epoch. A context manager.
 
     Args:
-      console: to print on.
-      trainer: whose progress it is.
-      done: steps done before.
+      console: where it is printed.
+      trainer: the trainer whose progress is shown.
+      done: how many steps were done before.
     """
 
     def __init__(self, console: Console, trainer: Trainer, done: int):
@@ -49,7 +49,7 @@ class Reporter:
         self._bar.stop()
 
     def show(self, event: Step | Epoch) -> None:
-        """Takes in an event."""
+        """Shows what happened: a step or the end of an epoch."""
         if isinstance(event, Epoch):
             step = "" if self._step is None else f"loss {self._step.loss:.3f}, "
             self._print(f"epoch {event.number}/{self._epochs}: {step}test accuracy {event.test_accuracy:.2%}, {self._rate()}")
@@ -80,7 +80,7 @@ class Reporter:
 
 
 def memory_in_use() -> str:
-    """Memory that the first device has in use or, where the backend does not tell, the most this process ever had."""
+    """Says how much memory the first device has in use or, where the backend does not tell, the most this process ever had."""
     statistics = jax.local_devices()[0].memory_stats()
     if statistics and "bytes_in_use" in statistics:
         return f"{statistics['bytes_in_use'] / 2**20:,.0f} MiB on the device"

@@ -11,12 +11,12 @@ class Result:
     """What a run is judged by.
 
     Attributes:
-      method: its short name.
-      test_accuracy: after the last epoch, in [0, 1].
+      method: the method's short name.
+      test_accuracy: accuracy after the last epoch, in [0, 1].
       trainable_parameters: how many scalars were trained.
-      backward_flops: of matrix products, an image.
-      saved_bytes: kept for the backward pass, an image.
-      step_seconds: median over the run, the first step (which compiles) left out.
+      backward_flops: FLOPs of the backward pass's matrix products, per image.
+      saved_bytes: bytes kept for the backward pass, per image.
+      step_seconds: median over the run without its first step, which compiles.
     """
 
     method: str
@@ -28,8 +28,8 @@ class Result:
 
 
 def table(results: Sequence[Result]) -> Table:
-    """Runs side by side."""
-    table = Table(title="What it came to; FLOPs and saved bytes are those of an image")
+    """Shows runs side by side."""
+    table = Table(title="What it came to; FLOPs and saved bytes are per image")
     table.add_column("method")
     for heading in ("test accuracy", "trained parameters", "backward MFLOPs", "saved KB", "median step"):
         table.add_column(heading, justify="right")

@@ -11,24 +11,24 @@ import flax
 import jax
 from rich.console import Console
 
-from lbpwht_jax.runs import folder as run_folder
-from lbpwht_jax.adaptation.linen import AdaptedModule
-from lbpwht_jax.weights.peft import save_adapter
-from lbpwht_jax.train.checkpoint import Checkpoints, Facts
-from lbpwht_jax.cost.backward import backward_flops, saved_bytes
+from lbpwht_jax.adaptation import AdaptedModule
+from lbpwht_jax.cost import backward_flops, saved_bytes
 from lbpwht_jax.data import Dataset
+from lbpwht_jax.runs import folder as run_folder
+from lbpwht_jax.runs.config import RunConfig
 from lbpwht_jax.runs.metrics import MetricsFile, read_metrics
+from lbpwht_jax.runs.plot import plot_curves
 from lbpwht_jax.runs.progress import Reporter
 from lbpwht_jax.runs.results import Result
-from lbpwht_jax.runs.config import RunConfig
 from lbpwht_jax.train import Diverged, Placement, Snapshot, Trainer, TrainState
+from lbpwht_jax.train.checkpoint import Checkpoints, Facts
 from lbpwht_jax.train.processes import is_first
 from lbpwht_jax.train.stop import StopSignals
-from lbpwht_jax.weights.files import save_weights
+from lbpwht_jax.weights import save_adapter, save_weights
 
 
 class Stopped(Exception):
-    """A run that a signal stopped, after its state was saved; the text says where."""
+    """Raised when a signal stopped a run, after its state was saved; the text says where."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -36,12 +36,12 @@ class TrainingRun:
     """A run that is ready to start or to go on.
 
     Attributes:
-      config: what it is.
-      folder: of the run.
-      model: under the method's rules.
-      trainer: of the model.
-      variables: what it starts from, unless it goes on from a checkpoint.
-      restored: the state it goes on from, and the checkpoint's facts.
+      config: what the run is.
+      folder: the run's folder.
+      model: the model under the method's rules.
+      trainer: what trains it.
+      variables: what training starts from, unless it goes on from a checkpoint.
+      restored: the state that training goes on from, and the checkpoint's facts.
     """
 
     config: RunConfig
@@ -98,7 +98,7 @@ class TrainingRun:
         )
 
     def _follow(self, state: TrainState, done: int, save_every: int, checkpoints: Checkpoints, console: Console) -> TrainState:
-        """The state after the last step; everything on the way is written and shown."""
+        """Trains, writing and showing all on the way; returns the state after the last step."""
         file = MetricsFile(self.folder, self.config.recipe.batch_size, done, write=is_first())
         with StopSignals() as stop, file as metrics, Reporter(console, self.trainer, done) as reporter:
             try:
@@ -154,7 +154,7 @@ class TrainingRun:
             statistics.median(step.seconds for step in steps[1:] or steps),
         )
         if is_first():
-            run_folder.plot_curves(folder, steps, epochs, f"{config.model} on {config.dataset}, {config.method}")
+            plot_curves(folder / run_folder.PLOT, steps, epochs, f"{config.model} on {config.dataset}, {config.method}")
             run_folder.write_json(folder / run_folder.RESULT, dataclasses.asdict(result))
         skipped = run_folder.add_skipped(folder, {})
         if skipped:
@@ -174,9 +174,9 @@ def prepare(
     """Checks a run and reads what it starts from; writes nothing.
 
     Args:
-      config: what it is.
-      folder: of the run.
-      dataset: opened.
+      config: what the run is.
+      folder: the run's folder.
+      dataset: its data.
       placement: where the arrays live.
       workers: threads that load images; by default as many as there are cores, up to 16.
       resume_step: the checkpoint to go on from; by default the run starts with its pretrained weights.

@@ -1,62 +1,61 @@
 """How to train: the numbers, and the optimiser they make."""
 
 import dataclasses
+from typing import Annotated
 
 import optax
+import pydantic.dataclasses
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from lbpwht_jax.data import Augmentation
+from lbpwht_jax.data.validation import STRICT
+
+_BelowOne = Annotated[float, Field(ge=0, lt=1)]
 
 
-@dataclasses.dataclass(frozen=True)
+@pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
 class Recipe:
-    """How to train; the defaults other than epochs, rate and warm-up are the paper's.
+    """How to train; the defaults are the paper's, but for learning rate and warm-up.
 
     Attributes:
       epochs: passes over the training images.
-      batch_size: images a step, over all devices and processes.
+      batch_size: images per step, over all devices and processes.
       lr: AdamW's peak learning rate.
-      weight_decay: of AdamW.
-      clip: global norm that gradients are clipped to; 0 leaves them as they are.
+      weight_decay: AdamW's weight decay.
+      clip: the global norm that gradients are clipped to; 0 for no clipping.
       warmup_steps: steps over which the rate rises linearly from a thousandth of ``lr``; at most a fifth of all steps.
-      min_ratio: what the cosine decays to, over ``lr``.
-      label_smoothing: probability spread over all classes.
-      drop_path: probability of dropping the last block's residual branches, rising linearly to it.
-      ema: decay a step of the moving average of the trained parameters, which is then what is evaluated and kept; 0 for none.
-      accumulate: equal parts a batch is cut into, one after the other; their gradients' mean makes the step.
+      min_ratio: the last learning rate of the cosine, as a fraction of ``lr``.
+      label_smoothing: the probability spread evenly over all classes.
+      drop_path: the probability of dropping the last block's residual branches; it rises linearly from 0 at the first block.
+      ema: decay per step of the moving average of the trained parameters, which is then what is evaluated and kept; 0 for none.
+      accumulate: how many equal parts a batch is cut into, computed one after the other; a step takes their mean gradient.
       augmentation: how training images are changed.
-      seed: of data split, new head, shuffling, augmentation and drop path.
+      seed: decides data split, new head, shuffling, augmentation and drop path.
 
     Raises:
-      ValueError: if a number is out of range.
+      pydantic.ValidationError: (a ValueError) if a value has the wrong type or is out of range.
     """
 
-    epochs: int
-    batch_size: int = 64
-    lr: float = 5e-4
-    weight_decay: float = 1e-5
-    clip: float = 5.0
-    warmup_steps: int = 100
-    min_ratio: float = 0.01
-    label_smoothing: float = 0.1
-    drop_path: float = 0.0
-    ema: float = 0.0
-    accumulate: int = 1
+    epochs: PositiveInt
+    batch_size: PositiveInt = 64
+    lr: PositiveFloat = 5e-4
+    weight_decay: NonNegativeFloat = 1e-5
+    clip: NonNegativeFloat = 5.0
+    warmup_steps: NonNegativeInt = 100
+    min_ratio: _BelowOne = 0.01
+    label_smoothing: _BelowOne = 0.1
+    drop_path: _BelowOne = 0.0
+    ema: _BelowOne = 0.0
+    accumulate: PositiveInt = 1
     augmentation: Augmentation = dataclasses.field(default_factory=Augmentation)
-    seed: int = 0
-
-    def __post_init__(self):
-        for name in ("epochs", "batch_size", "lr", "accumulate"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name.replace('_', '-')} must be positive, got {getattr(self, name)}")
-        for name in ("weight_decay", "clip", "warmup_steps", "seed"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name.replace('_', '-')} must not be negative, got {getattr(self, name)}")
-        for name in ("min_ratio", "label_smoothing", "drop_path", "ema"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name.replace('_', '-')} must be in [0, 1), got {getattr(self, name)}")
+    seed: NonNegativeInt = 0
 
     def optimizer(self, steps: int) -> optax.GradientTransformation:
-        """Clipping, then AdamW under linear warm-up and a cosine, over ``steps`` steps."""
+        """Clips gradients, then applies AdamW with linear warm-up and a cosine.
+
+        Args:
+          steps: of the whole training.
+        """
         warmup = min(self.warmup_steps, steps // 5)
         schedule = optax.warmup_cosine_decay_schedule(self.lr / 1000, self.lr, warmup, max(steps, 1), self.lr * self.min_ratio)
         adamw = optax.adamw(schedule, weight_decay=self.weight_decay)

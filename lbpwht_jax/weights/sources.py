@@ -50,7 +50,7 @@ def read_weights(source: str | os.PathLike, *, offline: bool = False) -> dict[st
 
 def _download(repository: str, offline: bool) -> Path:
     try:
-        from huggingface_hub import errors, hf_hub_download
+        from huggingface_hub import errors, hf_hub_download  # noqa: PLC0415 - optional, of the extra hub
     except ImportError:
         raise ImportError(
             f"{repository}: no such file or folder, and reading from the Hugging Face hub needs huggingface_hub; "

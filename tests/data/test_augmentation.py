@@ -11,6 +11,7 @@ from scipy import stats
 
 from lbpwht_jax.data import Augmentation, make_augmentation
 from lbpwht_jax.data.augmentation import crop_boxes, mix, resample
+from lbpwht_jax.data.validation import plain_errors
 
 RNG = np.random.default_rng(0)
 IMAGES = RNG.integers(60, 196, (8, 12, 12, 3)).astype(np.uint8)
@@ -159,14 +160,17 @@ def test_the_key_decides_and_devices_do_not():
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"crop_scale": (0.0, 1.0)}, r"crop_scale must be two rising numbers in \(0, 1\], got \(0.0, 1.0\)"),
-        ({"crop_scale": (0.5, 0.1)}, "crop_scale must be two rising numbers"),
-        ({"shift": -1}, "shift must not be negative, got -1"),
-        ({"mixup": -0.1}, "mixup must not be negative, got -0.1"),
-        ({"randaugment": (2, 11)}, r"randaugment must be a positive count and 0 to 10, got \(2, 11\)"),
-        ({"randaugment": (0, 5)}, "randaugment must be a positive count"),
+        ({"crop_scale": (0.0, 1.0)}, r"crop_scale\.0 must be greater than 0, got 0\.0"),
+        ({"crop_scale": (0.5, 0.1)}, r"crop_scale: the least area must not be above the largest, got \(0\.5, 0\.1\)"),
+        ({"shift": -1}, "shift must be greater than or equal to 0, got -1"),
+        ({"shift": 1.5}, r"shift must be a valid integer, got 1\.5"),
+        ({"mixup": -0.1}, r"mixup must be greater than or equal to 0, got -0\.1"),
+        ({"cutmix": float("nan")}, "cutmix must be a finite number, got nan"),
+        ({"randaugment": (2, 11)}, r"randaugment\.1 must be less than or equal to 10, got 11"),
+        ({"randaugment": (0, 5)}, r"randaugment\.0 must be greater than 0, got 0"),
+        ({"flop": True}, "flop: Unexpected keyword argument, got True"),
     ],
 )
 def test_values_out_of_range(wrong, message):
-    with pytest.raises(ValueError, match=f"Augmentation: {message}"):
+    with pytest.raises(ValueError, match=f"^here: {message}$"), plain_errors("here"):
         Augmentation(**wrong)

@@ -9,7 +9,9 @@ import jax.numpy as jnp
 import pytest
 import tyro
 
-from lbpwht_jax import cli, create_model
+from lbpwht_jax import create_model
+from lbpwht_jax.cli.commands import COMMANDS
+from lbpwht_jax.cli.execute import load
 
 ROOT = Path(__file__).parents[2]
 PAGES = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md"]
@@ -62,6 +64,4 @@ def test_the_readmes_rules_fit_a_model():
 
 @pytest.mark.parametrize(("page", "arguments"), SHELL, ids=lambda value: " ".join(value) if isinstance(value, list) else value)
 def test_the_commands_parse(page, arguments):
-    command = {"evaluate": cli.Evaluate, "finetune": cli.Finetune, "predict": cli.Predict, "export": cli.Export}
-    command |= {"prepare": cli.Prepare, "models": cli.Models, "convert": cli.Convert, "cost": cli.Cost, "bench": cli.Bench}
-    tyro.cli(command[arguments[0]], args=arguments[1:])
+    tyro.cli(load(COMMANDS[arguments[0]]), args=arguments[1:])

@@ -1,10 +1,10 @@
-"""The commands that use a run folder: ``lbpwht evaluate`` and ``lbpwht predict``."""
+"""``lbpwht predict``: what a run's model says of image files."""
 
 import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -13,83 +13,26 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from lbpwht_jax.data import image_files, load_image, open_dataset
+from lbpwht_jax.data import image_files, load_image
 from lbpwht_jax.runs.finished import FINAL, FinishedRun, load_run
-from lbpwht_jax.train import Evaluator, Placement, loading, normalise
+from lbpwht_jax.train import normalise
 
-_Run = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
-_Images = Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE...")]
-_Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 _AT_ONCE = 32
-
-
-@dataclasses.dataclass(frozen=True)
-class Evaluate:
-    """Evaluates what a run made: accuracy and mean loss, every image counted once, on all local devices."""
-
-    run: _Run
-    """The run folder; model, data and normalisation are read from it."""
-    dataset: str | None = None
-    """Another data set of the same classes, named as for "lbpwht finetune"; by default the run's."""
-    data_dir: Path | None = None
-    """Folder of the TFDS data sets; by default the run's."""
-    split: Literal["test", "train"] = "test"
-    """Which images."""
-    checkpoint: str = FINAL
-    """final; or a checkpoint, also of a run that is not finished: last, best or the number of its step."""
-    batch_size: int | None = None
-    """Images a call, over all devices; by default the run's."""
-    json: _Flag = False
-    """Prints JSON."""
-
-    def prepare(self) -> Callable[[], None]:
-        """Reads run and data.
-
-        Returns:
-          The function that evaluates and prints.
-
-        Raises:
-          ValueError: if the folder holds no such run, the data set is unknown or has other classes, or the devices cannot
-            share a batch.
-          FileNotFoundError: if there is no such data.
-        """
-        loaded = load_run(self.run, self.checkpoint)
-        config = loaded.config
-        data_dir = self.data_dir if self.data_dir or config.data_dir is None else Path(config.data_dir)
-        dataset = open_dataset(self.dataset or config.dataset, config.recipe.seed, data_dir)
-        config.check_classes(dataset)
-        placement = Placement(devices=jax.local_devices())
-        batch_size = config.recipe.batch_size if self.batch_size is None else self.batch_size
-        placement.check(batch_size, 1)
-        evaluator = Evaluator(loaded.module, config.info, loading(config.info, config.image_size, batch_size), placement)
-
-        def run() -> None:
-            variables = placement.put(loaded.variables, jax.tree.map(lambda _: placement.replicated, loaded.variables))
-            found = evaluator(variables, getattr(dataset, self.split))
-            if self.json:
-                fields = {"run": str(self.run), "dataset": dataset.name, "split": self.split, "checkpoint": self.checkpoint}
-                print(json.dumps({**fields, **found._asdict()}, indent=2))
-                return
-            print(f"{dataset.name}, {self.split}: accuracy {found.accuracy:.2%}, loss {found.loss:.4f}, {found.images} images")
-            for name, reason in found.skipped.items():
-                print(f"not read, not counted: {name}: {reason}")
-
-        return run
 
 
 @dataclasses.dataclass(frozen=True)
 class Predict:
     """Classifies image files with what a run made."""
 
-    run: _Run
+    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """The run folder; model, image size, normalisation and classes are read from it."""
-    images: _Images
+    images: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE...")]
     """Image files; a folder stands for all images in it and below."""
     top_k: int = 5
     """How many classes are shown, the most probable first."""
     checkpoint: str = FINAL
     """final; or a checkpoint, also of a run that is not finished: last, best or the number of its step."""
-    json: _Flag = False
+    json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Prints JSON: a list of {"image": ..., "predictions": [{"class": ..., "probability": ...}, ...]}."""
 
     def prepare(self) -> Callable[[], None]:
@@ -132,7 +75,15 @@ class Predict:
 
 
 def predict(run: FinishedRun, images: np.ndarray) -> np.ndarray:
-    """Probabilities of the run's classes, float32 ``[count, classes]``, of uint8 images ``[count, size, size, channels]``."""
+    """Classifies images.
+
+    Args:
+      run: what classifies them.
+      images: uint8 ``[count, size, size, channels]``.
+
+    Returns:
+      Probabilities of the run's classes, float32 ``[count, classes]``.
+    """
 
     @jax.jit
     def probabilities(variables: Any, images: jax.Array) -> jax.Array:

@@ -1,0 +1,68 @@
+"""``lbpwht evaluate``: how good what a run made is."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Literal
+
+import jax
+import tyro
+
+from lbpwht_jax.data import open_dataset
+from lbpwht_jax.runs.finished import FINAL, load_run
+from lbpwht_jax.train import Evaluator, Placement, loading
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluate:
+    """Evaluates what a run made: accuracy and mean loss, every image counted once, on all local devices."""
+
+    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+    """The run folder; model, data and normalisation are read from it."""
+    dataset: str | None = None
+    """Another data set of the same classes, named as for "lbpwht finetune"; by default the run's."""
+    data_dir: Path | None = None
+    """Folder of the TFDS data sets; by default the run's."""
+    split: Literal["test", "train"] = "test"
+    """Which images."""
+    checkpoint: str = FINAL
+    """final; or a checkpoint, also of a run that is not finished: last, best or the number of its step."""
+    batch_size: int | None = None
+    """Images per call, over all devices; by default the run's batch size."""
+    json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Prints JSON."""
+
+    def prepare(self) -> Callable[[], None]:
+        """Reads run and data.
+
+        Returns:
+          The function that evaluates and prints.
+
+        Raises:
+          ValueError: if the folder holds no such run, the data set is unknown or has other classes, or the devices cannot
+            share a batch.
+          FileNotFoundError: if there is no such data.
+        """
+        loaded = load_run(self.run, self.checkpoint)
+        config = loaded.config
+        data_dir = self.data_dir if self.data_dir or config.data_dir is None else Path(config.data_dir)
+        dataset = open_dataset(self.dataset or config.dataset, config.recipe.seed, data_dir)
+        config.check_classes(dataset)
+        placement = Placement(devices=jax.local_devices())
+        batch_size = config.recipe.batch_size if self.batch_size is None else self.batch_size
+        placement.check(batch_size, 1)
+        evaluator = Evaluator(loaded.module, config.info, loading(config.info, config.image_size, batch_size), placement)
+
+        def run() -> None:
+            variables = placement.put(loaded.variables, jax.tree.map(lambda _: placement.replicated, loaded.variables))
+            found = evaluator(variables, getattr(dataset, self.split))
+            if self.json:
+                fields = {"run": str(self.run), "dataset": dataset.name, "split": self.split, "checkpoint": self.checkpoint}
+                print(json.dumps({**fields, **found._asdict()}, indent=2))
+                return
+            print(f"{dataset.name}, {self.split}: accuracy {found.accuracy:.2%}, loss {found.loss:.4f}, {found.images} images")
+            for name, reason in found.skipped.items():
+                print(f"not read, not counted: {name}: {reason}")
+
+        return run

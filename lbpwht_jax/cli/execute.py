@@ -1,0 +1,53 @@
+"""Parsing one command's arguments and running it."""
+
+import importlib
+import logging
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import tyro
+from rich.console import Console
+
+from lbpwht_jax.cli.commands import Command
+
+
+class Runnable(Protocol):
+    """A command with its arguments: a dataclass that tyro fills."""
+
+    def prepare(self) -> Callable[[], int | None] | None:
+        """Checks all that can be checked at once.
+
+        Returns:
+          What does the work and returns the exit code, None for 0; or None if nothing is left to do.
+
+        Raises:
+          TypeError, ValueError, FileNotFoundError, ImportError: if an argument is mistaken.
+        """
+        ...
+
+
+def load(command: Command) -> type[Runnable]:
+    """The command's dataclass; imports its module."""
+    return getattr(importlib.import_module(f"lbpwht_jax.cli.{command.module}"), command.name)
+
+
+def execute(name: str, command: Command, arguments: Sequence[str]) -> int:
+    """Runs a command; arguments, result and what is raised are those of ``main``."""
+    parsed = tyro.cli(load(command), prog=f"lbpwht {name}", args=arguments)
+    # where a checkpoint cannot be read or written, the error is reported once; the other files' errors are not worth a trace
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    try:
+        run = parsed.prepare()
+    except (TypeError, ValueError, FileNotFoundError, ImportError) as error:
+        report(error)
+        return 2
+    try:
+        return 0 if run is None else run() or 0
+    except (FloatingPointError, OSError, ValueError) as error:
+        report(error)
+        return 1
+
+
+def report(error: Exception) -> None:
+    """Shows an error on the standard error stream."""
+    Console(stderr=True).print(f"lbpwht: {error}", style="red", markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,79 @@
+"""Going on with a run: ``lbpwht finetune --resume``."""
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from lbpwht_jax.cli.run_flags import RunFlags
+from lbpwht_jax.data import open_dataset
+from lbpwht_jax.runs import folder as run_folder
+from lbpwht_jax.runs import training as training_run
+from lbpwht_jax.runs.config import RunConfig
+from lbpwht_jax.runs.training import TrainingRun
+from lbpwht_jax.train import Placement
+from lbpwht_jax.train.checkpoint import last_step
+from lbpwht_jax.train.processes import is_first
+
+
+def resumed_run(
+    folder: Path,
+    flags: RunFlags,
+    step: int | None,
+    data_dir: Path | None,
+    placement: Placement,
+    workers: int | None,
+    locks: contextlib.ExitStack,
+) -> TrainingRun:
+    """A run that goes on from a checkpoint.
+
+    Args:
+      folder: the run's folder.
+      flags: those given with ``--resume``; none may contradict the run.
+      step: of the checkpoint; None for the last one.
+      data_dir: where the TFDS data sets are now; None for where the run found them.
+      placement: where the arrays live.
+      workers: threads that load images; None for as many as there are cores, up to 16.
+      locks: takes the lock of the folder.
+
+    Raises:
+      ValueError: if the folder holds no run or a finished one, another process has it, a flag contradicts it, or the checkpoint
+        is damaged or of another model.
+      FileNotFoundError: if the data is not there.
+    """
+    config = run_folder.read_config(folder)
+    check_agreement(flags, config, folder)
+    if is_first():
+        locks.callback(run_folder.lock(folder, create=False).release)
+    if training_run.finished(folder):
+        raise ValueError(f"{folder} is finished; there is nothing to resume")
+    if data_dir is not None:
+        config = dataclasses.replace(config, data_dir=str(data_dir))
+    dataset = open_dataset(config.dataset, config.recipe.seed, None if config.data_dir is None else Path(config.data_dir))
+    return training_run.prepare(config, folder, dataset, placement, workers, last_step(folder) if step is None else step)
+
+
+def check_agreement(flags: RunFlags, config: RunConfig, folder: Path) -> None:
+    """Checks that no flag that was given contradicts a run: what they make of its configuration is the same again.
+
+    Raises:
+      ValueError: if one does; names the flag, its value and the run's.
+    """
+    if flags.recipe is not None:
+        raise ValueError(f"--recipe does not go with --resume: the run in {folder} keeps its configuration; leave it out")
+    for name, wanted, recorded in _differences(flags.over(config), config):
+        raise ValueError(
+            f"--{name.replace('_', '-')} {wanted}: the run in {folder} was started with {recorded}, and a resumed run keeps "
+            "its configuration; leave the flag out, or start a new run"
+        )
+
+
+def _differences(wanted: Any, recorded: Any) -> Iterator[tuple[str, Any, Any]]:
+    """Fields that differ between two configurations, in order: name and both values, of nested ones too."""
+    for field in dataclasses.fields(wanted):
+        ours, theirs = getattr(wanted, field.name), getattr(recorded, field.name)
+        if dataclasses.is_dataclass(ours):
+            yield from _differences(ours, theirs)
+        elif ours != theirs:
+            yield field.name, ours, theirs
