@@ -119,9 +119,8 @@ TABLE_6_QUIRKS = (
 
 
 def image_shape(model: str) -> tuple[int, int, int]:
-    """Of the model's usual images."""
-    info = model_info(model)
-    return info.image_size, info.image_size, info.channels
+    """Height, width and channels of the model's usual images."""
+    return model_info(model).images.shape
 
 
 @functools.cache
@@ -138,10 +137,12 @@ def _trace(adapted: AdaptedModule, model: str) -> list[Record]:
 def row_mflops(row: Row, classes: int) -> float:
     """Our count of a row, an image."""
     info = model_info(row.model)
-    info = info if row.layers is None else dataclasses.replace(info, layers=row.layers)
+    info = (
+        info if row.layers is None else dataclasses.replace(info, layers=dataclasses.replace(info.layers, low_rank=row.layers))
+    )
     method = parse_method(row.method)
     if method.branches == "none":
-        records, adapted = plain_records(row.model, row.train, classes), re.compile(info.layers)
+        records, adapted = plain_records(row.model, row.train, classes), re.compile(info.layers.low_rank)
         return sum(paper_flops(r, method.spec if adapted.search(r.path) else None) for r in records) / 1e6
     rules = method.rules(info, row.train)
     if row.frozen is not None:
@@ -208,7 +209,7 @@ def table_6() -> dict[str, tuple[float, float, float]]:
 def by_rank(model: str) -> dict:
     """Backward MFLOPs of a model at 100 classes: of full backpropagation, and by the number of functions kept."""
     records = plain_records(model, "all", 100)
-    adapted = re.compile(model_info(model).layers)
+    adapted = re.compile(model_info(model).layers.low_rank)
     curve = []
     for r in range(1, 16):
         spec = lp_l1(r)

@@ -23,7 +23,7 @@ RESULTS = Path(__file__).parent / "results" / "saved_bytes.json"
 def count(model: str, method: str, classes: int = 100) -> dict:
     """Both counts of a method, an image, in float32."""
     info = model_info(model)
-    shape = (info.image_size, info.image_size, info.channels)
+    shape = info.images.shape
     adapted = adapted_model(model, method, num_classes=classes)
     recomputed = dataclasses.replace(adapted, module=adapted.module.clone(remat=True))
     variables = abstract_variables(adapted, shape)

@@ -118,7 +118,7 @@ class Step:
         optimizer = recipe.optimizer(1000)
         models = {method: self._model(name, method) for method in self.methods}
         base = next(iter(models.values())).module
-        shape = (base.image_size, base.image_size, info.channels)
+        shape = (base.image_size, base.image_size, info.images.channels)
         variables = jax.jit(base.init)(jax.random.key(0), jnp.zeros((1, *shape)))
         batch = _batch(self.batch_size, shape)
         functions, peaks, losses, saved, flops = {}, {}, {}, {}, {}

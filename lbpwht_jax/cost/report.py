@@ -91,7 +91,7 @@ def model_cost(
       ValueError: if a name is unknown, or the image size does not suit the model.
     """
     adapted = adapted_model(model, method, train, num_classes, image_size)
-    shape = (adapted.module.image_size, adapted.module.image_size, model_info(model).channels)
+    shape = (adapted.module.image_size, adapted.module.image_size, model_info(model).images.channels)
     variables = abstract_variables(adapted, shape)
     layers = layer_costs(adapted, variables, shape)
     paper = sum(layer.backward_flops_paper for layer in layers)

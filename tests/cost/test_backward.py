@@ -3,9 +3,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from lbpwht_jax import LowRankDense, low_rank_matmul, lp_l1
+from lbpwht_jax import LowRankDense, create_model, low_rank_matmul, lp_l1
 from lbpwht_jax.cost.backward import backward_flops, saved_bytes
-from lbpwht_jax.models import create_model
 from lbpwht_jax.ops.flops import product_flops
 
 
