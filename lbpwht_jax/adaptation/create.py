@@ -64,6 +64,7 @@ def create_model(
     if not any(re.search(rule.pattern, layer.path) for layer in gridded):
         nearest = difflib.get_close_matches(rule.pattern, [layer.path for layer in gridded], n=5, cutoff=0.0)
         raise ValueError(
-            f"create_model({name!r}): layers={layers!r} matches no layer on a token grid; the nearest paths: {', '.join(nearest)}"
+            f"create_model({name!r}): layers={layers!r} matches no layer on a token grid; "
+            f"the nearest paths: {', '.join(nearest)}"
         )
     return LowRankModel(model, resolve_rules(gridded, parameters, [rule]))

@@ -43,8 +43,8 @@ class Method:
 
         Args:
           info: of the model.
-          train: ``"all"``; ``"last_stage"``, the last stage (``info.layers.last_stage``) and the head alone; ``"head"``, the head
-            and LoRA's branches alone, the other layers being backpropagated exactly.
+          train: ``"all"``; ``"last_stage"``, the last stage (``info.layers.last_stage``) and the head alone; ``"head"``, the
+            head and LoRA's branches alone, the other layers being backpropagated exactly.
 
         Raises:
           ValueError: if ``train`` is none of these, or is ``"head"`` and the method adapts layers without training a branch.
