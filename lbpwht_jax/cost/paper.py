@@ -11,7 +11,7 @@ paper states no formula. This count comes to within 7 % of every row by these ru
 
 Where they come from: R coefficients per block, blocks padded to 8x8 and the sums over all 64 tokens are what the authors' layer
 computes. The rounding to 16 and the FLOPs per element stand nowhere in the paper: they were chosen by hand to meet the rows of
-Tables 5 and 7, all of them in view. ``experiments/cost_constants.py`` fits the FLOPs per element to half of the rows and reports
+Tables 5 and 7, all of them in view. ``experiments/cost_constants.py`` fits the FLOPs per element to half of the rows and gives
 the error on the other half. Table 6 is arithmetic on the layers' shapes at batch 64; ``experiments/cost_tables.py`` repeats it.
 """
 
