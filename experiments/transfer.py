@@ -37,7 +37,7 @@ from transfer_training import AUGMENTATION, make_trainer, train
 
 from lbpwht_jax.adaptation.linen import AdaptedModule, adapt
 from lbpwht_jax.adaptation.presets import Method, parse_method
-from lbpwht_jax.cost.backward import backward_flops, saved_bytes
+from lbpwht_jax.cost.backward import backward_flops, residual_bytes
 from lbpwht_jax.cost.report import layer_costs
 from lbpwht_jax.data import Dataset
 from lbpwht_jax.train import Recipe
@@ -158,7 +158,7 @@ def run(variant: Variant, trained: Train, seed: int, setting: Setting, weights: 
         "trainable_parameters": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
         "backward_flops": backward_flops(model, variables, shape),
         "backward_flops_paper": sum(layer.backward_flops_paper for layer in layer_costs(model, variables, shape)),
-        "saved_bytes": saved_bytes(model, variables, shape),
+        "saved_bytes": residual_bytes(model, variables, shape),
         "run_seconds": time.perf_counter() - started,
         "versions": {"jax": jax.__version__, "flax": flax.__version__, "python": platform.python_version()},
         "device": f"{jax.devices()[0].device_kind}, {platform.machine()}, {cores()}",

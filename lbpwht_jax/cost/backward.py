@@ -54,7 +54,7 @@ def backward_flops(model: Any, variables: Variables, image_shape: tuple[int, int
     return product_flops(jax.value_and_grad(loss), *arguments) - product_flops(loss, *arguments)
 
 
-def saved_bytes(model: Any, variables: Variables, image_shape: tuple[int, int, int]) -> int:
+def residual_bytes(model: Any, variables: Variables, image_shape: tuple[int, int, int]) -> int:
     """Bytes an image that the backward pass of a cross-entropy loss keeps from the forward pass.
 
     These are all the residuals of ``jax.vjp`` that grow with the batch, of every layer, low-rank or not; parameters are not

@@ -9,7 +9,7 @@ from flax.traverse_util import flatten_dict
 
 from lbpwht_jax.adaptation.linen import AdaptedModule
 from lbpwht_jax.adaptation.presets import Train, adapted_model
-from lbpwht_jax.cost.backward import abstract_variables, saved_bytes
+from lbpwht_jax.cost.backward import abstract_variables, residual_bytes
 from lbpwht_jax.cost.layers import matmul_flops, saved_elements
 from lbpwht_jax.cost.paper import paper_flops
 from lbpwht_jax.cost.trace import Product, Record, layer_records
@@ -107,7 +107,7 @@ def model_cost(
         image_size=shape[0],
         backward_flops_paper=paper,
         backward_flops_matmul=sum(layer.backward_flops_matmul for layer in layers),
-        saved_activation_bytes=saved_bytes(adapted, variables, shape),
+        saved_activation_bytes=residual_bytes(adapted, variables, shape),
         gradient_bytes=_FLOAT32 * parameters,
         trainable_parameters=parameters,
         speedup_vs_full_paper=full / paper,

@@ -10,7 +10,7 @@ from flax import traverse_util
 from lbpwht_jax import Freeze, LoRA, LowRank, adapt, low_rank_matmul, lp_l1
 from lbpwht_jax.adaptation.partition import join_params, split_params
 from lbpwht_jax.adaptation.presets import parse_method
-from lbpwht_jax.cost.backward import backward_flops, saved_bytes
+from lbpwht_jax.cost.backward import backward_flops, residual_bytes
 from lbpwht_jax.data import ArraySplit, Batch, Dataset
 from lbpwht_jax.models import model_info
 from lbpwht_jax.models.blocks import Settings
@@ -159,7 +159,7 @@ def step_costs(name, method, train):
     compiled = training.train_step.lower(training.initial_state(variables), batch).compile()
     shape = info.images.shape
     traced = 8 * backward_flops(training.model, variables, shape)
-    return compiled.cost_analysis()["flops"], traced, saved_bytes(training.model, variables, shape)
+    return compiled.cost_analysis()["flops"], traced, residual_bytes(training.model, variables, shape)
 
 
 def test_the_compiled_step_saves_what_the_count_says():
