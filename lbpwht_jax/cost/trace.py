@@ -101,7 +101,7 @@ def layer_records(
     Nothing is computed or allocated.
 
     Args:
-      model: a Linen module, or what stands for one: called as ``model.apply(variables, images, train=True)``.
+      model: a Linen module or ``AdaptedModule``, called as ``model.apply(variables, images, train=True)``.
       variables: its variables, arrays or ``jax.ShapeDtypeStruct``.
       image_shape: height, width and channels.
       trained: whether the parameter at a path, such as ``"blocks_0/mlp/fc1/kernel"``, is trained.
