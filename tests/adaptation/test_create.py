@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from closeness import assert_close, difference
 
 from lbpwht_jax import LoRA, LowRank, adapt, create_model, lp_l1
 
@@ -36,11 +37,11 @@ def test_the_variables_are_the_plain_model_s(variables):
 
 def test_the_layers_asked_for_alone_are_low_rank(variables):
     exact, low = gradients(PLAIN, variables), gradients(FC1, variables)
-    last = "blocks_5"  # nothing low-rank lies between its layers and the loss
-    chex.assert_trees_all_close(low["head"], exact["head"], rtol=1e-5)
-    chex.assert_trees_all_close(low[last]["mlp"]["fc2"], exact[last]["mlp"]["fc2"], rtol=1e-5, atol=1e-5)
-    with pytest.raises(AssertionError):
-        chex.assert_trees_all_close(low[last]["mlp"]["fc1"]["kernel"], exact[last]["mlp"]["fc1"]["kernel"], rtol=0.1, atol=1e-3)
+    # The last block sees no cotangent but the class token's, which is exact; so the one before sees exact cotangents too.
+    mlp, wanted = low["blocks_4"]["mlp"], exact["blocks_4"]["mlp"]
+    chex.assert_trees_all_close(low["head"], exact["head"], rtol=1e-5)  # float32 rounding, here and below
+    assert_close(mlp["fc2"], wanted["fc2"], 1e-4)
+    assert difference(mlp["fc1"]["kernel"], wanted["fc1"]["kernel"]) > 1e-2
     by_rule = adapt(PLAIN, [LowRank("mlp/fc1$", lp_l1(2))], IMAGES)
     chex.assert_trees_all_equal(low, gradients(by_rule, variables))
 
