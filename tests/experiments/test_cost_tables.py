@@ -2,7 +2,7 @@
 
 import pytest
 
-from experiments import cost_constants, cost_tables
+from experiments import cost_tables
 from lbpwht_jax.cost.trace import Product
 
 
@@ -19,12 +19,6 @@ def test_tables_5_and_7(compared):
         assert row["our_mflops"] == pytest.approx(row["paper_mflops"], rel=0.08), row
         assert row["our_speedup"] == pytest.approx(row["paper_speedup"], rel=0.08), row
     assert sum(row["difference"] ** 2 for row in compared) / len(compared) < 0.025**2
-
-
-def test_constants_fitted_to_half_of_the_rows_hold_on_the_other_half():
-    for half in cost_constants.held_out(*cost_constants.relative_shares()).values():
-        assert half["held_out"]["rms"] < HELD_OUT_RMS and half["held_out"]["worst"] < HELD_OUT_WORST
-        assert half["in_use"]["rms"] < 0.03
 
 
 @pytest.mark.parametrize("label", cost_tables.TABLE_6)
