@@ -134,7 +134,8 @@ def _trace(adapted: AdaptedModule, model: str) -> list[Record]:
     return layer_records(adapted, abstract_variables(adapted, shape), shape, adapted.trainable)
 
 
-def row_records(row: Row, classes: int) -> list[tuple[Record, LowRankSpec | None]]:
+@functools.cache
+def row_records(row: Row, classes: int) -> tuple[tuple[Record, LowRankSpec | None], ...]:
     """What a row counts: records of one image's forward pass, each with the spec of its backward pass."""
     info = model_info(row.model)
     if row.layers is not None:
@@ -142,13 +143,13 @@ def row_records(row: Row, classes: int) -> list[tuple[Record, LowRankSpec | None
     method = parse_method(row.method)
     if method.branches == "none":
         records, adapted = plain_records(row.model, row.train, classes), re.compile(info.layers.low_rank)
-        return [(record, method.spec if adapted.search(record.path) else None) for record in records]
+        return tuple((record, method.spec if adapted.search(record.path) else None) for record in records)
     rules = method.rules(info, row.train)
     if row.frozen is not None:
         rules = (Freeze(row.frozen), *rules)
     module = create_model(row.model, num_classes=classes, frozen_batch_norm=True)
     model = adapt(module, rules, jax.ShapeDtypeStruct((1, *image_shape(row.model)), jnp.float32))
-    return [(record, model.spec(record.path)) for record in _trace(model, row.model)]
+    return tuple((record, model.spec(record.path)) for record in _trace(model, row.model))
 
 
 def row_mflops(row: Row, classes: int) -> float:
