@@ -9,9 +9,9 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lbpwht_jax.adaptation import Freeze, LoRA, LowRank, adapt
+    from lbpwht_jax.adaptation import Freeze, LoRA, LowRank, adapt, create_model
     from lbpwht_jax.layers import LowRankDense, LowRankLinear
-    from lbpwht_jax.models import create_model, list_models
+    from lbpwht_jax.models import list_models
     from lbpwht_jax.ops import LowRankSpec, fast_walsh_hadamard, low_rank_matmul, lp_l1, lp_linf, walsh_matrix
     from lbpwht_jax.weights import load_adapter, load_pretrained, save_adapter
 
@@ -41,8 +41,8 @@ __all__ = [
 _NAMES = {
     "ops": ("LowRankSpec", "fast_walsh_hadamard", "low_rank_matmul", "lp_l1", "lp_linf", "walsh_matrix"),
     "layers": ("LowRankDense", "LowRankLinear"),
-    "models": ("create_model", "list_models"),
-    "adaptation": ("Freeze", "LoRA", "LowRank", "adapt"),
+    "models": ("list_models",),
+    "adaptation": ("Freeze", "LoRA", "LowRank", "adapt", "create_model"),
     "weights": ("load_adapter", "load_pretrained", "save_adapter"),
 }
 _ROOM = {name: room for room, names in _NAMES.items() for name in names}

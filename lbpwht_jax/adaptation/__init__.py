@@ -1,5 +1,6 @@
 """Models under rules: low rank, LoRA and freezing, for Linen and NNX."""
 
+from lbpwht_jax.adaptation.create import create_model
 from lbpwht_jax.adaptation.linen import AdaptedModule, adapt, resolve
 from lbpwht_jax.adaptation.nnx import FrozenParam, merge, with_branches
 from lbpwht_jax.adaptation.partition import join_params, split_params
@@ -19,6 +20,7 @@ __all__ = [
     "Train",
     "adapt",
     "adapted_model",
+    "create_model",
     "join_params",
     "merge",
     "parse_method",

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from lbpwht_jax.models import create_model, list_models
+from lbpwht_jax.models import list_models, plain_model
 from lbpwht_jax.runs.finished import FINAL, load_run
 from lbpwht_jax.weights import export_weights, load_pretrained
 from lbpwht_jax.weights.pretrained import number_of_classes
@@ -88,7 +88,7 @@ class Export:
 def _rewrite(command: Convert | Export, source: str, output: Path, format: Literal["timm", "flax"]) -> None:
     variables = load_pretrained(command.model, source, command.num_classes, command.image_size, offline=command.offline)
     classes = number_of_classes(command.model, variables)
-    module = create_model(command.model, num_classes=classes, image_size=command.image_size)
+    module = plain_model(command.model, num_classes=classes, image_size=command.image_size)
     _write(command.model, module, variables, output, format)
 
 

@@ -12,7 +12,7 @@ from pydantic import AfterValidator, ConfigDict, PositiveInt, TypeAdapter
 from lbpwht_jax.adaptation import AdaptedModule, Train, adapt, parse_method
 from lbpwht_jax.data import Dataset
 from lbpwht_jax.data.validation import STRICT, plain_errors
-from lbpwht_jax.models import ModelInfo, create_model, model_info
+from lbpwht_jax.models import ModelInfo, model_info, plain_model
 from lbpwht_jax.train import Placement, Recipe, TrainState, initial_state
 from lbpwht_jax.weights import BUNDLED, load_pretrained, replace_head
 from lbpwht_jax.weights.files import bundled_file
@@ -81,11 +81,12 @@ class RunConfig:
     def info(self) -> ModelInfo:
         """What the registry knows of the model, its images prepared as the run did."""
         images = {name: getattr(self, name) for name in ("channels", "mean", "std", "interpolation", "crop")}
-        return dataclasses.replace(model_info(self.model), **images)
+        info = model_info(self.model)
+        return dataclasses.replace(info, images=dataclasses.replace(info.images, **images))
 
     def module(self) -> nn.Module:
         """The plain model, batch normalisation on its running statistics."""
-        return create_model(
+        return plain_model(
             self.model,
             num_classes=len(self.classes),
             image_size=self.image_size,

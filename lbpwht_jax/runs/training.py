@@ -12,7 +12,7 @@ import jax
 from rich.console import Console
 
 from lbpwht_jax.adaptation import AdaptedModule
-from lbpwht_jax.cost import backward_flops, saved_bytes
+from lbpwht_jax.cost import backward_flops, residual_bytes
 from lbpwht_jax.data import Dataset
 from lbpwht_jax.runs import folder as run_folder
 from lbpwht_jax.runs.config import RunConfig
@@ -150,7 +150,7 @@ class TrainingRun:
             epochs[-1].test_accuracy,
             _scalars(state.params),
             backward_flops(self.model, variables, image),
-            saved_bytes(self.model, variables, image),
+            residual_bytes(self.model, variables, image),
             statistics.median(step.seconds for step in steps[1:] or steps),
         )
         if is_first():

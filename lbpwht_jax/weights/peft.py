@@ -16,7 +16,7 @@ from lbpwht_jax.adaptation import lora
 from lbpwht_jax.adaptation.linen import AdaptedModule
 from lbpwht_jax.adaptation.resolution import Adaptation
 from lbpwht_jax.models import model_info
-from lbpwht_jax.models.info import ModelInfo
+from lbpwht_jax.models.info import Images, ModelInfo
 from lbpwht_jax.weights.differences import check_same
 from lbpwht_jax.weights.files import read_safetensors
 from lbpwht_jax.weights.timm_keys import describe, flat_to_timm, from_timm_array, timm_key
@@ -24,7 +24,7 @@ from lbpwht_jax.weights.timm_keys import describe, flat_to_timm, from_timm_array
 TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _PREFIX = "base_model.model."
 _LETTERS = {lora.A: "lora_A", lora.B: "lora_B"}
-_PLAIN = ModelInfo(nn.Module, {}, 0, "")
+_PLAIN = ModelInfo(nn.Module, {}, Images(0))
 
 Model = str | ModelInfo | None
 
@@ -118,7 +118,7 @@ def _path(adaptation: Adaptation, leaf: str) -> tuple[str, ...]:
 def _is_pointwise(info: ModelInfo, adapted: AdaptedModule, path: tuple[str, ...]) -> bool:
     """Whether the branch at ``path`` is beside a 1x1 convolution."""
     layer = next(adaptation.layer for adaptation in _branches(adapted) if _path(adaptation, path[-1]) == path)
-    return layer.kind == "Conv" or re.search(info.pointwise, f"{layer.path}/kernel") is not None
+    return layer.kind == "Conv" or re.search(info.files.pointwise, f"{layer.path}/kernel") is not None
 
 
 def _keys(info: ModelInfo, paths: Iterable[tuple[str, ...]]) -> dict[tuple[str, ...], str]:

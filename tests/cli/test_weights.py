@@ -6,9 +6,9 @@ import safetensors
 import safetensors.numpy
 import tyro
 
+from lbpwht_jax import create_model
 from lbpwht_jax.cli.models import Models, describe
 from lbpwht_jax.cli.weights import Convert, Export
-from lbpwht_jax.models import create_model
 from lbpwht_jax.weights.pretrained import read_weights
 from lbpwht_jax.weights.timm_keys import entries
 
