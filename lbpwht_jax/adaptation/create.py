@@ -33,7 +33,7 @@ def create_model(
       name: one of ``list_models()``.
       num_classes: outputs of the head.
       image_size: height and width of the images, in pixels; by default what the model was trained at.
-      dtype: of the computation (parameters stay float32).
+      dtype: dtype of the computation (parameters stay float32).
       drop_path: probability of dropping the last block's residual branches while training, rising linearly to it.
       remat: recomputes each block in the backward pass instead of keeping its activations.
       frozen_batch_norm: keeps batch normalisation on its running statistics while training.

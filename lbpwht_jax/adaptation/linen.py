@@ -135,7 +135,7 @@ class LowRankModel(nn.Module):
 
     Attributes:
       module: the model as it was; its variables are this module's own, under the same names.
-      resolution: of ``LowRank`` rules.
+      resolution: the ``LowRank`` rules, resolved on its layers.
     """
 
     module: nn.Module
@@ -217,8 +217,8 @@ def find_layers(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
 
     Args:
       model: a Linen module.
-      args: of the call; arrays or ``jax.ShapeDtypeStruct``, and other things.
-      kwargs: of the call, likewise.
+      args: the example call's arguments: arrays or ``jax.ShapeDtypeStruct``, and other things.
+      kwargs: its keyword arguments.
     """
     layers: dict[str, Layer] = {}
 

@@ -29,9 +29,9 @@ class Method:
     """What a short name stands for.
 
     Attributes:
-      spec: of low-rank backpropagation; ``None`` backpropagates exactly.
+      spec: the functions that low-rank backpropagation keeps; ``None`` backpropagates exactly.
       branches: which layers get a LoRA branch.
-      rank: of the branches; layers that make query, key and value at once have three times as much. Alpha is 8 (times 3).
+      rank: rank of the branches; layers that make query, key and value at once get three times as much. Alpha is 8 (or 24).
     """
 
     spec: LowRankSpec | None = None
@@ -42,7 +42,7 @@ class Method:
         """The rules for a model of the registry: the paper's choice of layers, where the paper has the family.
 
         Args:
-          info: of the model.
+          info: what the registry knows of the model.
           train: ``"all"``; ``"last_stage"``, the last stage (``info.layers.last_stage``) and the head alone; ``"head"``, the
             head and LoRA's branches alone, the other layers being backpropagated exactly.
 
@@ -120,16 +120,16 @@ def adapted_model(
     when: Literal["always", "faster"] = "always",
     **fields: Any,
 ) -> AdaptedModule:
-    """A model of the registry under a method, batch normalisation on its running statistics.
+    """A model of the registry under a method, with batch normalisation on its running statistics.
 
     Args:
-      name: of the model.
+      name: the model's name.
       method: a short name, as for ``parse_method``.
       train: what is trained, as for ``Method.rules``.
       num_classes: outputs of the head.
       image_size: height and width of the images, in pixels; by default the model's.
       when: whether layers that low rank would make slower stay exact, as in ``LowRankSpec``.
-      **fields: of ``create_model``, such as ``dtype`` and ``remat``.
+      **fields: further arguments of ``create_model``, such as ``dtype`` and ``remat``.
 
     Raises:
       ValueError: if a name is unknown, or as ``Method.rules`` does.

@@ -48,8 +48,8 @@ class LoRA:
       rank: columns of ``A`` and rows of ``B``.
       alpha: the branch is multiplied by ``alpha / rank``.
       spec: the Walsh functions kept in the backward pass of the layer and its branch; ``None`` backpropagates exactly.
-      grid: as for ``LowRank``; needed only with ``spec``.
-      prefix_tokens: as for ``LowRank``.
+      grid: see ``LowRank``; needed only with ``spec``.
+      prefix_tokens: see ``LowRank``.
       fused: regular expression, searched in the paths, for layers that compute query, key and value together; they get three
         times the rank and alpha.
 

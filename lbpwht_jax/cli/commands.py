@@ -9,8 +9,8 @@ class Command(NamedTuple):
     """Where a command is.
 
     Attributes:
-      module: of ``lbpwht_jax.cli``.
-      name: of the command's dataclass there.
+      module: name of the module in ``lbpwht_jax.cli``.
+      name: name of the command's dataclass there.
       text: what the list of commands says about it.
     """
 

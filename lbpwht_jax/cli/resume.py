@@ -31,7 +31,7 @@ def resumed_run(
     Args:
       folder: the run's folder.
       flags: those given with ``--resume``; none may contradict the run.
-      step: of the checkpoint; None for the last one.
+      step: the checkpoint's step; None for the last one.
       data_dir: where the TFDS data sets are now; None for where the run found them.
       placement: where the arrays live.
       workers: threads that load images; None for as many as there are cores, up to 16.

@@ -35,11 +35,11 @@ FLOPS_PER_ELEMENT = {
 
 
 def paper_flops(record: Record, spec: LowRankSpec | None = None) -> int:
-    """Backward FLOPs of one image, as the authors count.
+    """Backward FLOPs per image, as the authors count.
 
     Args:
-      record: of the forward pass.
-      spec: of its backward pass; ``None`` for an exact one.
+      record: one piece of work of the forward pass.
+      spec: the functions its backward pass keeps; ``None`` if it is exact.
     """
     if not isinstance(record, Product):
         return FLOPS_PER_ELEMENT[record.kind] * record.elements

@@ -23,14 +23,14 @@ class LayerCost:
     """What one module costs per image: its products, or its element-wise work of one kind.
 
     Attributes:
-      path: of the module.
+      path: the module's path.
       kind: that of its records, such as ``"dense"``, ``"attention"`` or ``"gelu"``; ``"other"`` for further parameters.
       method: ``"full"``, ``"low-rank"``, ``"LoRA"``, ``"low-rank + LoRA"`` or ``"frozen"`` for layers; else empty.
-      backward_flops_paper: as the authors count.
-      backward_flops_matmul: products and Walsh transforms, as computed here.
+      backward_flops_paper: FLOPs as the authors count.
+      backward_flops_matmul: FLOPs of products and Walsh transforms, as computed here.
       saved_activation_bytes: for layers, what the gradients of kernel and branch need: inputs or their coefficients, in
         float32. Attention and element-wise work keep more, which the whole model's bytes include.
-      trainable_parameters: of the module itself.
+      trainable_parameters: numbers trained in the module itself.
     """
 
     path: str
@@ -48,11 +48,11 @@ class ModelCost:
 
     Attributes:
       model: its name.
-      method, train, num_classes, image_size: as asked for.
+      method, train, num_classes, image_size: what was asked for.
       backward_flops_paper: per image, as the authors count (``lbpwht_jax.cost.paper``).
       backward_flops_matmul: per image, products and Walsh transforms as computed here.
       saved_activation_bytes: per image, in float32: all residuals of ``jax.vjp`` that grow with the batch.
-      gradient_bytes: those of the trained parameters, in float32, whatever the batch.
+      gradient_bytes: bytes of the trained parameters' gradients, in float32, whatever the batch.
       trainable_parameters: numbers trained.
       speedup_vs_full_paper: the authors' count for exact backpropagation, of the last stage if that is trained and else of
         the whole model, over this one's.

@@ -40,16 +40,16 @@ class Product:
     """A matrix product or convolution in one image's forward pass.
 
     Attributes:
-      path: of the module it belongs to.
+      path: path of the module it belongs to.
       kind: ``"dense"`` with a kernel ``[in, out]``; ``"conv"``; ``"depthwise"``; ``"attention"`` between two activations; or
         ``"constant"`` with numbers known beforehand, such as an interpolation's.
       parameter: name of the kernel within the module, such as ``"kernel"``; empty for attention and constants.
       macs: multiply-accumulates as usually counted: a convolution's padding included, channels of zeros added to it not.
-      inside_macs: as computed, without the padding.
+      inside_macs: multiply-accumulates as computed, without the padding.
       tokens: rows of the input of a dense layer; positions of a convolution's output.
-      channels: of input and output; zeros for attention and constants.
-      input_elements: of the left operand.
-      grid: tokens along each axis, of this library's dense layers; else ``None``.
+      channels: input and output channels; zeros for attention and constants.
+      input_elements: elements of the left operand.
+      grid: tokens along each axis, known for this library's dense layers; else ``None``.
       prefix_tokens: leading tokens outside the grid.
       needs_dx: how many of the operands besides the kernel need a cotangent: up to 1, for attention up to 2.
       needs_dw: whether the kernel is trained.
@@ -76,7 +76,7 @@ class Elementwise:
     """Element-wise work on one image that the backward pass goes through.
 
     Attributes:
-      path: of the module it belongs to.
+      path: path of the module it belongs to.
       kind: ``"gelu"``, ``"batch_norm"``, ``"layer_norm"`` (every other norm too), ``"layer_scale"``, ``"pooling"``,
         ``"softmax"`` or ``"add"``.
       elements: numbers in the array.

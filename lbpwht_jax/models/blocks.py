@@ -19,8 +19,8 @@ class Settings:
     """What all modules of a model have in common.
 
     Attributes:
-      dtype: of the computation, ``None`` for that of the images; parameters are float32, and so are sums within norms and
-        softmax at least.
+      dtype: dtype of the computation; ``None`` for that of the images. Parameters are float32; norms and softmax compute in
+        at least float32.
       frozen_batch_norm: keeps batch normalisation, where the family has any, on its running statistics while training.
     """
 
@@ -45,7 +45,7 @@ def dense(
 
     Args:
       parent: the module under construction.
-      name: of the new layer.
+      name: the new layer's name.
       features: output channels.
       grid: tokens along each axis for ``[..., tokens, channels]``; ``None`` for channels-last maps.
       prefix_tokens: leading tokens outside the grid.
@@ -56,7 +56,7 @@ def dense(
 
 
 def _normal_cdf(x: jax.Array) -> jax.Array:
-    """By erf alone: cheaper than ``jax.scipy``'s, which keeps tails below 1e-7 exact."""
+    """The normal distribution's CDF by erf alone: cheaper than ``jax.scipy``'s, which keeps tails below 1e-7 exact."""
     return 0.5 * (1 + lax.erf(x * math.sqrt(0.5)))
 
 

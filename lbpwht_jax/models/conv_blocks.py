@@ -25,7 +25,7 @@ def batch_norm(parent: Part, name: str, x: jax.Array, train: bool) -> jax.Array:
 
     Args:
       parent: the module under construction.
-      name: of the new layer.
+      name: the new layer's name.
       x: ``[..., channels]``.
       train: whether the model is training.
 
@@ -55,9 +55,9 @@ def conv3x3(parent: Part, name: str, features: int, stride: int = 1, *, depthwis
 
     Args:
       parent: the module under construction.
-      name: of the new layer.
+      name: the new layer's name.
       features: output channels.
-      stride: along both axes.
+      stride: stride along both axes.
       depthwise: one kernel per channel; ``features`` must be the input's channels.
     """
     groups = features if depthwise else 1
@@ -107,7 +107,7 @@ class ConvNorm(Part):
 
     Attributes:
       features: output channels.
-      stride: along both axes.
+      stride: stride along both axes.
       depthwise: one kernel per channel.
     """
 
@@ -148,7 +148,7 @@ class LayerScale(nn.Module):
 
 
 def softmax(x: jax.Array, axis: int) -> jax.Array:
-    """Softmax computed in at least float32, of ``x``'s dtype."""
+    """Softmax computed in at least float32 and returned in ``x``'s dtype."""
     return nn.softmax(widen(x), axis).astype(x.dtype)
 
 
@@ -156,7 +156,7 @@ def offset_index(height: int, width: int, stride: int = 1) -> np.ndarray:
     """Which attention bias belongs to each pair of query and key on a map: the one of their absolute offset.
 
     Args:
-      height, width: of the map, in tokens.
+      height, width: the map's size, in tokens.
       stride: queries are every ``stride``-th token along both axes.
 
     Returns:

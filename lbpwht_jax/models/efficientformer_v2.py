@@ -100,7 +100,7 @@ class Stage(Part):
     """Blocks on maps of one size, after the downsampling to it.
 
     Attributes:
-      index: of the stage: from the second on they begin by halving the map; the third's and fourth's last blocks have
+      index: the stage's index. From the second on, stages begin by halving the map; the third's and fourth's last blocks have
         attention, at stride 2 in the third, and the fourth's downsampling too.
       dim: channels.
       mlp_ratios: each block's hidden channels of the MLP over ``dim``; its length is the stage's depth.

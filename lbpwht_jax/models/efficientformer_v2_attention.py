@@ -28,7 +28,7 @@ class Attention(Part):
     The two talking-head convolutions see the attention as a map of queries by keys with the heads as channels.
 
     Attributes:
-      stride: of a depthwise convolution in front, undone by bilinear interpolation after the attention; 1 for neither.
+      stride: stride of a depthwise convolution in front, undone by bilinear interpolation after the attention; 1 for neither.
       key_dim: channels of a head's queries and keys; values have four times as many.
     """
 

@@ -39,7 +39,7 @@ class Images:
       size: height and width the model was trained at, in pixels.
       channels: 3 for colour, 1 for grey.
       mean, std: per channel, of images in [0, 1]: the mean is subtracted and the result divided by ``std``.
-      interpolation: of the evaluation's resize.
+      interpolation: how evaluation resizes.
       crop: edge of the evaluation's centre crop over the resized image's shorter edge.
     """
 
@@ -83,10 +83,10 @@ class ModelInfo:
 
     Attributes:
       module: its Linen class.
-      arguments: of the class, besides those ``create_model`` passes.
-      images: what it takes.
+      arguments: the class's arguments besides those ``create_model`` passes.
+      images: the images it takes.
       layers: which of its modules belong to what training can choose.
-      files: how timm's files of it differ.
+      files: how timm's files of the model differ from its variables here.
     """
 
     module: type[nn.Module]

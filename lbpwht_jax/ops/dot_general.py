@@ -36,7 +36,7 @@ class LowRankDotGeneral:
         Args:
           lhs: the layer's input, with the contracted dimensions last.
           rhs: the kernel, with the contracted dimensions first.
-          dimension_numbers, precision, preferred_element_type, out_sharding: as for ``lax.dot_general``.
+          dimension_numbers, precision, preferred_element_type, out_sharding: see ``lax.dot_general``.
 
         Raises:
           ValueError: unless the last dimensions of ``lhs`` are contracted, in order, with the first of ``rhs``, without

@@ -34,7 +34,7 @@ def equation_macs(equation: Any, padding: bool = False) -> int:
 
     Args:
       equation: an equation of a jaxpr.
-      padding: as for ``product_flops``.
+      padding: see ``product_flops``.
     """
     shapes = [v.aval.shape for v in equation.invars if hasattr(v.aval, "shape")]
     if equation.primitive.name == "dot_general":

@@ -9,11 +9,11 @@ def pointwise_lacks(window: Any, strides: Any, padding: Any, dilations: Sequence
 
     Args:
       window: size of the kernel along the spatial axes: an integer for all of them, or one per axis.
-      strides: likewise; ``None`` for 1.
+      strides: steps of the window, in the same form; ``None`` for 1.
       padding: ``"SAME"``, ``"SAME_LOWER"`` or ``"VALID"``, which add nothing around a window of 1; or the numbers added, as
         an integer, one per axis or a pair per axis.
-      dilations: of input and kernel, each as ``strides``.
-      groups: of features and batch.
+      dilations: dilation of the input and of the kernel, each in the form of ``strides``.
+      groups: numbers of feature groups and batch groups.
     """
     conditions = {
         "a window of 1": _all_are(1, window),

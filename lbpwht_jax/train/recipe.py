@@ -54,7 +54,7 @@ class Recipe:
         """Clips gradients, then applies AdamW with linear warm-up and a cosine.
 
         Args:
-          steps: of the whole training.
+          steps: number of steps of the whole training.
         """
         warmup = min(self.warmup_steps, steps // 5)
         schedule = optax.warmup_cosine_decay_schedule(self.lr / 1000, self.lr, warmup, max(steps, 1), self.lr * self.min_ratio)

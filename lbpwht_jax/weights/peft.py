@@ -67,7 +67,7 @@ def load_adapter(
       folder: the folder that holds the two files.
       adapted: the model under the rules that it was trained with.
       variables: variables of ``adapted`` or of the model that it adapts: the pretrained ones that training started from.
-      model: as for ``save_adapter``.
+      model: see ``save_adapter``.
 
     Returns:
       Variables of ``adapted``; the arrays read are NumPy's, in the dtypes of ``variables`` (branches in their kernel's).
