@@ -1,10 +1,11 @@
+import chex
 import jax
 import jax.numpy as jnp
 import pytest
 
 from lbpwht_jax import Freeze, LoRA, LowRank, create_model, lp_l1, lp_linf
 from lbpwht_jax.adaptation.linen import resolve
-from lbpwht_jax.adaptation.presets import Method, parse_method
+from lbpwht_jax.adaptation.presets import Method, adapted_model, parse_method
 from lbpwht_jax.models import model_info
 
 VIT = model_info("vit_micro_patch4_28")
@@ -71,6 +72,14 @@ def test_lora_on_attention_leaves_the_rest_to_low_rank():
     assert resolution.frozen == {path for path, (rank, _) in layers.items() if rank}
     layers, _ = adapted("vit_micro_patch4_28", "lora-8")
     assert layers == {f"blocks_{i}/attn/{name}": (r, False) for i in range(6) for name, r in (("qkv", 24), ("proj", 8))}
+
+
+def test_branches_have_the_rank_of_the_name_and_three_times_that_for_query_key_and_value():
+    model = adapted_model("vit_micro_patch4_28", "lora-8", num_classes=10)
+    params = jax.eval_shape(model.init, jax.random.key(0), jax.ShapeDtypeStruct((1, *VIT.images.shape), jnp.float32))["params"]
+    attention = params["blocks_0"]["attn"]
+    chex.assert_shape([attention["qkv"]["lora_a"], attention["qkv"]["lora_b"]], [(96, 24), (24, 3 * 96)])
+    chex.assert_shape([attention["proj"]["lora_a"], attention["proj"]["lora_b"]], [(96, 8), (8, 96)])
 
 
 def test_what_is_trained():

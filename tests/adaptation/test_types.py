@@ -2,6 +2,7 @@
 
 from typing import assert_type
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -28,6 +29,9 @@ def test_a_linen_module_becomes_an_adapted_module():
 
 
 def test_an_nnx_module_keeps_its_class():
-    adapted = adapt(Mlp(nnx.Rngs(0)), [Freeze("fc")], X)
+    model = Mlp(nnx.Rngs(0))
+    adapted = adapt(model, [Freeze("fc")], X)
     assert_type(adapted, Mlp)
     assert isinstance(adapted, Mlp)
+    x = jnp.arange(6.0).reshape(2, 3)
+    chex.assert_trees_all_equal(adapted(x), model(x))

@@ -3,6 +3,8 @@ import signal
 import subprocess
 import sys
 
+import chex
+
 from lbpwht_jax.train.stop import StopSignals
 
 
@@ -24,4 +26,4 @@ def test_a_second_signal_ends_the_process_at_once():
     ended = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "JAX_PLATFORMS": "cpu"}
     )
-    assert ended.returncode == -signal.SIGTERM and not ended.stdout
+    chex.assert_equal((ended.returncode, ended.stdout), (-signal.SIGTERM, ""))
