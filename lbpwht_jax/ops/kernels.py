@@ -111,7 +111,7 @@ def kernel(
 
     partitioned = custom_partitioning(run)
     rule = f"{', '.join([*tables, *(f'b {n} c' for n in inputs)])} -> {', '.join(f'b {n} c' for n in outputs)}"
-    replicated = sorted({*inputs, *outputs, *" ".join(tables).split()})
+    replicated = [*" ".join(tables).split(), *dict.fromkeys(inputs + outputs)]
     partitioned.def_partition(partition, sharding_rule=rule, need_replication_factors=tuple(replicated))
 
     @custom_vmap

@@ -99,13 +99,18 @@ def run(kind: str, shapes: list[jax.ShapeDtypeStruct], *operands: jax.Array, int
         coefficients = _Rows(image, plgpu.load(coefficients_ref.at[cell]), columns, channels)
         _BODIES[kind](tokens, coefficients, plgpu.load(matrix_ref.at[cell]), *refs)
 
-    program.__name__ = f"walsh_{kind}"
+    program.__name__ = f"walsh_{kind}"  # what a profile shows
     call = pl.pallas_call(
         program,
         grid=(batch * count, pl.cdiv(channels, width)),
         out_shape=shapes,
         compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=2),
         interpret=interpret,
-        name=program.__name__,
+        cost_estimate=pl.CostEstimate(
+            flops=2 * operands[2].size * batch * channels,
+            bytes_accessed=sum(array.size * array.dtype.itemsize for array in (*operands, *shapes)),
+            transcendentals=2 * operands[-1].size if "gelu" in kind else 0,
+        ),
+        name=f"walsh_{kind}_{operands[-1].shape[1]}x{channels}",
     )
     return tuple(call(*operands))

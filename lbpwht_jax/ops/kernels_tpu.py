@@ -80,7 +80,6 @@ def run(kind: str, shapes: list[jax.ShapeDtypeStruct], *operands: jax.Array, int
     def program(*refs):
         _BODIES[kind](*refs)
 
-    program.__name__ = f"walsh_{kind}"
     call = pl.pallas_call(
         program,
         grid=(batch, channels // width),
@@ -94,8 +93,6 @@ def run(kind: str, shapes: list[jax.ShapeDtypeStruct], *operands: jax.Array, int
         ),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel")),
         interpret=interpret,
-        name=program.__name__,
+        name=f"walsh_{kind}_{arrays[-1].shape[1]}x{channels}",
     )
-    if not interpret:  # the kernel fetches its tiles ahead itself: XLA need not move whole arrays into VMEM before
-        arrays = [pltpu.with_memory_space_constraint(array, pltpu.HBM) for array in arrays]
-    return tuple(call(matrix, *arrays))
+    return tuple(call(*operands))

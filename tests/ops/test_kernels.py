@@ -85,11 +85,12 @@ def test_vmap_of_one_operand_and_of_both():
 
 
 @pytest.mark.parametrize("spec", [P("data"), P(None, None, "data")], ids=["batch", "channels"])
-def test_sharded_along_batch_or_channels_nothing_is_gathered(spec):
-    operands, expected = case("gelu_project", GRIDS["prefix"], batch=4)
+@pytest.mark.parametrize(("platform", "kind"), KINDS)
+def test_sharded_along_batch_or_channels_nothing_is_gathered(platform, kind, spec):
+    operands, expected = case(kind, GRIDS["prefix"], batch=4)
     mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:4])
     operands = [jax.device_put(array, NamedSharding(mesh, spec)) for array in operands]
-    compiled = jax.jit(kernel("cuda", "gelu_project", *GRIDS["prefix"], interpret=True)).lower(*operands).compile()
+    compiled = jax.jit(kernel(platform, kind, *GRIDS["prefix"], interpret=True)).lower(*operands).compile()
     assert "all-gather" not in compiled.as_text()
     results = compiled(*operands)
     assert all(array.sharding.is_equivalent_to(NamedSharding(mesh, spec), 3) for array in results)
