@@ -99,22 +99,26 @@ def coefficient_count(spec: SpecFields, grid: Grid) -> int:
     return len(coefficient_indices(spec, grid))
 
 
+def holds_token_sum(spec: SpecFields, grid: Grid) -> bool:
+    """Whether the sum over all tokens follows from the coefficients: constants are kept, by a true projector.
+
+    The official projection is a projector on whole blocks only.
+    """
+    is_projector = spec.projection == "fitted" or all(axis.whole for axis in grid_axes(spec, grid))
+    return is_projector and (0,) * spec.ndim in spec.bases
+
+
 @functools.cache
-def token_sum_weights(spec: SpecFields, grid: Grid, prefix_tokens: int = 0) -> np.ndarray | None:
-    """The weights with which the coefficients and prefix tokens sum to the sum over all tokens.
+def token_sum_weights(spec: SpecFields, grid: Grid, prefix_tokens: int = 0) -> np.ndarray:
+    """The weights with which prefix tokens and coefficients sum to the sum over all tokens, where ``holds_token_sum``.
 
     The sum is ``1^T x``. A projector ``E A`` that keeps constants is symmetric, so ``1^T x = 1^T E (A x)``: the weights are
     ``1^T E``, zero for every function but the blocks' means.
 
     Returns:
-      float64 array ``[prefix_tokens + coefficients]``; ``None`` where the coefficients do not hold the sum: constants are not
-      kept, or the projection is no projector (official on partial blocks).
+      float64 array ``[prefix_tokens + coefficients]``.
     """
-    axes = grid_axes(spec, grid)
-    is_projector = spec.projection == "fitted" or all(axis.whole for axis in axes)
-    if not is_projector or (0,) * spec.ndim not in spec.bases:
-        return None
-    index = coefficient_indices(spec, grid)
+    axes, index = grid_axes(spec, grid), coefficient_indices(spec, grid)
     sums = [math.prod(axis.synthesis[b, k].sum() for axis, (b, k) in zip(axes, each, strict=True)) for each in index]
     is_mean = np.all(index[..., 1] == 0, axis=-1)
     return np.concatenate([np.ones(prefix_tokens), np.where(is_mean, sums, 0.0)])

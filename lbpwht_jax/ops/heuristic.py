@@ -52,9 +52,11 @@ def choosing_for(platform: Platform) -> Iterator[None]:
         _forced.reset(token)
 
 
+_PLATFORMS: dict[str, Platform] = {"gpu": "cuda", "tpu": "tpu"}
+
+
 def _platform() -> Platform:
-    backend = jax.default_backend()
-    return _forced.get() or ({"gpu": "cuda", "tpu": "tpu"}.get(backend, "cpu"))
+    return _forced.get() or _PLATFORMS.get(jax.default_backend(), "cpu")
 
 
 @functools.cache

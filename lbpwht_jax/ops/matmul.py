@@ -20,7 +20,7 @@ import numpy as np
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
-from lbpwht_jax.ops.basis import token_sum_weights
+from lbpwht_jax.ops.basis import holds_token_sum, token_sum_weights
 from lbpwht_jax.ops.dtypes import accumulation_dtype
 from lbpwht_jax.ops.gelu import gelu, gelu_slope
 from lbpwht_jax.ops.heuristic import chosen
@@ -54,7 +54,7 @@ class _Static:
       prefix_tokens: leading tokens outside the grid.
       precision: precision of all products.
       accumulate: dtype in which products accumulate.
-      y, x, kernel, bias: what the result and the operands' cotangents must be like; ``None`` for a bias that is not there.
+      y, x, kernel, bias: what the result and the operands' cotangents must be like.
       gelu: whether x goes through GELU first.
     """
 
@@ -66,7 +66,7 @@ class _Static:
     y: _Like
     x: _Like
     kernel: _Like
-    bias: _Like | None
+    bias: _Like
     gelu: bool
 
     @property
@@ -93,9 +93,9 @@ class _Residuals:
       wants_dx, wants_dw, wants_db: which operands are differentiated.
     """
 
-    x: jax.Array | None
-    kernel: jax.Array | None
-    gelu: jax.Array | None
+    x: Any
+    kernel: Any
+    gelu: Any
     wants_dx: bool = dataclasses.field(metadata={"static": True})
     wants_dw: bool = dataclasses.field(metadata={"static": True})
     wants_db: bool = dataclasses.field(metadata={"static": True})
@@ -142,7 +142,7 @@ def _forward(x: Any, kernel: Any, bias: Any, static: _Static) -> tuple[jax.Array
         kept_x, x = kept_instead(static.project(x), x)
     elif wants_dw:
         kept_x = x
-    y = _matmul(x, kernel.value, None if bias is None else bias.value, dataclasses.replace(static, gelu=False))
+    y: Any = _matmul(x, kernel.value, None if bias is None else bias.value, dataclasses.replace(static, gelu=False))
     wants_db = bias is not None and bias.perturbed
     return y, _Residuals(kept_x, kernel.value if wants_dx else None, kept_gelu, wants_dx, wants_dw, wants_db)
 
@@ -152,7 +152,7 @@ def _backward(static: _Static, kept: _Residuals, g: jax.Array | SymbolicZero) ->
         return None, None, None
     low_dx = kept.wants_dx and static.spec.dx == "low_rank"
     low_dw = kept.wants_dw and static.spec.dw == "low_rank"
-    coefficients = static.project(g) if low_dx or low_dw else None
+    coefficients: Any = static.project(g) if low_dx or low_dw else None
     dx = dw = db = None
     if kept.wants_dx:
         dx = _dx(coefficients if low_dx else g, kept.kernel, kept.gelu, static)
@@ -280,9 +280,11 @@ def low_rank_matmul(
         raise ValueError(f"{name}: activation must be 'gelu' or None, got {activation!r}; apply others to x beforehand")
     prefix_tokens = operator.index(prefix_tokens)
     # Elsewhere the coefficients do not hold the bias's cotangent, or XLA shards it: JAX adds the bias, and differentiates it.
-    takes_bias = bias is not None and not is_explicit(x) and token_sum_weights(spec, token_grid) is not None
-    x, kernel, *taken = vary_alike(x, kernel, *([bias] if takes_bias else []))
-    folded = taken[0] if takes_bias else None
+    folded = None if is_explicit(x) or not holds_token_sum(spec, token_grid) else bias
+    if folded is None:
+        x, kernel = vary_alike(x, kernel)
+    else:
+        x, kernel, folded = vary_alike(x, kernel, folded)
     tokens = x if grid is not None else x.reshape(*x.shape[: -1 - spec.ndim], math.prod(token_grid), x.shape[-1])
     chosen_spec = chosen(spec, token_grid, prefix_tokens, *kernel.shape)
     low_rank = (chosen_spec.dx, chosen_spec.dw) == ("low_rank", "low_rank")
@@ -299,9 +301,9 @@ def low_rank_matmul(
         y=_Like(dtype, out_sharding),
         x=_Like.of(tokens),
         kernel=_Like.of(kernel),
-        bias=None if folded is None else _Like.of(folded),
+        bias=_Like(dtype if folded is None else folded.dtype),
         gelu=activation is not None and fuses,
     )
     y: Any = _matmul(tokens, kernel, folded, static)
     y = y if grid is not None else y.reshape(*x.shape[:-1], kernel.shape[1])
-    return y if bias is None or takes_bias else _add_bias(y, bias)
+    return y if bias is None or folded is not None else _add_bias(y, bias)

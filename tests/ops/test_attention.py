@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.test_util import check_grads
 
 from lbpwht_jax.ops.attention import attention
 
@@ -42,7 +43,7 @@ def test_float64_is_kept():
 
 def test_gradients():
     # central differences of float32 values of order 1
-    jax.test_util.check_grads(attention, sample(jnp.float32, (1, 5, 2, 4)), order=1, modes=["rev"], atol=2e-2, rtol=2e-2)
+    check_grads(attention, sample(jnp.float32, (1, 5, 2, 4)), order=1, modes=["rev"], atol=2e-2, rtol=2e-2)
 
 
 def test_vmap():

@@ -22,7 +22,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("needs", itertools.product((True, False), repeat=2), ids=str)
+@pytest.mark.parametrize("needs", list(itertools.product((True, False), repeat=2)), ids=str)
 @pytest.mark.parametrize("case", CASES)
 def test_backward_flops_are_those_of_the_program(case, needs):
     spec, grid, prefix = CASES[case]
