@@ -16,9 +16,10 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from lbpwht_jax import create_model
 from lbpwht_jax.adaptation.linen import adapt
 from lbpwht_jax.adaptation.presets import parse_method
-from lbpwht_jax.models import create_model, model_info
+from lbpwht_jax.models import model_info
 
 
 def measure(name: str, method: str, batch_size: int, steps: int) -> tuple[float, float, float]:
@@ -26,7 +27,7 @@ def measure(name: str, method: str, batch_size: int, steps: int) -> tuple[float,
     info = model_info(name)
     base = create_model(name, num_classes=100, frozen_batch_norm=True)
     rng = np.random.default_rng(0)
-    images = jnp.asarray(rng.normal(size=(batch_size, info.image_size, info.image_size, info.channels)), jnp.float32)
+    images = jnp.asarray(rng.normal(size=(batch_size, info.images.size, info.images.size, info.images.channels)), jnp.float32)
     labels = jnp.asarray(rng.integers(0, 100, batch_size), jnp.int32)
     model = adapt(base, parse_method(method).rules(info), images)
     shapes = jax.eval_shape(model.init, jax.random.key(0), images)

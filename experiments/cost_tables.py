@@ -21,7 +21,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import tyro
 
-from lbpwht_jax import Freeze, adapt, create_model, list_models, lp_l1
+from lbpwht_jax import Freeze, LowRankSpec, adapt, create_model, list_models, lp_l1
 from lbpwht_jax.adaptation.linen import AdaptedModule
 from lbpwht_jax.adaptation.presets import Train, adapted_model, parse_method
 from lbpwht_jax.cost.backward import abstract_variables
@@ -119,9 +119,8 @@ TABLE_6_QUIRKS = (
 
 
 def image_shape(model: str) -> tuple[int, int, int]:
-    """Of the model's usual images."""
-    info = model_info(model)
-    return info.image_size, info.image_size, info.channels
+    """Height, width and channels of the model's usual images."""
+    return model_info(model).images.shape
 
 
 @functools.cache
@@ -135,20 +134,27 @@ def _trace(adapted: AdaptedModule, model: str) -> list[Record]:
     return layer_records(adapted, abstract_variables(adapted, shape), shape, adapted.trainable)
 
 
-def row_mflops(row: Row, classes: int) -> float:
-    """Our count of a row, an image."""
+@functools.cache
+def row_records(row: Row, classes: int) -> tuple[tuple[Record, LowRankSpec | None], ...]:
+    """What a row counts: records of one image's forward pass, each with the spec of its backward pass."""
     info = model_info(row.model)
-    info = info if row.layers is None else dataclasses.replace(info, layers=row.layers)
+    if row.layers is not None:
+        info = dataclasses.replace(info, layers=dataclasses.replace(info.layers, low_rank=row.layers))
     method = parse_method(row.method)
     if method.branches == "none":
-        records, adapted = plain_records(row.model, row.train, classes), re.compile(info.layers)
-        return sum(paper_flops(r, method.spec if adapted.search(r.path) else None) for r in records) / 1e6
+        records, adapted = plain_records(row.model, row.train, classes), re.compile(info.layers.low_rank)
+        return tuple((record, method.spec if adapted.search(record.path) else None) for record in records)
     rules = method.rules(info, row.train)
     if row.frozen is not None:
         rules = (Freeze(row.frozen), *rules)
     module = create_model(row.model, num_classes=classes, frozen_batch_norm=True)
     model = adapt(module, rules, jax.ShapeDtypeStruct((1, *image_shape(row.model)), jnp.float32))
-    return sum(paper_flops(record, model.spec(record.path)) for record in _trace(model, row.model)) / 1e6
+    return tuple((record, model.spec(record.path)) for record in _trace(model, row.model))
+
+
+def row_mflops(row: Row, classes: int) -> float:
+    """Our count of a row, per image."""
+    return sum(paper_flops(record, spec) for record, spec in row_records(row, classes)) / 1e6
 
 
 def compare(table: tuple[Row, ...], classes: int) -> list[dict]:
@@ -208,7 +214,7 @@ def table_6() -> dict[str, tuple[float, float, float]]:
 def by_rank(model: str) -> dict:
     """Backward MFLOPs of a model at 100 classes: of full backpropagation, and by the number of functions kept."""
     records = plain_records(model, "all", 100)
-    adapted = re.compile(model_info(model).layers)
+    adapted = re.compile(model_info(model).layers.low_rank)
     curve = []
     for r in range(1, 16):
         spec = lp_l1(r)

@@ -20,11 +20,12 @@ import jax
 import jax.numpy as jnp
 import tyro
 
+from lbpwht_jax import create_model
 from lbpwht_jax.adaptation.linen import adapt
 from lbpwht_jax.adaptation.presets import parse_method
 from lbpwht_jax.cli import main as lbpwht
 from lbpwht_jax.data import Loading, open_dataset, training_batches
-from lbpwht_jax.models import create_model, model_info
+from lbpwht_jax.models import model_info
 from lbpwht_jax.train import Recipe, initial_state, make_train_step
 from lbpwht_jax.weights.files import BUNDLED, load_bundled
 
@@ -43,17 +44,17 @@ def run(method: str, projection: str, seed: int, folder: Path) -> dict:
 def interleaved_steps(methods: tuple[str, ...], projection: str, batch_size: int, rounds: int) -> dict[str, float]:
     """Median time of a training step of each method over the first method's, the methods taking turns in one process."""
     info, dataset = model_info(BUNDLED), open_dataset("digits")
-    shape = (info.image_size, info.image_size, info.channels)
+    shape = info.images.shape
     recipe = Recipe(epochs=1, batch_size=batch_size)
     optimizer = recipe.optimizer(rounds)
-    with training_batches(dataset, Loading(batch_size, info.image_size, info.channels)) as batches:
+    with training_batches(dataset, Loading(batch_size, info.images.size, info.images.channels)) as batches:
         batch = next(batches)
     steps, states, seconds = {}, {}, {method: [] for method in methods}
     base = create_model(BUNDLED, num_classes=len(dataset.classes))
     for method in methods:
         model = adapt(base, parse_method(method, projection=projection).rules(info), jnp.zeros((1, *shape)))
         variables = model.with_branches(jax.random.key(0), load_bundled()[0])
-        step = make_train_step(model, info, optimizer, recipe, info.image_size, len(dataset.classes))
+        step = make_train_step(model, info, optimizer, recipe, info.images.size, len(dataset.classes))
         steps[method] = jax.jit(step, donate_argnums=0)
         states[method] = initial_state(variables, optimizer, model.trainable)
     for _ in range(rounds + 1):

@@ -15,8 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
+from lbpwht_jax import create_model
 from lbpwht_jax.data import ArraySplit, Augmentation, Dataset
-from lbpwht_jax.models import create_model, model_info
+from lbpwht_jax.models import model_info
 from lbpwht_jax.train import Epoch, Recipe, Snapshot, Step, Trainer
 from lbpwht_jax.weights.files import BUNDLED, count_parameters, save_weights
 
@@ -61,8 +62,8 @@ def main(
         epochs, batch_size, lr, weight_decay=0.05, clip=1.0, warmup_steps=300, drop_path=0.05, augmentation=changes, seed=seed
     )
     model = create_model(BUNDLED, num_classes=len(CLASSES), drop_path=recipe.drop_path)
-    size = info.image_size
-    variables = model.init(jax.random.key(seed), jnp.zeros((1, size, size, info.channels)))
+    size = info.images.size
+    variables = model.init(jax.random.key(seed), jnp.zeros((1, size, size, info.images.channels)))
     print(f"{BUNDLED}: {count_parameters(variables):,} parameters")
     trainer = Trainer(model, info, dataset, recipe, size)
     for event in trainer.fit(trainer.initial_state(variables)):

@@ -13,7 +13,7 @@ from pathlib import Path
 import tyro
 
 from lbpwht_jax.adaptation.presets import adapted_model
-from lbpwht_jax.cost.backward import abstract_variables, backward_flops, saved_bytes
+from lbpwht_jax.cost.backward import abstract_variables, backward_flops, residual_bytes
 from lbpwht_jax.cost.report import layer_costs
 from lbpwht_jax.models import model_info
 
@@ -23,7 +23,7 @@ RESULTS = Path(__file__).parent / "results" / "saved_bytes.json"
 def count(model: str, method: str, classes: int = 100) -> dict:
     """Both counts of a method, an image, in float32."""
     info = model_info(model)
-    shape = (info.image_size, info.image_size, info.channels)
+    shape = info.images.shape
     adapted = adapted_model(model, method, num_classes=classes)
     recomputed = dataclasses.replace(adapted, module=adapted.module.clone(remat=True))
     variables = abstract_variables(adapted, shape)
@@ -31,9 +31,9 @@ def count(model: str, method: str, classes: int = 100) -> dict:
         "model": model,
         "method": method,
         "layers_mb": sum(layer.saved_activation_bytes for layer in layer_costs(adapted, variables, shape)) / 1e6,
-        "model_mb": saved_bytes(adapted, variables, shape) / 1e6,
+        "model_mb": residual_bytes(adapted, variables, shape) / 1e6,
         "backward_mflops": backward_flops(adapted, variables, shape) / 1e6,
-        "remat_model_mb": saved_bytes(recomputed, variables, shape) / 1e6,
+        "remat_model_mb": residual_bytes(recomputed, variables, shape) / 1e6,
         "remat_backward_mflops": backward_flops(recomputed, variables, shape) / 1e6,
     }
 

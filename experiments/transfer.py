@@ -37,7 +37,7 @@ from transfer_training import AUGMENTATION, make_trainer, train
 
 from lbpwht_jax.adaptation.linen import AdaptedModule, adapt
 from lbpwht_jax.adaptation.presets import Method, parse_method
-from lbpwht_jax.cost.backward import backward_flops, saved_bytes
+from lbpwht_jax.cost.backward import backward_flops, residual_bytes
 from lbpwht_jax.cost.report import layer_costs
 from lbpwht_jax.data import Dataset
 from lbpwht_jax.train import Recipe
@@ -119,7 +119,7 @@ class Setting:
 def adapted_backbone(variant: Variant, train: Literal["last_stage", "all", "head"], num_classes: int) -> AdaptedModule:
     """The backbone under a method, batch normalisation on its running statistics."""
     info = backbone_info()
-    images = jax.ShapeDtypeStruct((1, info.image_size, info.image_size, info.channels), jnp.float32)
+    images = jax.ShapeDtypeStruct((1, *info.images.shape), jnp.float32)
     return adapt(backbone(num_classes, frozen_batch_norm=True), variant.parse().rules(info, train), images)
 
 
@@ -128,7 +128,7 @@ def pretrained(weights: Path, num_classes: int, seed: int) -> dict[str, Any]:
     info = backbone_info()
     stored = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), load_weights(weights)[0])
     init = jax.jit(backbone(num_classes).init)
-    return replace_head(stored, init(jax.random.key(seed), jnp.zeros((1, info.image_size, info.image_size, info.channels))))
+    return replace_head(stored, init(jax.random.key(seed), jnp.zeros((1, *info.images.shape))))
 
 
 def run(variant: Variant, trained: Train, seed: int, setting: Setting, weights: Path, dataset: Dataset) -> dict:
@@ -147,7 +147,7 @@ def run(variant: Variant, trained: Train, seed: int, setting: Setting, weights: 
     for _, loss, state in train(trainer, variables):  # noqa: B007, the last state is used below
         losses.append(loss)
     accuracy = trainer.evaluator(state.variables, dataset.test).accuracy
-    shape = (info.image_size, info.image_size, info.channels)
+    shape = info.images.shape
     return {
         "variant": variant.name,
         **dataclasses.asdict(variant),
@@ -158,7 +158,7 @@ def run(variant: Variant, trained: Train, seed: int, setting: Setting, weights: 
         "trainable_parameters": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
         "backward_flops": backward_flops(model, variables, shape),
         "backward_flops_paper": sum(layer.backward_flops_paper for layer in layer_costs(model, variables, shape)),
-        "saved_bytes": saved_bytes(model, variables, shape),
+        "saved_bytes": residual_bytes(model, variables, shape),
         "run_seconds": time.perf_counter() - started,
         "versions": {"jax": jax.__version__, "flax": flax.__version__, "python": platform.python_version()},
         "device": f"{jax.devices()[0].device_kind}, {platform.machine()}, {cores()}",
@@ -179,7 +179,7 @@ def cores() -> str:
 @functools.cache
 def sweep_images(data: Path, setting: Setting, cache: Path | None) -> Dataset:
     """The images, read once in each process; arguments as of ``main``."""
-    return read_dataset([data], backbone_info().image_size, setting.train_per_class, setting.test_per_class, cache)
+    return read_dataset([data], backbone_info().images.size, setting.train_per_class, setting.test_per_class, cache)
 
 
 def run_task(task: Task, setting: Setting, weights: Path, data: Path, cache: Path | None) -> dict:

@@ -22,7 +22,8 @@ from transfer_images import read_dataset
 from transfer_training import AUGMENTATION, make_trainer, train
 
 from lbpwht_jax.models import model_info
-from lbpwht_jax.models.info import ModelInfo
+from lbpwht_jax.models.blocks import Settings
+from lbpwht_jax.models.info import Images, ModelInfo
 from lbpwht_jax.train import Recipe
 from lbpwht_jax.weights.files import count_parameters, save_weights
 
@@ -34,19 +35,25 @@ WEIGHTS = Path(__file__).parent / "results" / "transfer_backbone.safetensors"
 
 def backbone_info() -> ModelInfo:
     """What the registry would know of the backbone."""
+    like = model_info("efficientformer_l1")
     return dataclasses.replace(
-        model_info("efficientformer_l1"),
+        like,
         arguments={"dims": DIMS, "depths": DEPTHS, "attention": ATTENTION},
-        image_size=IMAGE_SIZE,
-        crop=1.0,
-        last_stage=rf"^(stages_{len(DIMS) - 1}|norm|head(_dist)?)(/|$)",
+        images=Images(IMAGE_SIZE),
+        layers=dataclasses.replace(like.layers, last_stage=rf"^(stages_{len(DIMS) - 1}|norm|head(_dist)?)(/|$)"),
     )
 
 
-def backbone(num_classes: int, **arguments) -> nn.Module:
-    """The model; ``arguments`` are further fields of its class, such as ``frozen_batch_norm``."""
+def backbone(num_classes: int, frozen_batch_norm: bool = False, **arguments) -> nn.Module:
+    """The model; ``arguments`` are further fields of its class, such as ``drop_path``."""
     info = backbone_info()
-    return info.module(num_classes=num_classes, image_size=info.image_size, **info.arguments, **arguments)
+    return info.module(
+        num_classes=num_classes,
+        image_size=info.images.size,
+        settings=Settings(frozen_batch_norm=frozen_batch_norm),
+        **info.arguments,
+        **arguments,
+    )
 
 
 def main(
@@ -73,9 +80,9 @@ def main(
     """
     output.parent.mkdir(parents=True, exist_ok=True)
     info = backbone_info()
-    dataset = read_dataset(data, info.image_size, limit, limit, cache)
+    dataset = read_dataset(data, info.images.size, limit, limit, cache)
     model = backbone(len(dataset.classes))
-    variables = jax.jit(model.init)(jax.random.key(seed), jnp.zeros((1, info.image_size, info.image_size, info.channels)))
+    variables = jax.jit(model.init)(jax.random.key(seed), jnp.zeros((1, *info.images.shape)))
     print(
         f"{NAME}: {count_parameters(variables):,} parameters, {len(dataset.train):,} images of {len(dataset.classes)} classes"
     )

@@ -89,7 +89,7 @@ def main(
       train_per_class: training images of each class.
     """
     info = backbone_info()
-    images, names = read_split([data], "train", info.image_size, train_per_class, cache)
+    images, names = read_split([data], "train", info.images.size, train_per_class, cache)
     classes, dataset = len(names), Dataset(data.stem, images, images, names)
     head = adapted_backbone(Variant("full"), "head", classes)
     trainer = make_trainer(head, info, dataset, Setting(epochs=1).recipe(seed), head.trainable)

@@ -53,7 +53,7 @@ def main(
       trains: what is trained, with the head.
     """
     setting = Setting()
-    size, rng = backbone_info().image_size, np.random.default_rng(0)
+    size, rng = backbone_info().images.size, np.random.default_rng(0)
     images = rng.integers(0, 256, (setting.batch_size, size, size, 3), dtype=np.uint8)
     split = ArraySplit(images, rng.integers(0, CLASSES, setting.batch_size).astype(np.int32))
     dataset = Dataset("random", split, split, tuple(map(str, range(CLASSES))))

@@ -15,7 +15,7 @@ def make_trainer(
     model: Any, info: ModelInfo, dataset: Dataset, recipe: Recipe, trainable: Callable[[str], bool] = everything
 ) -> Trainer:
     """The library's trainer, at the model's image size."""
-    return Trainer(model, info, dataset, recipe, info.image_size, trainable)
+    return Trainer(model, info, dataset, recipe, info.images.size, trainable)
 
 
 def train(trainer: Trainer, variables: Any) -> Iterator[tuple[int, float, TrainState]]:

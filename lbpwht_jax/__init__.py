@@ -2,9 +2,9 @@
 
 from importlib.metadata import version
 
-from lbpwht_jax.adaptation import Freeze, LoRA, LowRank, adapt
+from lbpwht_jax.adaptation import Freeze, LoRA, LowRank, adapt, create_model
 from lbpwht_jax.layers import LowRankDense, LowRankLinear
-from lbpwht_jax.models import create_model, list_models
+from lbpwht_jax.models import list_models
 from lbpwht_jax.ops import LowRankSpec, fast_walsh_hadamard, low_rank_matmul, lp_l1, lp_linf, walsh_matrix
 from lbpwht_jax.weights import load_adapter, load_pretrained, save_adapter
 

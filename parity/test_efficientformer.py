@@ -8,7 +8,8 @@ import timm
 import torch
 from timm.models.efficientformer import Attention
 
-from lbpwht_jax.models import create_model, model_info
+from lbpwht_jax import create_model
+from lbpwht_jax.models import model_info
 from parity import util
 
 # Biases that add the same to a query's every logit, and so nothing to its softmax.
@@ -77,8 +78,8 @@ def test_logits_and_round_trip(name, image_size):
 @pytest.mark.parametrize("name", ["efficientformer_l1", "efficientformer_l7", "efficientformerv2_s0"])
 def test_buffers_are_timms(name):
     info, module = model_info(name), create_model(name)
-    expected = {k: v.numpy() for k, v in timm.create_model(name).state_dict().items() if re.search(info.buffers, k)}
-    actual = info.make_buffers(module)
+    expected = {k: v.numpy() for k, v in timm.create_model(name).state_dict().items() if re.search(info.files.buffers, k)}
+    actual = info.files.make_buffers(module)
     assert actual.keys() == expected.keys()
     for key, value in expected.items():
         assert actual[key].dtype == value.dtype, key

@@ -23,7 +23,7 @@ def photo(width, height):
     return file.getvalue()
 
 
-CROPS = sorted({(info.image_size, info.crop, info.interpolation) for info in map(model_info, list_models())})
+CROPS = sorted({(info.images.size, info.images.crop, info.images.interpolation) for info in map(model_info, list_models())})
 
 
 @pytest.mark.parametrize(("image_size", "crop", "interpolation"), [*CROPS, (224, 0.875, "bilinear")])

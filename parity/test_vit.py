@@ -6,7 +6,8 @@ import timm
 import torch
 from safetensors.torch import load_file
 
-from lbpwht_jax.models import create_model, list_models
+from lbpwht_jax import create_model
+from lbpwht_jax.models import list_models
 from lbpwht_jax.models.vit import resample_positions
 from lbpwht_jax.weights.pretrained import export_weights, load_pretrained
 from lbpwht_jax.weights.torch_file import read_torch_file

@@ -12,8 +12,8 @@ import optax
 import torch
 from flax import traverse_util
 
-from lbpwht_jax import lp_l1
-from lbpwht_jax.models import create_model, model_info
+from lbpwht_jax import create_model, lp_l1
+from lbpwht_jax.models import model_info
 from lbpwht_jax.weights.timm_keys import entries, from_timm, to_timm
 
 LOGITS = 2e-5  # float32 rounding leaves about 1e-6; the tanh form of GELU, say, is 2e-4 off in vit_tiny_patch16_224
@@ -50,7 +50,7 @@ def state_of(model: torch.nn.Module) -> dict[str, np.ndarray]:
 
 def images_for(name: str, image_size: int, batch: int = 2) -> np.ndarray:
     """Random images, ``[batch, image_size, image_size, channels]``."""
-    shape = (batch, image_size, image_size, model_info(name).channels)
+    shape = (batch, image_size, image_size, model_info(name).images.channels)
     return np.random.default_rng(1).standard_normal(shape, np.float32)
 
 

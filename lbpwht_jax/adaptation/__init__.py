@@ -1,5 +1,6 @@
 """Models under rules: low rank, LoRA and freezing, for Linen and NNX."""
 
+from lbpwht_jax.adaptation.create import create_model
 from lbpwht_jax.adaptation.linen import AdaptedModule, adapt, resolve
 from lbpwht_jax.adaptation.nnx import FrozenParam
 from lbpwht_jax.adaptation.partition import join_params, split_params
@@ -18,6 +19,7 @@ __all__ = [
     "Train",
     "adapt",
     "adapted_model",
+    "create_model",
     "join_params",
     "parse_method",
     "resolve",

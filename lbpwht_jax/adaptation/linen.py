@@ -16,6 +16,7 @@ from lbpwht_jax.adaptation.nnx import adapt_nnx, find_nnx_layers
 from lbpwht_jax.adaptation.rules import Adaptation, Layer, Resolution, Rule, resolve_rules
 from lbpwht_jax.adaptation.shapes import abstract_call
 from lbpwht_jax.layers.linen import LowRankDense
+from lbpwht_jax.ops.pointwise import pointwise_lacks
 from lbpwht_jax.ops.spec import LowRankSpec
 
 _DENSE = (nn.Dense, nn.DenseGeneral, LowRankDense)
@@ -38,7 +39,7 @@ class AdaptedModule:
 
     def init(self, rngs: Any, *args: Any, **kwargs: Any) -> Any:
         """Fresh variables, as ``module.init`` makes them, with LoRA's."""
-        with nn.intercept_methods(self._intercept):
+        with nn.intercept_methods(self.intercept):
             return self.module.init(rngs, *args, **kwargs)
 
     def apply(self, variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
@@ -48,7 +49,7 @@ class AdaptedModule:
             return leaf if self.trainable(_joined(path)) else lax.stop_gradient(leaf)
 
         variables = {**variables, "params": jax.tree.map_with_path(stop, variables["params"])}
-        with nn.intercept_methods(self._intercept):
+        with nn.intercept_methods(self.intercept):
             return self.module.apply(variables, *args, **kwargs)
 
     def trainable(self, path: str) -> bool:
@@ -118,11 +119,42 @@ class AdaptedModule:
     def _branches(self) -> dict[str, Adaptation]:
         return {path: adaptation for path, adaptation in self._by_path.items() if adaptation.rank}
 
-    def _intercept(self, call: Any, args: Any, kwargs: Any, context: Any) -> Any:
+    def intercept(self, call: Any, args: Any, kwargs: Any, context: Any) -> Any:
+        """Calls a layer as the rules say: an interceptor for ``nn.intercept_methods``, around calls of ``module``."""
         adaptation = self._by_path.get("/".join(context.module.path))
         if adaptation is None or not _is_layer_call(context) or _is_adapted(context.module, adaptation):
             return call(*args, **kwargs)
         return _twin(context.module, adaptation)(*args, **kwargs)
+
+
+class LowRankModel(nn.Module):
+    """A Linen model whose layers are backpropagated as resolved rules say, itself a Linen module.
+
+    Attributes:
+      module: the model as it was; its variables are this module's own, under the same names.
+      resolution: of ``LowRank`` rules.
+    """
+
+    module: nn.Module
+    resolution: Resolution = dataclasses.field(repr=False)
+
+    def setup(self):
+        nn.share_scope(self, self.module)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Arguments and result are those of ``module``."""
+        with nn.intercept_methods(AdaptedModule(self.module, self.resolution).intercept):
+            return self.module(*args, **kwargs)
+
+    @property
+    def image_size(self) -> int:
+        """Height and width of the images, in pixels."""
+        return self.module.image_size
+
+    @property
+    def num_classes(self) -> int:
+        """Outputs of the head."""
+        return self.module.num_classes
 
 
 def adapt(model: Any, rules: Sequence[Rule], *args: Any, **kwargs: Any) -> Any:
@@ -149,7 +181,7 @@ def adapt(model: Any, rules: Sequence[Rule], *args: Any, **kwargs: Any) -> Any:
     resolution = resolve(model, rules, *args, **kwargs)
     if isinstance(model, nnx.Module):
         return adapt_nnx(model, resolution)
-    adapted = AdaptedModule(model, resolution)
+    adapted = AdaptedModule(model.module if isinstance(model, LowRankModel) else model, resolution)
     abstract_call(lambda *args, **kwargs: adapted.init(jax.random.key(0), *args, **kwargs), args, kwargs)
     return adapted
 
@@ -160,6 +192,22 @@ def resolve(model: Any, rules: Sequence[Rule], *args: Any, **kwargs: Any) -> Res
         return resolve_rules(*find_nnx_layers(model, args, kwargs), rules)
     if not isinstance(model, nn.Module):
         raise TypeError(f"adapt: model must be a Linen or an NNX module, got {type(model).__name__}")
+    if not isinstance(model, LowRankModel):
+        return resolve_rules(*find_layers(model, args, kwargs), rules)
+    resolution = resolve(model.module, rules, *args, **kwargs)
+    taken = {adaptation.layer.path for adaptation in resolution.adaptations}
+    kept = [adaptation for adaptation in model.resolution.adaptations if adaptation.layer.path not in taken]
+    return dataclasses.replace(resolution, adaptations=(*resolution.adaptations, *kept))
+
+
+def find_layers(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[list[Layer], dict[str, int]]:
+    """The dense layers that a call of the model reaches, and the number of parameters of each module, by path.
+
+    Args:
+      model: a Linen module.
+      args: of the call; arrays or ``jax.ShapeDtypeStruct``, and other things.
+      kwargs: of the call, likewise.
+    """
     layers: dict[str, Layer] = {}
 
     def record(call, args, kwargs, context):
@@ -178,7 +226,7 @@ def resolve(model: Any, rules: Sequence[Rule], *args: Any, **kwargs: Any) -> Res
     for path, leaf in jax.tree.leaves_with_path(abstract_call(init, args, kwargs).get("params", {})):
         module = _joined(path).rpartition("/")[0]
         counts[module] = counts.get(module, 0) + leaf.size
-    return resolve_rules(list(layers.values()), counts, rules)
+    return list(layers.values()), counts
 
 
 def _joined(path: Any) -> str:
@@ -202,12 +250,8 @@ def _is_layer_call(context: Any) -> bool:
 
 
 def _is_pointwise(module: nn.Conv) -> bool:
-    def ones(value: Any) -> bool:
-        return value is None or set(value if isinstance(value, Sequence) else (value,)) <= {1}
-
-    dilations = (module.input_dilation, module.kernel_dilation)
-    plain = all(ones(value) for value in (module.kernel_size, module.strides, *dilations))
-    return plain and module.feature_group_count == 1 and module.padding in ("SAME", "VALID", 0)
+    dilations, groups = (module.input_dilation, module.kernel_dilation), (module.feature_group_count,)
+    return not pointwise_lacks(module.kernel_size, module.strides, module.padding, dilations, groups)
 
 
 def _describe(module: Any, shape: tuple[int, ...]) -> Layer:

@@ -12,6 +12,7 @@ from lbpwht_jax.adaptation import lora
 from lbpwht_jax.adaptation.rules import Adaptation, Layer, Resolution
 from lbpwht_jax.adaptation.shapes import abstract_call
 from lbpwht_jax.ops.dot_general import LowRankDotGeneral
+from lbpwht_jax.ops.pointwise import pointwise_lacks
 
 
 class FrozenParam(nnx.Variable):
@@ -100,9 +101,8 @@ def _joined(path: Sequence[Any]) -> str:
 
 def _is_layer(node: Any) -> bool:
     if isinstance(node, nnx.Conv):
-        plain = (node.kernel_size, node.strides, node.input_dilation, node.kernel_dilation, node.feature_group_count)
-        ones = all(set(value if isinstance(value, Sequence) else (value,)) <= {1, None} for value in plain)
-        return ones and node.padding in ("SAME", "VALID", 0)
+        dilations, groups = (node.input_dilation, node.kernel_dilation), (node.feature_group_count,)
+        return not pointwise_lacks(node.kernel_size, node.strides, node.padding, dilations, groups)
     return isinstance(node, (nnx.Linear, nnx.LinearGeneral))
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from lbpwht_jax.adaptation.linen import AdaptedModule, adapt
 from lbpwht_jax.adaptation.rules import Freeze, LoRA, LowRank, Rule
-from lbpwht_jax.models import create_model, model_info
+from lbpwht_jax.models import model_info, plain_model
 from lbpwht_jax.models.info import ModelInfo
 from lbpwht_jax.ops.spec import LowRankSpec, lp_l1, lp_linf
 
@@ -43,17 +43,17 @@ class Method:
 
         Args:
           info: of the model.
-          train: ``"all"``; ``"last_stage"``, the last stage (``info.last_stage``) and the head alone; ``"head"``, the head
-            and LoRA's branches alone, the other layers being backpropagated exactly.
+          train: ``"all"``; ``"last_stage"``, the last stage (``info.layers.last_stage``) and the head alone; ``"head"``, the
+            head and LoRA's branches alone, the other layers being backpropagated exactly.
 
         Raises:
           ValueError: if ``train`` is none of these, or is ``"head"`` and the method adapts layers without training a branch.
         """
-        layers, spec = info.layers, self.spec
+        layers, spec = info.layers.low_rank, self.spec
         rules: list[Rule] = []
         if self.branches != "none":
-            pattern = layers if self.branches == "all" else _both(info.attention, layers)
-            rules.append(LoRA(pattern, self.rank, _ALPHA, spec, fused=info.fused))
+            pattern = layers if self.branches == "all" else _both(info.layers.attention, layers)
+            rules.append(LoRA(pattern, self.rank, _ALPHA, spec, fused=info.layers.fused))
         if train not in get_args(Train):
             raise ValueError(f"train must be one of {', '.join(get_args(Train))}, got {train!r}")
         if train == "head":
@@ -62,11 +62,11 @@ class Method:
                     "training the head alone leaves low-rank backpropagation no layer; use the method full, a sum with LoRA, "
                     "or train the last stage"
                 )
-            return (*rules, Freeze(_outside(info.head)))
+            return (*rules, Freeze(_outside(info.layers.head)))
         if spec is not None and self.branches != "all":
             rules.append(LowRank(layers, spec))
         if train == "last_stage":
-            rules.insert(0, Freeze(_outside(info.last_stage)))
+            rules.insert(0, Freeze(_outside(info.layers.last_stage)))
         return tuple(rules)
 
 
@@ -136,6 +136,6 @@ def adapted_model(
     """
     info = model_info(name)
     rules = parse_method(method, when=when).rules(info, train)
-    module = create_model(name, num_classes=num_classes, image_size=image_size, frozen_batch_norm=True, **fields)
-    images = jax.ShapeDtypeStruct((1, module.image_size, module.image_size, info.channels), jnp.float32)
+    module = plain_model(name, num_classes=num_classes, image_size=image_size, frozen_batch_norm=True, **fields)
+    images = jax.ShapeDtypeStruct((1, module.image_size, module.image_size, info.images.channels), jnp.float32)
     return adapt(module, rules, images)

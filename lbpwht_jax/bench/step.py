@@ -15,7 +15,7 @@ from rich.table import Table
 
 from lbpwht_jax.adaptation.presets import Train, adapted_model
 from lbpwht_jax.bench.timing import interleaved, keep_freed_memory, machine
-from lbpwht_jax.cost.backward import backward_flops, saved_bytes
+from lbpwht_jax.cost.backward import backward_flops, residual_bytes
 from lbpwht_jax.data import Batch
 from lbpwht_jax.models import model_info
 from lbpwht_jax.runs.folder import write_json
@@ -118,13 +118,13 @@ class Step:
         optimizer = recipe.optimizer(1000)
         models = {method: self._model(name, method) for method in self.methods}
         base = next(iter(models.values())).module
-        shape = (base.image_size, base.image_size, info.channels)
+        shape = (base.image_size, base.image_size, info.images.channels)
         variables = jax.jit(base.init)(jax.random.key(0), jnp.zeros((1, *shape)))
         batch = _batch(self.batch_size, shape)
         functions, peaks, losses, saved, flops = {}, {}, {}, {}, {}
         for method, model in models.items():
             own = model.with_branches(jax.random.key(1), variables)
-            saved[method], flops[method] = saved_bytes(model, own, shape), backward_flops(model, own, shape)
+            saved[method], flops[method] = residual_bytes(model, own, shape), backward_flops(model, own, shape)
             step = make_train_step(model, info, optimizer, recipe, base.image_size, _CLASSES)
             held = [initial_state(own, optimizer, model.trainable)]
             compiled = jax.jit(step, donate_argnums=0).lower(held[0], batch).compile()

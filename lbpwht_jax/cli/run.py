@@ -106,9 +106,9 @@ class Predict:
         if not self.images:
             raise ValueError("name at least one image")
         loaded = load_run(self.run, self.checkpoint)
-        info, size = loaded.config.info, loaded.config.image_size
+        like, size = loaded.config.info.images, loaded.config.image_size
         files = [file for path in self.images for file in (image_files(path) if path.is_dir() else [path])]
-        images = np.stack([load_image(file, size, info.channels, info.crop, info.interpolation) for file in files])
+        images = np.stack([load_image(file, size, like.channels, like.crop, like.interpolation) for file in files])
 
         def run() -> None:
             probabilities = predict(loaded, images)

@@ -15,7 +15,7 @@ from flax import traverse_util
 from rich.console import Console
 from rich.table import Table
 
-from lbpwht_jax.models import create_model, list_models, model_info
+from lbpwht_jax.models import list_models, model_info, plain_model
 from lbpwht_jax.ops.flops import product_flops
 from lbpwht_jax.runs.finished import FINAL, load_run
 from lbpwht_jax.weights.pretrained import export_weights, load_pretrained, number_of_classes
@@ -114,12 +114,12 @@ class Models:
         for title in ("parameters", "GMACs", "image size", "low-rank layers"):
             table.add_column(title, justify="right")
         for name in names:
-            row, size = describe(name), str(model_info(name).image_size)
+            row, size = describe(name), str(model_info(name).images.size)
             table.add_row(name, f"{row.parameters:,}", f"{row.macs / 1e9:.2f}", size, str(row.low_rank_layers))
         console = Console()
         console.print(table)
         console.print("Low-rank layers, by the regular expression their paths match:")
-        for family, layers in sorted({(model_info(name).module.__name__, model_info(name).layers) for name in names}):
+        for family, layers in sorted({(model_info(name).module.__name__, model_info(name).layers.low_rank) for name in names}):
             console.print(f"  {family}: {layers}", markup=False, highlight=False, soft_wrap=True)
 
 
@@ -144,22 +144,22 @@ def describe(name: str) -> Description:
     Raises:
       ValueError: if the name is unknown.
     """
-    info, module = model_info(name), create_model(name)
-    images = jax.ShapeDtypeStruct((1, info.image_size, info.image_size, info.channels), jnp.float32)
+    info, module = model_info(name), plain_model(name)
+    images = jax.ShapeDtypeStruct((1, *info.images.shape), jnp.float32)
     variables = jax.eval_shape(module.init, jax.random.key(0), images)
     leaves: dict[str, Any] = traverse_util.flatten_dict(variables["params"], sep="/")
     kernels = [path.removesuffix("/kernel") for path in leaves if path.endswith("/kernel")]
     return Description(
         parameters=sum(math.prod(leaf.shape) for leaf in leaves.values()),
         macs=product_flops(functools.partial(module.apply, train=False), variables, images, padding=True) // 2,
-        low_rank_layers=sum(re.search(info.layers, path) is not None for path in kernels),
+        low_rank_layers=sum(re.search(info.layers.low_rank, path) is not None for path in kernels),
     )
 
 
 def _rewrite(command: Convert | Export, source: str, output: Path, format: Literal["timm", "flax"]) -> None:
     variables = load_pretrained(command.model, source, command.num_classes, command.image_size, offline=command.offline)
     classes = number_of_classes(command.model, variables)
-    module = create_model(command.model, num_classes=classes, image_size=command.image_size)
+    module = plain_model(command.model, num_classes=classes, image_size=command.image_size)
     _write(command.model, module, variables, output, format)
 
 

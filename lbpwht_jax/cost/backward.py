@@ -1,6 +1,6 @@
 """What a training step costs: backward FLOPs and bytes kept for the backward pass, read off JAX's own program.
 
-FLOPs are those of matrix products and convolutions, Walsh transforms included (they are products here), 2 a multiply-add.
+FLOPs are those of matrix products and convolutions, Walsh transforms included (they are products here), 2 per multiply-add.
 Multiplications with the zeros of a convolution's padding and dilation are left out, as XLA counts, and so is element-wise
 work. The projection of the inputs, which low-rank layers do in the forward pass, is charged to the backward pass.
 """
@@ -35,10 +35,10 @@ def abstract_variables(model: Any, image_shape: tuple[int, int, int]) -> Any:
 
 
 def backward_flops(model: Any, variables: Variables, image_shape: tuple[int, int, int]) -> int:
-    """Backward FLOPs an image of training every parameter on a cross-entropy loss.
+    """Backward FLOPs per image of training every parameter on a cross-entropy loss.
 
     Args:
-      model: a Linen module, or what stands for one: called as ``model.apply(variables, images, train=True)``, returning logits.
+      model: a Linen module or ``AdaptedModule``, called as ``model.apply(variables, images, train=True)``, returning logits.
       variables: its variables, arrays or ``jax.ShapeDtypeStruct``.
       image_shape: height, width and channels.
 
@@ -54,19 +54,19 @@ def backward_flops(model: Any, variables: Variables, image_shape: tuple[int, int
     return product_flops(jax.value_and_grad(loss), *arguments) - product_flops(loss, *arguments)
 
 
-def saved_bytes(model: Any, variables: Variables, image_shape: tuple[int, int, int]) -> int:
-    """Bytes an image that the backward pass of a cross-entropy loss keeps from the forward pass.
+def residual_bytes(model: Any, variables: Variables, image_shape: tuple[int, int, int]) -> int:
+    """Bytes per image that the backward pass of a cross-entropy loss keeps from the forward pass.
 
     These are all the residuals of ``jax.vjp`` that grow with the batch, of every layer, low-rank or not; parameters are not
     among them. A compiler may keep fewer.
 
     Args:
-      model: a Linen module, or what stands for one: called as ``model.apply(variables, images, train=True)``, returning logits.
+      model: a Linen module or ``AdaptedModule``, called as ``model.apply(variables, images, train=True)``, returning logits.
       variables: its variables, arrays or ``jax.ShapeDtypeStruct``.
       image_shape: height, width and channels.
 
     Returns:
-      Bytes.
+      Bytes per image, in the dtypes the model computes in.
     """
     params, others = _split(variables)
 

@@ -1,4 +1,4 @@
-"""What training a model by a method costs an image, read off the model's own layers."""
+"""What training a model by a method costs per image, read off the model's own layers."""
 
 import dataclasses
 import math
@@ -9,7 +9,7 @@ from flax.traverse_util import flatten_dict
 
 from lbpwht_jax.adaptation.linen import AdaptedModule
 from lbpwht_jax.adaptation.presets import Train, adapted_model
-from lbpwht_jax.cost.backward import abstract_variables, saved_bytes
+from lbpwht_jax.cost.backward import abstract_variables, residual_bytes
 from lbpwht_jax.cost.layers import matmul_flops, saved_elements
 from lbpwht_jax.cost.paper import paper_flops
 from lbpwht_jax.cost.trace import Product, Record, layer_records
@@ -20,15 +20,15 @@ _FLOAT32 = 4
 
 @dataclasses.dataclass(frozen=True)
 class LayerCost:
-    """What one module costs an image: its products, or its element-wise work of one kind.
+    """What one module costs per image: its products, or its element-wise work of one kind.
 
     Attributes:
       path: of the module.
-      kind: as of the records, such as ``"dense"``, ``"attention"`` or ``"gelu"``; ``"other"`` for further parameters.
+      kind: that of its records, such as ``"dense"``, ``"attention"`` or ``"gelu"``; ``"other"`` for further parameters.
       method: ``"full"``, ``"low-rank"``, ``"LoRA"``, ``"low-rank + LoRA"`` or ``"frozen"`` for layers; else empty.
       backward_flops_paper: as the authors count.
       backward_flops_matmul: products and Walsh transforms, as computed here.
-      saved_activation_bytes: of layers: what the gradients of kernel and branch need, inputs or their coefficients, in
+      saved_activation_bytes: for layers, what the gradients of kernel and branch need: inputs or their coefficients, in
         float32. Attention and element-wise work keep more, which the whole model's bytes include.
       trainable_parameters: of the module itself.
     """
@@ -49,10 +49,10 @@ class ModelCost:
     Attributes:
       model: its name.
       method, train, num_classes, image_size: as asked for.
-      backward_flops_paper: an image, as the authors count (``lbpwht_jax.cost.paper``).
-      backward_flops_matmul: an image, products and Walsh transforms as computed here.
-      saved_activation_bytes: an image, in float32: all residuals of ``jax.vjp`` that grow with the batch.
-      gradient_bytes: of the trained parameters, in float32, whatever the batch.
+      backward_flops_paper: per image, as the authors count (``lbpwht_jax.cost.paper``).
+      backward_flops_matmul: per image, products and Walsh transforms as computed here.
+      saved_activation_bytes: per image, in float32: all residuals of ``jax.vjp`` that grow with the batch.
+      gradient_bytes: those of the trained parameters, in float32, whatever the batch.
       trainable_parameters: numbers trained.
       speedup_vs_full_paper: the authors' count for exact backpropagation, of the last stage if that is trained and else of
         the whole model, over this one's.
@@ -76,7 +76,7 @@ class ModelCost:
 def model_cost(
     model: str, method: str = "full", train: Train = "all", num_classes: int = 1000, image_size: int | None = None
 ) -> ModelCost:
-    """Counts from shapes alone: nothing is computed or allocated.
+    """Counts what training costs from shapes alone: nothing is computed or allocated.
 
     The layers adapted are the family's default choice; batch normalisation is on its running statistics.
 
@@ -91,7 +91,7 @@ def model_cost(
       ValueError: if a name is unknown, or the image size does not suit the model.
     """
     adapted = adapted_model(model, method, train, num_classes, image_size)
-    shape = (adapted.module.image_size, adapted.module.image_size, model_info(model).channels)
+    shape = (adapted.module.image_size, adapted.module.image_size, model_info(model).images.channels)
     variables = abstract_variables(adapted, shape)
     layers = layer_costs(adapted, variables, shape)
     paper = sum(layer.backward_flops_paper for layer in layers)
@@ -107,7 +107,7 @@ def model_cost(
         image_size=shape[0],
         backward_flops_paper=paper,
         backward_flops_matmul=sum(layer.backward_flops_matmul for layer in layers),
-        saved_activation_bytes=saved_bytes(adapted, variables, shape),
+        saved_activation_bytes=residual_bytes(adapted, variables, shape),
         gradient_bytes=_FLOAT32 * parameters,
         trainable_parameters=parameters,
         speedup_vs_full_paper=full / paper,

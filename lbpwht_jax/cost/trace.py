@@ -1,11 +1,12 @@
 """What a model's forward pass consists of, read off its own trace: products, each with its layer, and element-wise work.
 
-Shapes alone are traced. Tags that an interceptor of the modules' calls leaves in the program say which module each equation
+Shapes alone are traced. Named scopes that an interceptor opens around the modules' calls say which module each equation
 belongs to; following the parameters through the program says which operands need cotangents.
 """
 
 import dataclasses
 import math
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,17 +14,17 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
-from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core import Jaxpr, Literal
 
 from lbpwht_jax.layers.linen import LowRankDense
 from lbpwht_jax.ops.flops import equation_macs, inner_program
 from lbpwht_jax.ops.spec import Grid
 
-# What a module that does element-wise work alone counts as, all its equations together.
+# What a module that does element-wise work alone counts as, all its equations together: the first of these found in the name
+# of its class or of a class it derives from. Norms of any source and kind are among them.
 _ELEMENTWISE_MODULES = {
     "BatchNorm": "batch_norm",
-    "LayerNorm": "layer_norm",
+    r"(Layer|RMS|Group|Instance)_?Norm": "layer_norm",
     "LayerScale": "layer_scale",
     "AveragePool": "pooling",
 }
@@ -31,20 +32,19 @@ _ELEMENTWISE_MODULES = {
 _ELEMENTWISE_EQUATIONS = {"erf": "gelu", "erfc": "gelu", "exp": "softmax", "reduce_window_sum": "pooling", "add": "add"}
 # Equations through which a parameter stays recognisable (a stem pads its kernel to four channels).
 _VIEWS = ("reshape", "transpose", "pad", "convert_element_type", "squeeze", "broadcast_in_dim", "stop_gradient")
-_ENTER, _LEAVE = "enter ", "leave"
+_SCOPE = re.compile(r"<module ([^>]*)>")
 
 
 @dataclasses.dataclass(frozen=True)
 class Product:
-    """A matrix product or convolution of one image's forward pass.
+    """A matrix product or convolution in one image's forward pass.
 
     Attributes:
       path: of the module it belongs to.
-      kind: ``"dense"``, of a kernel ``[in, out]``; ``"conv"``; ``"depthwise"``; ``"attention"``, of two activations; or
-        ``"constant"``, of an activation and numbers known beforehand, such as an interpolation's.
+      kind: ``"dense"`` with a kernel ``[in, out]``; ``"conv"``; ``"depthwise"``; ``"attention"`` between two activations; or
+        ``"constant"`` with numbers known beforehand, such as an interpolation's.
       parameter: name of the kernel within the module, such as ``"kernel"``; empty for attention and constants.
-      macs: multiply-accumulates, as usually counted: those of a convolution with its padding included, but not those of
-        channels of zeros that it is given.
+      macs: multiply-accumulates as usually counted: a convolution's padding included, channels of zeros added to it not.
       inside_macs: as computed, without the padding.
       tokens: rows of the input of a dense layer; positions of a convolution's output.
       channels: of input and output; zeros for attention and constants.
@@ -77,8 +77,9 @@ class Elementwise:
 
     Attributes:
       path: of the module it belongs to.
-      kind: ``"gelu"``, ``"batch_norm"``, ``"layer_norm"``, ``"layer_scale"``, ``"pooling"``, ``"softmax"`` or ``"add"``.
-      elements: of the array.
+      kind: ``"gelu"``, ``"batch_norm"``, ``"layer_norm"`` (every other norm too), ``"layer_scale"``, ``"pooling"``,
+        ``"softmax"`` or ``"add"``.
+      elements: numbers in the array.
     """
 
     path: str
@@ -100,13 +101,13 @@ def layer_records(
     Nothing is computed or allocated.
 
     Args:
-      model: a Linen module, or what stands for one: called as ``model.apply(variables, images, train=True)``.
+      model: a Linen module or ``AdaptedModule``, called as ``model.apply(variables, images, train=True)``.
       variables: its variables, arrays or ``jax.ShapeDtypeStruct``.
       image_shape: height, width and channels.
       trained: whether the parameter at a path, such as ``"blocks_0/mlp/fc1/kernel"``, is trained.
 
     Returns:
-      Every product; and element-wise work on what depends on a trained parameter.
+      Every product, and the element-wise work on what depends on a trained parameter.
 
     Raises:
       ValueError: if the model has a loop or a branch of JAX's, such as ``nn.scan`` makes.
@@ -124,30 +125,44 @@ def layer_records(
     program = jax.make_jaxpr(forward)(params, others, images).jaxpr
     names = sorted(params)  # JAX flattens dictionaries in this order
     values = [_Value(name, trained(name)) for name in names]
-    walk = _Walk(modules, {name for name in names if trained(name)}, {name: math.prod(params[name].shape) for name in names})
-    walk(program, values + [_Value()] * (len(program.invars) - len(values)))
+    sizes = {name: math.prod(params[name].shape) for name in names}
+    walk = _Walk(modules.kinds(), modules.grids, {name for name in names if trained(name)}, sizes)
+    walk(program, values + [_Value()] * (len(program.invars) - len(values)), "")
     return walk.records
 
 
 class _Modules:
-    """An interceptor that notes the modules' classes and grids, and tags the beginning and the end of their calls."""
+    """An interceptor that notes the modules' classes and grids, and opens a named scope around each call."""
 
     def __init__(self):
-        self.classes: dict[str, str] = {}
+        self.classes: dict[str, type] = {}
         self.grids: dict[str, tuple[Grid, int]] = {}
 
     def __call__(self, call: Callable, arguments: tuple, keywords: dict, context: Any) -> Any:
         if context.method_name != "__call__":
             return call(*arguments, **keywords)
         module, path = context.module, "/".join(context.module.path)
-        self.classes[path] = type(module).__name__
+        self.classes[path] = type(module)
         if isinstance(module, LowRankDense):
             grid = tuple(jnp.shape(arguments[0])[1:-1]) if module.grid is None else module.grid
             self.grids[path] = grid, module.prefix_tokens
-        checkpoint_name(jnp.zeros(()), _ENTER + path)
-        result = call(*arguments, **keywords)
-        checkpoint_name(jnp.zeros(()), _LEAVE)
-        return result
+        with jax.named_scope(f"<module {path}>"):
+            return call(*arguments, **keywords)
+
+    def kinds(self) -> dict[str, str]:
+        """The kinds of the modules that do element-wise work alone, by path; modules with others inside do more."""
+        found = {path: kind for path, cls in self.classes.items() if (kind := _elementwise_kind(cls))}
+        inside = {path: path and f"{path}/" for path in found}
+        return {
+            path: kind
+            for path, kind in found.items()
+            if not any(other != path and other.startswith(inside[path]) for other in self.classes)
+        }
+
+
+def _elementwise_kind(cls: type) -> str:
+    names = [base.__name__ for base in cls.__mro__]
+    return next((kind for pattern, kind in _ELEMENTWISE_MODULES.items() if any(re.search(pattern, n) for n in names)), "")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,47 +177,41 @@ class _Value:
 class _Walk:
     """Goes through a program in order and collects the records."""
 
-    def __init__(self, modules: _Modules, trained: set[str], sizes: Mapping[str, int]):
-        self.modules, self.trained, self.sizes = modules, trained, sizes
-        self.path = [""]
+    def __init__(self, kinds: Mapping[str, str], grids: Mapping[str, Any], trained: set[str], sizes: Mapping[str, int]):
+        self.kinds, self.grids, self.trained, self.sizes = kinds, grids, trained, sizes
         self.records: list[Record] = []
 
-    def __call__(self, program: Jaxpr, inputs: list[_Value]) -> list[_Value]:
+    def __call__(self, program: Jaxpr, inputs: list[_Value], path: str) -> list[_Value]:
+        """Goes through ``program``, called in the module at ``path`` on ``inputs``; returns what is known of its outputs."""
         values: dict[Any, _Value] = dict(zip(program.invars, inputs, strict=True))
 
         def value(v: Any) -> _Value:
             return _Value(constant=True) if isinstance(v, Literal) else values.get(v, _Value(constant=True))
 
         for equation in program.eqns:
-            outputs = self._equation(equation, [value(v) for v in equation.invars])
+            scopes = _SCOPE.findall(str(equation.source_info.name_stack))
+            outputs = self._equation(equation, [value(v) for v in equation.invars], scopes[-1] if scopes else path)
             values.update(zip(equation.outvars, outputs, strict=True))
         return [value(v) for v in program.outvars]
 
-    def _equation(self, equation: Any, operands: list[_Value]) -> list[_Value]:
+    def _equation(self, equation: Any, operands: list[_Value], path: str) -> list[_Value]:
         name = equation.primitive.name
-        if name == "name":
-            tag = equation.params["name"]
-            if tag.startswith(_ENTER):
-                self.path.append(tag.removeprefix(_ENTER))
-            elif tag == _LEAVE:
-                self.path.pop()
-            return operands
         inner = inner_program(equation)
         if inner is not None:
-            return self(inner, operands)
+            return self(inner, operands, path)
         if name in ("scan", "while", "cond"):
-            raise ValueError(f"{self.path[-1] or 'the model'}: the layers inside a {name} cannot be told apart; unroll it")
+            raise ValueError(f"{path or 'the model'}: the layers inside a {name} cannot be told apart; unroll it")
         active = name != "stop_gradient" and any(operand.active for operand in operands)
         constant = all(operand.constant for operand in operands)
         if name in ("dot_general", "conv_general_dilated") and not constant:
-            self.records.append(self._product(equation, operands))
+            self.records.append(self._product(equation, operands, path))
         elif active:
-            self._elementwise(equation, operands)
+            self._elementwise(equation, operands, path)
         parameter = operands[0].parameter if name in _VIEWS else ""
         return [_Value(parameter, active, constant)] * len(equation.outvars)
 
-    def _product(self, equation: Any, operands: list[_Value]) -> Product:
-        path, kernel = self.path[-1], operands[1]
+    def _product(self, equation: Any, operands: list[_Value], path: str) -> Product:
+        kernel = operands[1]
         shapes = [v.aval.shape for v in equation.invars]
         output = equation.outvars[0].aval.shape
         channels, tokens, kind = (0, 0), 0, "attention"
@@ -217,7 +226,7 @@ class _Walk:
         layer = kind in ("dense", "conv", "depthwise")
         if layer:
             tokens = math.prod(output) // channels[1]
-        grid, prefix_tokens = self.modules.grids.get(path, (None, 0)) if kind == "dense" else (None, 0)
+        grid, prefix_tokens = self.grids.get(path, (None, 0)) if kind == "dense" else (None, 0)
         module, _, parameter = kernel.parameter.rpartition("/")
         stored = self.sizes.get(kernel.parameter, math.prod(shapes[1])) if layer else math.prod(shapes[1])
         return Product(
@@ -236,13 +245,12 @@ class _Walk:
             needs_db=parameter == "kernel" and f"{module}/bias" in self.trained,
         )
 
-    def _elementwise(self, equation: Any, operands: list[_Value]) -> None:
-        path, elements = self.path[-1], math.prod(equation.outvars[0].aval.shape)
-        module = self.modules.classes.get(path, "")
-        kind = _ELEMENTWISE_MODULES.get(module) or _ELEMENTWISE_EQUATIONS.get(equation.primitive.name)
+    def _elementwise(self, equation: Any, operands: list[_Value], path: str) -> None:
+        elements = math.prod(equation.outvars[0].aval.shape)
+        kind = self.kinds.get(path) or _ELEMENTWISE_EQUATIONS.get(equation.primitive.name)
         if kind is None or (kind == "add" and not all(operand.active and not operand.parameter for operand in operands)):
             return
         before = self.records[-1] if self.records else None
-        if module in _ELEMENTWISE_MODULES and isinstance(before, Elementwise) and before.path == path:
+        if path in self.kinds and isinstance(before, Elementwise) and before.path == path:
             self.records.pop()
         self.records.append(Elementwise(path, kind, elements))

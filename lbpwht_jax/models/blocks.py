@@ -1,7 +1,6 @@
-"""What the model families share: the plan of low-rank layers, dense layers that know their grid, drop path."""
+"""What the model families share: settings, dense layers that know their grid, GELU, drop path and the MLP."""
 
 import dataclasses
-import re
 from typing import Any
 
 import flax.linen as nn
@@ -9,41 +8,48 @@ import jax
 import jax.numpy as jnp
 
 from lbpwht_jax.layers.linen import LowRankDense
-from lbpwht_jax.ops.spec import Grid, LowRankSpec
+from lbpwht_jax.ops.spec import Grid
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
-    """Which dense layers of a model are backpropagated at low rank.
+class Settings:
+    """What all modules of a model have in common.
 
     Attributes:
-      spec: for the layers that match; ``None`` leaves every layer exact.
-      layers: regular expression, searched in a layer's path, such as ``"blocks_0/mlp/fc1"``.
+      dtype: of the computation, ``None`` for that of the images; parameters are float32, and so are sums within norms and
+        softmax at least.
+      frozen_batch_norm: keeps batch normalisation, where the family has any, on its running statistics while training.
     """
 
-    spec: LowRankSpec | None = None
-    layers: str = ""
+    dtype: Any = None
+    frozen_batch_norm: bool = False
 
-    def __call__(self, path: str) -> LowRankSpec | None:
-        """The spec of the layer at ``path``, ``None`` where it stays exact."""
-        return self.spec if self.spec is not None and re.search(self.layers, path) else None
+
+class Part(nn.Module, kw_only=True):
+    """A module of a model, or the model itself.
+
+    Attributes:
+      settings: those of the model; a keyword argument, which each module passes on to those inside it.
+    """
+
+    settings: Settings = Settings()
 
 
 def dense(
-    parent: Any, name: str, features: int, *, grid: Grid | None = None, prefix_tokens: int = 0, **arguments
+    parent: Part, name: str, features: int, *, grid: Grid | None = None, prefix_tokens: int = 0, **arguments
 ) -> LowRankDense:
-    """A dense layer (or 1x1 convolution) of ``parent``, low-rank if ``parent.plan`` says so, computing in ``parent.dtype``.
+    """A dense layer (or 1x1 convolution) within ``parent``, backpropagated exactly until the model is adapted.
 
     Args:
-      parent: the module under construction, with fields ``plan`` and ``dtype``.
+      parent: the module under construction.
       name: of the new layer.
       features: output channels.
       grid: tokens along each axis for ``[..., tokens, channels]``; ``None`` for channels-last maps.
       prefix_tokens: leading tokens outside the grid.
       **arguments: further fields of ``LowRankDense``.
     """
-    spec = parent.plan("/".join((*parent.path, name)))
-    return LowRankDense(features, spec=spec, grid=grid, prefix_tokens=prefix_tokens, dtype=parent.dtype, name=name, **arguments)
+    tokens = {"grid": grid, "prefix_tokens": prefix_tokens}
+    return LowRankDense(features, spec=None, **tokens, dtype=parent.settings.dtype, name=name, **arguments)
 
 
 def check_images(module: Any, images: jax.Array, multiple: int) -> None:
@@ -65,7 +71,7 @@ def check_images(module: Any, images: jax.Array, multiple: int) -> None:
 
 
 class DropPath(nn.Module):
-    """Stochastic depth: drops a residual branch a sample, scaling the kept ones by ``1 / (1 - rate)``.
+    """Stochastic depth: drops residual branches sample by sample and scales the kept ones by ``1 / (1 - rate)``.
 
     Attributes:
       rate: probability of dropping a sample's branch.
@@ -87,22 +93,18 @@ def drop_path_rates(rate: float, depth: int) -> list[float]:
     return [rate * i / max(depth - 1, 1) for i in range(depth)]
 
 
-class Mlp(nn.Module):
+class Mlp(Part):
     """The two dense layers of a transformer block, ``fc1``, GELU, ``fc2``.
 
     Attributes:
       hidden: channels between the two.
       grid: tokens along each axis, ``None`` for channels-last maps.
       prefix_tokens: leading tokens outside the grid.
-      plan: which layers are low-rank.
-      dtype: of the computation.
     """
 
     hidden: int
     grid: Grid | None
     prefix_tokens: int = 0
-    plan: Plan = Plan()
-    dtype: Any = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:

@@ -13,36 +13,36 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 from jax import lax
 
-from lbpwht_jax.models.blocks import Plan, dense
+from lbpwht_jax.models.blocks import Part, dense
 from lbpwht_jax.ops.dtypes import accumulation_dtype
 
 
-def batch_norm(parent: Any, name: str, x: jax.Array, train: bool) -> jax.Array:
-    """Batch normalisation within ``parent``, on running statistics unless training without ``parent.frozen_batch_norm``.
+def batch_norm(parent: Part, name: str, x: jax.Array, train: bool) -> jax.Array:
+    """Batch normalisation within ``parent``, on running statistics unless training unfrozen.
 
     Epsilon and momentum are the reference's. While training unfrozen, running variances gather the batch's biased
     variance, as Flax does, where torch gathers the unbiased one.
 
     Args:
-      parent: the module under construction, with fields ``frozen_batch_norm`` and ``dtype``.
+      parent: the module under construction.
       name: of the new layer.
       x: ``[..., channels]``.
       train: whether the model is training.
 
     Returns:
-      Array of ``x``'s shape, normalised in at least float32, of ``parent.dtype``.
+      Array of ``x``'s shape, normalised in at least float32, in the settings' dtype.
     """
-    running = not train or parent.frozen_batch_norm
+    running = not train or parent.settings.frozen_batch_norm
     return _normalised(parent, nn.BatchNorm(running, momentum=0.9, epsilon=1e-5, name=name), x)
 
 
-def layer_norm(parent: Any, name: str, x: jax.Array) -> jax.Array:
+def layer_norm(parent: Part, name: str, x: jax.Array) -> jax.Array:
     """Layer normalisation of the last axis within ``parent``; arguments and result as for ``batch_norm``."""
     return _normalised(parent, nn.LayerNorm(epsilon=1e-5, name=name), x)
 
 
-def _normalised(parent: Any, norm: nn.Module, x: jax.Array) -> jax.Array:
-    return norm(widen(x)).astype(x.dtype if parent.dtype is None else parent.dtype)
+def _normalised(parent: Part, norm: nn.Module, x: jax.Array) -> jax.Array:
+    return norm(widen(x)).astype(x.dtype if parent.settings.dtype is None else parent.settings.dtype)
 
 
 def widen(x: jax.Array) -> jax.Array:
@@ -50,18 +50,18 @@ def widen(x: jax.Array) -> jax.Array:
     return x.astype(accumulation_dtype(x.dtype))
 
 
-def conv3x3(features: int, stride: int = 1, *, depthwise: bool = False, dtype: Any, name: str) -> nn.Conv:
-    """A 3x3 convolution with one row and column of zeros on every side: maps shrink to ``ceil(size / stride)``.
+def conv3x3(parent: Part, name: str, features: int, stride: int = 1, *, depthwise: bool = False) -> nn.Conv:
+    """A 3x3 convolution within ``parent``, padded by one zero on every side: maps shrink to ``ceil(size / stride)``.
 
     Args:
+      parent: the module under construction.
+      name: of the new layer.
       features: output channels.
       stride: along both axes.
-      depthwise: a kernel a channel; ``features`` must be the input's channels.
-      dtype: of the computation.
-      name: of the layer.
+      depthwise: one kernel per channel; ``features`` must be the input's channels.
     """
     groups = features if depthwise else 1
-    fields = {"feature_group_count": groups, "dtype": dtype, "name": name, "conv_general_dilated": _convolve}
+    fields = {"feature_group_count": groups, "dtype": parent.settings.dtype, "name": name, "conv_general_dilated": _convolve}
     return nn.Conv(features, (3, 3), stride, padding=1, **fields)
 
 
@@ -77,7 +77,7 @@ def _convolve(images: jax.Array, kernel: jax.Array, *args: Any, **kwargs: Any) -
 
 
 class AveragePool(nn.Module):
-    """3x3 average pooling of stride 1; at the border, of the tokens that exist."""
+    """3x3 average pooling of stride 1; at the border it averages the tokens that exist."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -102,44 +102,34 @@ def _neighbour_sums(x: jax.Array) -> jax.Array:
 _neighbour_sums.defvjp(lambda x: (_neighbour_sums(x), None), lambda _, g: (_neighbour_sums(g),))
 
 
-class ConvNorm(nn.Module):
+class ConvNorm(Part):
     """A 3x3 convolution, ``conv``, and its batch normalisation, ``bn``.
 
     Attributes:
       features: output channels.
       stride: along both axes.
-      depthwise: a kernel a channel.
-      frozen_batch_norm: keeps batch normalisation on its running statistics while training.
-      dtype: of the computation.
+      depthwise: one kernel per channel.
     """
 
     features: int
     stride: int = 1
     depthwise: bool = False
-    frozen_batch_norm: bool = False
-    dtype: Any = None
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         """``[batch, height, width, channels]`` to ``[batch, ceil(height / stride), ceil(width / stride), features]``."""
-        x = conv3x3(self.features, self.stride, depthwise=self.depthwise, dtype=self.dtype, name="conv")(x)
+        x = conv3x3(self, "conv", self.features, self.stride, depthwise=self.depthwise)(x)
         return batch_norm(self, "bn", x, train)
 
 
-class DenseNorm(nn.Module):
+class DenseNorm(Part):
     """A 1x1 convolution, ``conv``, which can be low-rank, and its batch normalisation, ``bn``.
 
     Attributes:
       features: output channels.
-      frozen_batch_norm: keeps batch normalisation on its running statistics while training.
-      plan: which layers are low-rank.
-      dtype: of the computation.
     """
 
     features: int
-    frozen_batch_norm: bool = False
-    plan: Plan = Plan()
-    dtype: Any = None
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
@@ -178,7 +168,7 @@ def offset_index(height: int, width: int, stride: int = 1) -> np.ndarray:
 
 
 def attention_biases(parent: nn.Module, heads: int, height: int, width: int, stride: int = 1) -> jax.Array:
-    """Learned biases of attention on a map, one a head and absolute offset, parameter ``attention_biases`` of ``parent``.
+    """Learned biases of attention on a map, one per head and absolute offset, parameter ``attention_biases`` of ``parent``.
 
     Returns:
       ``[1, queries, keys, heads]``, queries and keys as in ``offset_index``.

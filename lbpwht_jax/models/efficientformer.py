@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lbpwht_jax.models.blocks import DropPath, Mlp, Plan, check_images, dense, drop_path_rates
+from lbpwht_jax.models.blocks import DropPath, Mlp, Part, check_images, dense, drop_path_rates
 from lbpwht_jax.models.conv_blocks import (
     AveragePool,
     LayerScale,
@@ -23,65 +23,51 @@ from lbpwht_jax.models.conv_blocks import (
     resample_attention_biases,
     softmax,
 )
-from lbpwht_jax.models.info import ModelInfo
+from lbpwht_jax.models.info import Images, Layers, ModelInfo, TimmFiles
 
 
-class Stem(nn.Module):
+class Stem(Part):
     """Two 3x3 convolutions of stride 2, each with batch normalisation and ReLU.
 
     Attributes:
       features: output channels.
-      frozen_batch_norm: keeps batch normalisation on its running statistics while training.
-      dtype: of the computation.
     """
 
     features: int
-    frozen_batch_norm: bool = False
-    dtype: Any = None
 
     @nn.compact
     def __call__(self, images: jax.Array, train: bool) -> jax.Array:
         """``[batch, height, width, channels]`` to a map of a quarter of the height and width, rounded up."""
-        x = conv3x3(self.features // 2, 2, dtype=self.dtype, name="conv1")(images)
+        x = conv3x3(self, "conv1", self.features // 2, 2)(images)
         x = nn.relu(batch_norm(self, "norm1", x, train))
-        x = conv3x3(self.features, 2, dtype=self.dtype, name="conv2")(x)
+        x = conv3x3(self, "conv2", self.features, 2)(x)
         return nn.relu(batch_norm(self, "norm2", x, train))
 
 
-class Downsample(nn.Module):
+class Downsample(Part):
     """A 3x3 convolution of stride 2 with batch normalisation.
 
     Attributes:
       features: output channels.
-      frozen_batch_norm: keeps batch normalisation on its running statistics while training.
-      dtype: of the computation.
     """
 
     features: int
-    frozen_batch_norm: bool = False
-    dtype: Any = None
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         """``[batch, height, width, channels]`` to a map of half the height and width, rounded up."""
-        x = conv3x3(self.features, 2, dtype=self.dtype, name="conv")(x)
+        x = conv3x3(self, "conv", self.features, 2)(x)
         return batch_norm(self, "norm", x, train)
 
 
-class ConvMlp(nn.Module):
+class ConvMlp(Part):
     """Two 1x1 convolutions, ``fc1`` and ``fc2``, each with batch normalisation, and GELU between them.
 
     Attributes:
       hidden: channels between the two.
-      frozen_batch_norm: keeps batch normalisation on its running statistics while training.
-      plan: which layers are low-rank.
-      dtype: of the computation.
     """
 
     hidden: int
-    frozen_batch_norm: bool = False
-    plan: Plan = Plan()
-    dtype: Any = None
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
@@ -91,20 +77,16 @@ class ConvMlp(nn.Module):
         return batch_norm(self, "norm2", dense(self, "fc2", channels, activation="gelu")(x), train)
 
 
-class Attention(nn.Module):
+class Attention(Part):
     """Self-attention over a map, with a learned bias for each head and offset; values are four times as wide as keys.
 
     Attributes:
       heads: number of heads.
       key_dim: channels of a head's queries and keys.
-      plan: which layers are low-rank.
-      dtype: of the computation.
     """
 
     heads: int = 8
     key_dim: int = 32
-    plan: Plan = Plan()
-    dtype: Any = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -118,70 +100,56 @@ class Attention(nn.Module):
         return dense(self, "proj", channels)(x.reshape(batch, height, width, -1))
 
 
-class PoolBlock(nn.Module):
+class PoolBlock(Part):
     """Mixes tokens by what 3x3 average pooling changes, then channels by a ``ConvMlp``.
 
     Attributes:
       mlp_ratio: hidden channels of the MLP over the map's channels.
       drop_path: probability of dropping each residual branch while training.
-      frozen_batch_norm: keeps batch normalisation on its running statistics while training.
-      plan: which layers are low-rank.
-      dtype: of the computation.
     """
 
     mlp_ratio: int
     drop_path: float = 0.0
-    frozen_batch_norm: bool = False
-    plan: Plan = Plan()
-    dtype: Any = None
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         """``x`` of shape ``[batch, height, width, channels]``; the result has the same shape."""
         y = AveragePool()(x) - x
         x = x + DropPath(self.drop_path)(LayerScale(name="ls1")(y), train)
-        mlp = ConvMlp(self.mlp_ratio * x.shape[-1], self.frozen_batch_norm, self.plan, self.dtype, name="mlp")
+        mlp = ConvMlp(self.mlp_ratio * x.shape[-1], settings=self.settings, name="mlp")
         return x + DropPath(self.drop_path)(LayerScale(name="ls2")(mlp(x, train)), train)
 
 
-class AttentionBlock(nn.Module):
+class AttentionBlock(Part):
     """A pre-norm transformer block on a map, its residual branches scaled.
 
     Attributes:
       mlp_ratio: hidden channels of the MLP over the map's channels.
       drop_path: probability of dropping each residual branch while training.
-      plan: which layers are low-rank.
-      dtype: of the computation.
     """
 
     mlp_ratio: int
     drop_path: float = 0.0
-    plan: Plan = Plan()
-    dtype: Any = None
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         """``x`` of shape ``[batch, height, width, channels]``; the result has the same shape."""
-        common = {"plan": self.plan, "dtype": self.dtype}
-        y = Attention(**common, name="token_mixer")(layer_norm(self, "norm1", x))
+        y = Attention(settings=self.settings, name="token_mixer")(layer_norm(self, "norm1", x))
         x = x + DropPath(self.drop_path)(LayerScale(name="ls1")(y), train)
-        y = Mlp(self.mlp_ratio * x.shape[-1], grid=None, **common, name="mlp")(layer_norm(self, "norm2", x))
+        y = Mlp(self.mlp_ratio * x.shape[-1], grid=None, settings=self.settings, name="mlp")(layer_norm(self, "norm2", x))
         return x + DropPath(self.drop_path)(LayerScale(name="ls2")(y), train)
 
 
-class Stage(nn.Module):
+class Stage(Part):
     """Blocks on maps of one size, after the downsampling to it.
 
     Attributes:
       dim: channels.
       mlp_ratio: hidden channels of the MLPs over ``dim``.
-      drop_path: probability of dropping each residual branch while training, a block; its length is the stage's depth.
+      drop_path: each block's probability of dropping a residual branch while training; its length is the stage's depth.
       attention: how many of the blocks, the last ones, have attention.
       downsample: whether the stage begins by halving the map.
       remat: recomputes each block in the backward pass instead of keeping its activations.
-      frozen_batch_norm: keeps batch normalisation on its running statistics while training.
-      plan: which layers are low-rank.
-      dtype: of the computation.
     """
 
     dim: int
@@ -190,28 +158,24 @@ class Stage(nn.Module):
     attention: int = 0
     downsample: bool = True
     remat: bool = False
-    frozen_batch_norm: bool = False
-    plan: Plan = Plan()
-    dtype: Any = None
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         """``[batch, height, width, channels]`` to ``[batch, height', width', dim]``."""
         checkpoint = functools.partial(nn.remat, static_argnums=(2,)) if self.remat else lambda block: block
-        common = {"plan": self.plan, "dtype": self.dtype}
         if self.downsample:
-            x = Downsample(self.dim, self.frozen_batch_norm, self.dtype, name="downsample")(x, train)
+            x = Downsample(self.dim, settings=self.settings, name="downsample")(x, train)
         poolings = len(self.drop_path) - self.attention
         for i, rate in enumerate(self.drop_path[:poolings]):
-            block = checkpoint(PoolBlock)(self.mlp_ratio, rate, self.frozen_batch_norm, **common, name=f"blocks_{i}")
+            block = checkpoint(PoolBlock)(self.mlp_ratio, rate, settings=self.settings, name=f"blocks_{i}")
             x = block(x, train)
         # In the published weights the flattening of the map counts as a block.
         for i, rate in enumerate(self.drop_path[poolings:], poolings + 1):
-            x = checkpoint(AttentionBlock)(self.mlp_ratio, rate, **common, name=f"blocks_{i}")(x, train)
+            x = checkpoint(AttentionBlock)(self.mlp_ratio, rate, settings=self.settings, name=f"blocks_{i}")(x, train)
         return x
 
 
-class EfficientFormer(nn.Module):
+class EfficientFormer(Part):
     """An EfficientFormer for image classification.
 
     Attributes:
@@ -223,9 +187,6 @@ class EfficientFormer(nn.Module):
       mlp_ratio: hidden channels of the MLPs over the stage's.
       drop_path: probability of dropping the last block's residual branches; the earlier blocks' rise linearly to it.
       remat: recomputes each block in the backward pass instead of keeping its activations.
-      frozen_batch_norm: keeps batch normalisation on its running statistics while training.
-      plan: which layers are low-rank.
-      dtype: of the computation.
     """
 
     num_classes: int
@@ -236,9 +197,6 @@ class EfficientFormer(nn.Module):
     mlp_ratio: int = 4
     drop_path: float = 0.0
     remat: bool = False
-    frozen_batch_norm: bool = False
-    plan: Plan = Plan()
-    dtype: Any = None
 
     @nn.compact
     def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
@@ -255,7 +213,7 @@ class EfficientFormer(nn.Module):
           ValueError: if the images are not of ``image_size``.
         """
         check_images(self, images, 1)
-        x = Stem(self.dims[0], self.frozen_batch_norm, self.dtype, name="stem")(images, train)
+        x = Stem(self.dims[0], settings=self.settings, name="stem")(images, train)
         rates = drop_path_rates(self.drop_path, sum(self.depths))
         for i, (dim, depth) in enumerate(zip(self.dims, self.depths, strict=True)):
             begin = sum(self.depths[:i])
@@ -266,13 +224,11 @@ class EfficientFormer(nn.Module):
                 attention=self.attention if i == len(self.dims) - 1 else 0,
                 downsample=i > 0,
                 remat=self.remat,
-                frozen_batch_norm=self.frozen_batch_norm,
-                plan=self.plan,
-                dtype=self.dtype,
+                settings=self.settings,
                 name=f"stages_{i}",
             )(x, train)
         x = layer_norm(self, "norm", x).mean(axis=(1, 2))
-        heads = [nn.Dense(self.num_classes, dtype=self.dtype, name=name)(x) for name in ("head", "head_dist")]
+        heads = [nn.Dense(self.num_classes, dtype=self.settings.dtype, name=name)(x) for name in ("head", "head_dist")]
         return (heads[0] + heads[1]) / 2
 
 
@@ -298,13 +254,14 @@ def _info(dims: tuple[int, ...], depths: tuple[int, ...], attention: int) -> Mod
     return ModelInfo(
         EfficientFormer,
         {"dims": dims, "depths": depths, "attention": attention},
-        image_size=224,
-        layers=r"mlp/fc[12]$|token_mixer/(qkv|proj)$",
-        crop=0.95,
-        pointwise=rf"stages_({convolutional})/mlp/fc[12]/kernel$",
-        buffers=r"\.(num_batches_tracked|attention_bias_idxs)$",
-        make_buffers=_make_buffers,
-        resample=_resample,
+        Images(224, crop=0.95),
+        Layers(r"mlp/fc[12]$|token_mixer/(qkv|proj)$"),
+        TimmFiles(
+            pointwise=rf"stages_({convolutional})/mlp/fc[12]/kernel$",
+            buffers=r"\.(num_batches_tracked|attention_bias_idxs)$",
+            make_buffers=_make_buffers,
+            resample=_resample,
+        ),
     )
 
 

@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 
-from lbpwht_jax.models.blocks import DropPath, Plan, check_images, drop_path_rates
+from lbpwht_jax.models.blocks import DropPath, Part, check_images, drop_path_rates
 from lbpwht_jax.models.conv_blocks import (
     ConvNorm,
     DenseNorm,
@@ -18,125 +18,96 @@ from lbpwht_jax.models.conv_blocks import (
     resample_attention_biases,
 )
 from lbpwht_jax.models.efficientformer_v2_attention import Attention, AttentionDownsample
-from lbpwht_jax.models.info import ModelInfo
+from lbpwht_jax.models.info import Images, Layers, ModelInfo, TimmFiles
 from lbpwht_jax.ops.gelu import gelu
 
 
-class Stem(nn.Module):
+class Stem(Part):
     """Two 3x3 convolutions of stride 2, each with batch normalisation and GELU.
 
     Attributes:
       features: output channels.
-      frozen_batch_norm: keeps batch normalisation on its running statistics while training.
-      dtype: of the computation.
     """
 
     features: int
-    frozen_batch_norm: bool = False
-    dtype: Any = None
 
     @nn.compact
     def __call__(self, images: jax.Array, train: bool) -> jax.Array:
         """``[batch, height, width, channels]`` to a map of a quarter of the height and width, rounded up."""
-        norm = {"frozen_batch_norm": self.frozen_batch_norm, "dtype": self.dtype}
-        x = gelu(ConvNorm(self.features // 2, 2, **norm, name="conv1")(images, train))
-        return gelu(ConvNorm(self.features, 2, **norm, name="conv2")(x, train))
+        x = gelu(ConvNorm(self.features // 2, 2, settings=self.settings, name="conv1")(images, train))
+        return gelu(ConvNorm(self.features, 2, settings=self.settings, name="conv2")(x, train))
 
 
-class ConvMlp(nn.Module):
+class ConvMlp(Part):
     """1x1, depthwise 3x3 and 1x1 convolution (``fc1``, ``mid``, ``fc2``), each normalised, with GELU after the first two.
 
     Attributes:
       hidden: channels between the 1x1 convolutions.
-      frozen_batch_norm: keeps batch normalisation on its running statistics while training.
-      plan: which layers are low-rank.
-      dtype: of the computation.
     """
 
     hidden: int
-    frozen_batch_norm: bool = False
-    plan: Plan = Plan()
-    dtype: Any = None
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         """``x`` of shape ``[batch, height, width, channels]``; the result has the same shape."""
-        norm = {"frozen_batch_norm": self.frozen_batch_norm, "dtype": self.dtype}
         channels = x.shape[-1]
-        x = gelu(DenseNorm(self.hidden, plan=self.plan, **norm, name="fc1")(x, train))
-        x = gelu(ConvNorm(self.hidden, depthwise=True, **norm, name="mid")(x, train))
-        return DenseNorm(channels, plan=self.plan, **norm, name="fc2")(x, train)
+        x = gelu(DenseNorm(self.hidden, settings=self.settings, name="fc1")(x, train))
+        x = gelu(ConvNorm(self.hidden, depthwise=True, settings=self.settings, name="mid")(x, train))
+        return DenseNorm(channels, settings=self.settings, name="fc2")(x, train)
 
 
-class Downsample(nn.Module):
+class Downsample(Part):
     """A 3x3 convolution of stride 2 with batch normalisation, and attention beside it where asked.
 
     Attributes:
       features: output channels.
       attention: whether there is attention.
-      frozen_batch_norm: keeps batch normalisation on its running statistics while training.
-      plan: which layers are low-rank.
-      dtype: of the computation.
     """
 
     features: int
     attention: bool = False
-    frozen_batch_norm: bool = False
-    plan: Plan = Plan()
-    dtype: Any = None
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         """``[batch, height, width, channels]`` to a map of half the height and width, rounded up."""
-        norm = {"frozen_batch_norm": self.frozen_batch_norm, "dtype": self.dtype}
-        y = ConvNorm(self.features, 2, **norm, name="conv")(x, train)
-        return y + AttentionDownsample(self.features, plan=self.plan, **norm, name="attn")(x, train) if self.attention else y
+        y = ConvNorm(self.features, 2, settings=self.settings, name="conv")(x, train)
+        return y + AttentionDownsample(self.features, settings=self.settings, name="attn")(x, train) if self.attention else y
 
 
-class Block(nn.Module):
+class Block(Part):
     """Attention, in some blocks, and a ``ConvMlp``, each a scaled residual branch.
 
     Attributes:
       mlp_ratio: hidden channels of the MLP over the map's channels.
       attention_stride: ``stride`` of the attention; ``None`` for a block without attention.
       drop_path: probability of dropping each residual branch while training.
-      frozen_batch_norm: keeps batch normalisation on its running statistics while training.
-      plan: which layers are low-rank.
-      dtype: of the computation.
     """
 
     mlp_ratio: int
     attention_stride: int | None = None
     drop_path: float = 0.0
-    frozen_batch_norm: bool = False
-    plan: Plan = Plan()
-    dtype: Any = None
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         """``x`` of shape ``[batch, height, width, channels]``; the result has the same shape."""
-        common = {"frozen_batch_norm": self.frozen_batch_norm, "plan": self.plan, "dtype": self.dtype}
         if self.attention_stride is not None:
-            y = Attention(self.attention_stride, **common, name="token_mixer")(x, train)
+            y = Attention(self.attention_stride, settings=self.settings, name="token_mixer")(x, train)
             x = x + DropPath(self.drop_path)(LayerScale(name="ls1")(y), train)
-        y = ConvMlp(self.mlp_ratio * x.shape[-1], **common, name="mlp")(x, train)
+        y = ConvMlp(self.mlp_ratio * x.shape[-1], settings=self.settings, name="mlp")(x, train)
         return x + DropPath(self.drop_path)(LayerScale(name="ls2")(y), train)
 
 
-class Stage(nn.Module):
+class Stage(Part):
     """Blocks on maps of one size, after the downsampling to it.
 
     Attributes:
       index: of the stage: from the second on they begin by halving the map; the third's and fourth's last blocks have
         attention, at stride 2 in the third, and the fourth's downsampling too.
       dim: channels.
-      mlp_ratios: hidden channels of the MLPs over ``dim``, a block; its length is the stage's depth.
-      drop_path: probability of dropping each residual branch while training, a block.
+      mlp_ratios: each block's hidden channels of the MLP over ``dim``; its length is the stage's depth.
+      drop_path: each block's probability of dropping a residual branch while training.
       attention: how many of the blocks have attention.
       remat: recomputes each block in the backward pass instead of keeping its activations.
-      frozen_batch_norm: keeps batch normalisation on its running statistics while training.
-      plan: which layers are low-rank.
-      dtype: of the computation.
     """
 
     index: int
@@ -145,25 +116,21 @@ class Stage(nn.Module):
     drop_path: tuple[float, ...]
     attention: int
     remat: bool = False
-    frozen_batch_norm: bool = False
-    plan: Plan = Plan()
-    dtype: Any = None
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         """``[batch, height, width, channels]`` to ``[batch, height', width', dim]``."""
         block = nn.remat(Block, static_argnums=(2,)) if self.remat else Block
-        common = {"frozen_batch_norm": self.frozen_batch_norm, "plan": self.plan, "dtype": self.dtype}
         if self.index > 0:
-            x = Downsample(self.dim, attention=self.index == 3, **common, name="downsample")(x, train)
+            x = Downsample(self.dim, attention=self.index == 3, settings=self.settings, name="downsample")(x, train)
         first = len(self.mlp_ratios) - self.attention
         stride = {2: 2, 3: 1}.get(self.index)
         for i, (ratio, rate) in enumerate(zip(self.mlp_ratios, self.drop_path, strict=True)):
-            x = block(ratio, stride if i >= first else None, rate, **common, name=f"blocks_{i}")(x, train)
+            x = block(ratio, stride if i >= first else None, rate, settings=self.settings, name=f"blocks_{i}")(x, train)
         return x
 
 
-class EfficientFormerV2(nn.Module):
+class EfficientFormerV2(Part):
     """An EfficientFormerV2 for image classification.
 
     Attributes:
@@ -174,9 +141,6 @@ class EfficientFormerV2(nn.Module):
       attention: how many blocks of the last two stages, their last ones, have attention.
       drop_path: probability of dropping the last block's residual branches; the earlier blocks' rise linearly to it.
       remat: recomputes each block in the backward pass instead of keeping its activations.
-      frozen_batch_norm: keeps batch normalisation on its running statistics while training.
-      plan: which layers are low-rank.
-      dtype: of the computation.
     """
 
     num_classes: int
@@ -186,9 +150,6 @@ class EfficientFormerV2(nn.Module):
     attention: int
     drop_path: float = 0.0
     remat: bool = False
-    frozen_batch_norm: bool = False
-    plan: Plan = Plan()
-    dtype: Any = None
 
     @nn.compact
     def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
@@ -210,8 +171,7 @@ class EfficientFormerV2(nn.Module):
                 f"EfficientFormerV2: a 16th of image_size, rounded up, must be even, as the third stage's attention halves its "
                 f"map; got image_size={self.image_size}. Any multiple of 32 will do"
             )
-        common = {"frozen_batch_norm": self.frozen_batch_norm, "dtype": self.dtype}
-        x = Stem(self.dims[0], **common, name="stem")(images, train)
+        x = Stem(self.dims[0], settings=self.settings, name="stem")(images, train)
         depths = [len(ratios) for ratios in self.mlp_ratios]
         rates = drop_path_rates(self.drop_path, sum(depths))
         for i, (dim, ratios) in enumerate(zip(self.dims, self.mlp_ratios, strict=True)):
@@ -223,12 +183,11 @@ class EfficientFormerV2(nn.Module):
                 tuple(rates[begin : begin + len(ratios)]),
                 self.attention,
                 self.remat,
-                plan=self.plan,
-                **common,
+                settings=self.settings,
                 name=f"stages_{i}",
             )(x, train)
         x = batch_norm(self, "norm", x, train).mean(axis=(1, 2))
-        heads = [nn.Dense(self.num_classes, dtype=self.dtype, name=name)(x) for name in ("head", "head_dist")]
+        heads = [nn.Dense(self.num_classes, dtype=self.settings.dtype, name=name)(x) for name in ("head", "head_dist")]
         return (heads[0] + heads[1]) / 2
 
 
@@ -242,13 +201,14 @@ def _info(dims: tuple[int, ...], mlp_ratios: tuple[tuple[int, ...], ...], attent
     return ModelInfo(
         EfficientFormerV2,
         {"dims": dims, "mlp_ratios": mlp_ratios, "attention": attention},
-        image_size=224,
-        layers=r"(mlp/fc[12]|(token_mixer|attn)/([qkv]|q/proj|proj))/conv$|talking_head[12]$",
-        crop=0.95,
-        pointwise=r"(fc[12]|/[qkv]|/proj)/conv/kernel$|talking_head[12]/kernel$",
-        buffers=r"\.num_batches_tracked$",
-        make_buffers=batch_counters,
-        resample=_resample,
+        Images(224, crop=0.95),
+        Layers(r"(mlp/fc[12]|(token_mixer|attn)/([qkv]|q/proj|proj))/conv$|talking_head[12]$"),
+        TimmFiles(
+            pointwise=r"(fc[12]|/[qkv]|/proj)/conv/kernel$|talking_head[12]/kernel$",
+            buffers=r"\.num_batches_tracked$",
+            make_buffers=batch_counters,
+            resample=_resample,
+        ),
     )
 
 

@@ -7,15 +7,14 @@ that windows do not divide are padded with zeros at the bottom and right; a map 
 
 import functools
 import math
-from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lbpwht_jax.models.blocks import DropPath, Mlp, Plan, check_images, dense, drop_path_rates
-from lbpwht_jax.models.info import ModelInfo
+from lbpwht_jax.models.blocks import DropPath, Mlp, Part, check_images, dense, drop_path_rates
+from lbpwht_jax.models.info import Images, Layers, ModelInfo, TimmFiles
 from lbpwht_jax.models.windows import from_windows, relative_coordinates, relative_index, shift_mask, to_windows
 from lbpwht_jax.ops.dtypes import accumulation_dtype
 from lbpwht_jax.ops.spec import Grid
@@ -40,20 +39,16 @@ def _normalize(x: jax.Array) -> jax.Array:
     return jnp.where(positive, x * jax.lax.rsqrt(jnp.where(positive, square, 1)), 0)
 
 
-class WindowAttention(nn.Module):
+class WindowAttention(Part):
     """Multi-head cosine attention within windows.
 
     Attributes:
       heads: number of heads; the channels are divided among them.
       window: tokens along each axis of a window.
-      plan: which layers are low-rank.
-      dtype: of the computation; the position bias, the normalisation and the softmax take at least float32.
     """
 
     heads: int
     window: Grid
-    plan: Plan = Plan()
-    dtype: Any = None
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: np.ndarray | None) -> jax.Array:
@@ -92,7 +87,7 @@ class WindowAttention(nn.Module):
         return jnp.moveaxis((16 * nn.sigmoid(x))[relative_index(self.window)], -1, 0)
 
 
-class Block(nn.Module):
+class Block(Part):
     """A transformer block whose norms close the residual branches; windows adapt to the map.
 
     Attributes:
@@ -100,25 +95,21 @@ class Block(nn.Module):
       window: edge of a window, in tokens; a smaller map is one window of its own size.
       shifted: whether windows are shifted by half their edge, along axes that have more than one.
       drop_path: probability of dropping each residual branch while training.
-      plan: which layers are low-rank.
-      dtype: of the computation.
     """
 
     heads: int
     window: int
     shifted: bool
     drop_path: float = 0.0
-    plan: Plan = Plan()
-    dtype: Any = None
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         """``x`` of shape ``[batch, height, width, channels]``; the result has the same shape."""
         # Zero norms make every block the identity before training.
-        norm = functools.partial(_norm, dtype=self.dtype, scale_init=nn.initializers.zeros_init())
+        norm = functools.partial(_norm, dtype=self.settings.dtype, scale_init=nn.initializers.zeros_init())
         y = norm(name="norm1")(self._attend(x))
         x = x + DropPath(self.drop_path)(y, train)
-        y = Mlp(_MLP_RATIO * x.shape[-1], grid=None, plan=self.plan, dtype=self.dtype, name="mlp")(x)
+        y = Mlp(_MLP_RATIO * x.shape[-1], grid=None, settings=self.settings, name="mlp")(x)
         return x + DropPath(self.drop_path)(norm(name="norm2")(y), train)
 
     def _attend(self, x: jax.Array) -> jax.Array:
@@ -129,22 +120,14 @@ class Block(nn.Module):
         size = (height + padding[0], width + padding[1])
         x = jnp.roll(x, [-s for s in shift], axis=(1, 2))
         x = jnp.pad(x, [(0, 0), (0, padding[0]), (0, padding[1]), (0, 0)])
-        attention = WindowAttention(self.heads, window, plan=self.plan, dtype=self.dtype, name="attn")
+        attention = WindowAttention(self.heads, window, settings=self.settings, name="attn")
         x = attention(to_windows(x, window), shift_mask(size, window, shift) if any(shift) else None)
         x = from_windows(x, window, size)[:, :height, :width]
         return jnp.roll(x, shift, axis=(1, 2))
 
 
-class PatchMerging(nn.Module):
-    """Merges 2x2 neighbours into one token of twice the channels; an odd map is padded with zeros first.
-
-    Attributes:
-      plan: which layers are low-rank.
-      dtype: of the computation.
-    """
-
-    plan: Plan = Plan()
-    dtype: Any = None
+class PatchMerging(Part):
+    """Merges 2x2 neighbours into one token of twice the channels; an odd map is padded with zeros first."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -154,10 +137,10 @@ class PatchMerging(nn.Module):
         height, width = x.shape[1] // 2, x.shape[2] // 2
         x = x.reshape(batch, height, 2, width, 2, channels).transpose(0, 1, 3, 4, 2, 5)
         x = dense(self, "reduction", 2 * channels, use_bias=False)(x.reshape(batch, height, width, 4 * channels))
-        return _norm(dtype=self.dtype, name="norm")(x)
+        return _norm(dtype=self.settings.dtype, name="norm")(x)
 
 
-class Stage(nn.Module):
+class Stage(Part):
     """Blocks at one resolution, after a patch merging where there is one.
 
     Attributes:
@@ -166,8 +149,6 @@ class Stage(nn.Module):
       window: edge of a window, in tokens.
       drop_path: drop-path rate of each block; their number is the depth.
       remat: recomputes each block in the backward pass instead of keeping its activations.
-      plan: which layers are low-rank.
-      dtype: of the computation.
     """
 
     downsample: bool
@@ -175,58 +156,51 @@ class Stage(nn.Module):
     window: int
     drop_path: tuple[float, ...]
     remat: bool = False
-    plan: Plan = Plan()
-    dtype: Any = None
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         """``x`` of shape ``[batch, height, width, channels]``; with ``downsample`` as ``PatchMerging`` returns."""
-        common = {"plan": self.plan, "dtype": self.dtype}
         if self.downsample:
-            x = PatchMerging(**common, name="downsample")(x)
+            x = PatchMerging(settings=self.settings, name="downsample")(x)
         block = nn.remat(Block, static_argnums=(2,)) if self.remat else Block
         for i, rate in enumerate(self.drop_path):
-            x = block(self.heads, self.window, i % 2 == 1, rate, **common, name=f"blocks_{i}")(x, train)
+            x = block(self.heads, self.window, i % 2 == 1, rate, settings=self.settings, name=f"blocks_{i}")(x, train)
         return x
 
 
-class PatchEmbed(nn.Module):
+class PatchEmbed(Part):
     """Cuts images into patches of 4x4 pixels, maps each to a token and normalises it.
 
     Attributes:
       dim: channels of a token.
-      dtype: of the computation.
     """
 
     dim: int
-    dtype: Any = None
 
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
         """``[batch, height, width, channels]`` to ``[batch, height / 4, width / 4, dim]``."""
         size = (_PATCH_SIZE, _PATCH_SIZE)
-        x = nn.Conv(self.dim, size, size, "VALID", dtype=self.dtype, name="proj")(images)
-        return _norm(dtype=self.dtype, name="norm")(x)
+        x = nn.Conv(self.dim, size, size, "VALID", dtype=self.settings.dtype, name="proj")(images)
+        return _norm(dtype=self.settings.dtype, name="norm")(x)
 
 
-class Head(nn.Module):
+class Head(Part):
     """Averages a map over its positions and classifies the mean.
 
     Attributes:
       num_classes: outputs.
-      dtype: of the computation.
     """
 
     num_classes: int
-    dtype: Any = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """``[batch, height, width, channels]`` to ``[batch, num_classes]``."""
-        return nn.Dense(self.num_classes, dtype=self.dtype, name="fc")(x.mean(axis=(1, 2)))
+        return nn.Dense(self.num_classes, dtype=self.settings.dtype, name="fc")(x.mean(axis=(1, 2)))
 
 
-class SwinTransformerV2(nn.Module):
+class SwinTransformerV2(Part):
     """A Swin Transformer V2 for image classification.
 
     Attributes:
@@ -238,9 +212,6 @@ class SwinTransformerV2(nn.Module):
       heads: attention heads in each stage.
       drop_path: probability of dropping the last block's residual branches; the earlier blocks' rise linearly to it.
       remat: recomputes each block in the backward pass instead of keeping its activations.
-      frozen_batch_norm: without effect, the family has no batch normalisation.
-      plan: which layers are low-rank.
-      dtype: of the computation.
     """
 
     num_classes: int
@@ -251,9 +222,6 @@ class SwinTransformerV2(nn.Module):
     heads: tuple[int, ...]
     drop_path: float = 0.0
     remat: bool = False
-    frozen_batch_norm: bool = False
-    plan: Plan = Plan()
-    dtype: Any = None
 
     @nn.compact
     def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
@@ -270,17 +238,16 @@ class SwinTransformerV2(nn.Module):
           ValueError: if the images are not of ``image_size``, or that is no multiple of 4.
         """
         check_images(self, images, _PATCH_SIZE)
-        x = PatchEmbed(self.dim, self.dtype, name="patch_embed")(images)
+        x = PatchEmbed(self.dim, settings=self.settings, name="patch_embed")(images)
         rates = drop_path_rates(self.drop_path, sum(self.depths))
-        common = {"remat": self.remat, "plan": self.plan, "dtype": self.dtype}
+        common = {"remat": self.remat, "settings": self.settings}
         for i, (depth, heads) in enumerate(zip(self.depths, self.heads, strict=True)):
             own, rates = tuple(rates[:depth]), rates[depth:]
             x = Stage(i > 0, heads, self.window, own, **common, name=f"layers_{i}")(x, train)
-        x = _norm(dtype=self.dtype, name="norm")(x)
-        return Head(self.num_classes, self.dtype, name="head")(x)
+        x = _norm(dtype=self.settings.dtype, name="norm")(x)
+        return Head(self.num_classes, settings=self.settings, name="head")(x)
 
 
-_LAYERS = r"blocks_\d+/(attn/(qkv|proj)|mlp/fc[12])$|downsample/reduction$"
 _TINY = {"dim": 96, "depths": (2, 2, 6, 2), "heads": (3, 6, 12, 24)}
 _SMALL = {"dim": 96, "depths": (2, 2, 18, 2), "heads": (3, 6, 12, 24)}
 _BASE = {"dim": 128, "depths": (2, 2, 18, 2), "heads": (4, 8, 16, 32)}
@@ -289,10 +256,9 @@ MODELS = {
     f"swinv2_{size}_window{window}_256": ModelInfo(
         SwinTransformerV2,
         {"window": window, **arguments},
-        image_size=256,
-        layers=_LAYERS,
-        crop=0.9,
-        buffers=r"\.(relative_coords_table|relative_position_index|attn_mask)$",
+        Images(256, crop=0.9),
+        Layers(r"blocks_\d+/(attn/(qkv|proj)|mlp/fc[12])$|downsample/reduction$"),
+        TimmFiles(buffers=r"\.(relative_coords_table|relative_position_index|attn_mask)$"),
     )
     for size, arguments in (("tiny", _TINY), ("small", _SMALL), ("base", _BASE))
     for window in (8, 16)

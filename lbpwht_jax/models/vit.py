@@ -2,61 +2,54 @@
 
 import math
 from collections.abc import Mapping
-from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lbpwht_jax.models.blocks import DropPath, Mlp, Plan, check_images, dense, drop_path_rates
-from lbpwht_jax.models.info import IMAGENET_MEAN, IMAGENET_STD, ModelInfo
+from lbpwht_jax.models.blocks import DropPath, Mlp, Part, check_images, dense, drop_path_rates
+from lbpwht_jax.models.info import Images, Layers, ModelInfo, TimmFiles
 from lbpwht_jax.ops.attention import attention
 from lbpwht_jax.ops.spec import Grid
 
 
-def _norm(parent: Any, name: str, x: jax.Array) -> jax.Array:
-    """Layer normalisation in float32, returned in ``parent.dtype``."""
+def _norm(parent: Part, name: str, x: jax.Array) -> jax.Array:
+    """Layer normalisation in float32, returned in the settings' dtype."""
     x = nn.LayerNorm(epsilon=1e-6, name=name)(x.astype(jnp.float32))
-    return x if parent.dtype is None else x.astype(parent.dtype)
+    return x if parent.settings.dtype is None else x.astype(parent.settings.dtype)
 
 
-class PatchEmbed(nn.Module):
+class PatchEmbed(Part):
     """Cuts images into patches and maps each to one token.
 
     Attributes:
       dim: channels of a token.
       patch_size: edge of a patch, in pixels.
-      dtype: of the computation.
     """
 
     dim: int
     patch_size: int
-    dtype: Any = None
 
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
         """``[batch, height, width, channels]`` to ``[batch, height / patch_size, width / patch_size, dim]``."""
         size = (self.patch_size, self.patch_size)
-        return nn.Conv(self.dim, size, size, "VALID", dtype=self.dtype, name="proj")(images)
+        return nn.Conv(self.dim, size, size, "VALID", dtype=self.settings.dtype, name="proj")(images)
 
 
-class Attention(nn.Module):
+class Attention(Part):
     """Multi-head self-attention with a fused ``qkv`` layer.
 
     Attributes:
       heads: number of heads; the channels are divided among them.
       grid: patches along each axis.
       prefix_tokens: class and distillation tokens in front.
-      plan: which layers are low-rank.
-      dtype: of the computation.
     """
 
     heads: int
     grid: Grid
     prefix_tokens: int
-    plan: Plan = Plan()
-    dtype: Any = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -69,7 +62,7 @@ class Attention(nn.Module):
         return dense(self, "proj", channels, **tokens)(x.reshape(batch, length, channels))
 
 
-class Block(nn.Module):
+class Block(Part):
     """A pre-norm transformer block.
 
     Attributes:
@@ -78,8 +71,6 @@ class Block(nn.Module):
       grid: patches along each axis.
       prefix_tokens: class and distillation tokens in front.
       drop_path: probability of dropping each residual branch while training.
-      plan: which layers are low-rank.
-      dtype: of the computation.
     """
 
     heads: int
@@ -87,20 +78,18 @@ class Block(nn.Module):
     grid: Grid
     prefix_tokens: int
     drop_path: float = 0.0
-    plan: Plan = Plan()
-    dtype: Any = None
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         """``x`` of shape ``[batch, prefix_tokens + tokens, channels]``; the result has the same shape."""
-        common = {"grid": self.grid, "prefix_tokens": self.prefix_tokens, "plan": self.plan, "dtype": self.dtype}
+        common = {"grid": self.grid, "prefix_tokens": self.prefix_tokens, "settings": self.settings}
         y = Attention(self.heads, **common, name="attn")(_norm(self, "norm1", x))
         x = x + DropPath(self.drop_path)(y, train)
         y = Mlp(self.mlp_ratio * x.shape[-1], **common, name="mlp")(_norm(self, "norm2", x))
         return x + DropPath(self.drop_path)(y, train)
 
 
-class VisionTransformer(nn.Module):
+class VisionTransformer(Part):
     """A vision transformer for image classification.
 
     Attributes:
@@ -109,14 +98,11 @@ class VisionTransformer(nn.Module):
       patch_size: edge of a patch, in pixels.
       dim: channels.
       depth: number of blocks.
-      heads: attention heads a block.
+      heads: attention heads per block.
       mlp_ratio: hidden channels of the MLPs over ``dim``.
       distilled: adds DeiT's distillation token and its head; the two heads' outputs are averaged.
       drop_path: probability of dropping the last block's residual branches; the earlier blocks' rise linearly to it.
       remat: recomputes each block in the backward pass instead of keeping its activations.
-      frozen_batch_norm: without effect, the family has no batch normalisation.
-      plan: which layers are low-rank.
-      dtype: of the computation.
     """
 
     num_classes: int
@@ -129,9 +115,6 @@ class VisionTransformer(nn.Module):
     distilled: bool = False
     drop_path: float = 0.0
     remat: bool = False
-    frozen_batch_norm: bool = False
-    plan: Plan = Plan()
-    dtype: Any = None
 
     @nn.compact
     def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
@@ -148,7 +131,7 @@ class VisionTransformer(nn.Module):
           ValueError: if the images are not of ``image_size``, or that is no multiple of ``patch_size``.
         """
         check_images(self, images, self.patch_size)
-        x = PatchEmbed(self.dim, self.patch_size, self.dtype, name="patch_embed")(images)
+        x = PatchEmbed(self.dim, self.patch_size, settings=self.settings, name="patch_embed")(images)
         batch, *grid, _ = x.shape
         x = x.reshape(batch, -1, self.dim)
         names = ["cls_token", "dist_token"] if self.distilled else ["cls_token"]
@@ -164,14 +147,13 @@ class VisionTransformer(nn.Module):
                 tuple(grid),
                 len(names),
                 drop_path=rate,
-                plan=self.plan,
-                dtype=self.dtype,
+                settings=self.settings,
                 name=f"blocks_{i}",
             )(x, train)
         x = _norm(self, "norm", x)
-        logits = nn.Dense(self.num_classes, dtype=self.dtype, name="head")(x[:, 0])
+        logits = nn.Dense(self.num_classes, dtype=self.settings.dtype, name="head")(x[:, 0])
         if self.distilled:
-            logits = (logits + nn.Dense(self.num_classes, dtype=self.dtype, name="head_dist")(x[:, 1])) / 2
+            logits = (logits + nn.Dense(self.num_classes, dtype=self.settings.dtype, name="head_dist")(x[:, 1])) / 2
         return logits
 
 
@@ -205,31 +187,31 @@ def resample_positions(state: Mapping[str, np.ndarray], module: nn.Module) -> di
     return {**state, "pos_embed": np.concatenate([positions[:, :prefix], grid], axis=1)}
 
 
-def _info(patch_size: int, dim: int, depth: int, heads: int, *, image_size: int = 224, distilled: bool = False, **fields):
+def _info(patch_size: int, dim: int, depth: int, heads: int, images: Images, distilled: bool = False) -> ModelInfo:
     arguments = {"patch_size": patch_size, "dim": dim, "depth": depth, "heads": heads, "distilled": distilled}
-    layers = r"blocks_\d+/(attn/(qkv|proj)|mlp/fc[12])$"
     # A plain transformer has no stages; the last quarter of its blocks stands in for the last one.
     last = "|".join(str(i) for i in range(depth - max(depth // 4, 1), depth))
-    last_stage = rf"^(blocks_({last})|norm|head(_dist)?)(/|$)"
-    return ModelInfo(
-        VisionTransformer, arguments, image_size, layers, last_stage=last_stage, resample=resample_positions, **fields
+    layers = Layers(
+        low_rank=r"blocks_\d+/(attn/(qkv|proj)|mlp/fc[12])$", last_stage=rf"^(blocks_({last})|norm|head(_dist)?)(/|$)"
     )
+    return ModelInfo(VisionTransformer, arguments, images, layers, TimmFiles(resample=resample_positions))
 
 
-_VIT = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5), "crop": 0.9}
-_DEIT = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD, "crop": 0.9}
+_MICRO = Images(28, channels=1, mean=(0.5,), std=(0.5,))
+_VIT = Images(224, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), crop=0.9)
+_DEIT = Images(224, crop=0.9)
 
 MODELS = {
-    "vit_micro_patch4_28": _info(4, 96, 6, 4, image_size=28, channels=1, mean=(0.5,), std=(0.5,)),
-    "vit_tiny_patch16_224": _info(16, 192, 12, 3, **_VIT),
-    "vit_small_patch16_224": _info(16, 384, 12, 6, **_VIT),
-    "vit_base_patch16_224": _info(16, 768, 12, 12, **_VIT),
-    "vit_base_patch32_224": _info(32, 768, 12, 12, **_VIT),
-    "vit_large_patch16_224": _info(16, 1024, 24, 16, **_VIT),
-    "deit_tiny_patch16_224": _info(16, 192, 12, 3, **_DEIT),
-    "deit_small_patch16_224": _info(16, 384, 12, 6, **_DEIT),
-    "deit_base_patch16_224": _info(16, 768, 12, 12, **_DEIT),
-    "deit_tiny_distilled_patch16_224": _info(16, 192, 12, 3, distilled=True, **_DEIT),
-    "deit_small_distilled_patch16_224": _info(16, 384, 12, 6, distilled=True, **_DEIT),
-    "deit_base_distilled_patch16_224": _info(16, 768, 12, 12, distilled=True, **_DEIT),
+    "vit_micro_patch4_28": _info(4, 96, 6, 4, _MICRO),
+    "vit_tiny_patch16_224": _info(16, 192, 12, 3, _VIT),
+    "vit_small_patch16_224": _info(16, 384, 12, 6, _VIT),
+    "vit_base_patch16_224": _info(16, 768, 12, 12, _VIT),
+    "vit_base_patch32_224": _info(32, 768, 12, 12, _VIT),
+    "vit_large_patch16_224": _info(16, 1024, 24, 16, _VIT),
+    "deit_tiny_patch16_224": _info(16, 192, 12, 3, _DEIT),
+    "deit_small_patch16_224": _info(16, 384, 12, 6, _DEIT),
+    "deit_base_patch16_224": _info(16, 768, 12, 12, _DEIT),
+    "deit_tiny_distilled_patch16_224": _info(16, 192, 12, 3, _DEIT, distilled=True),
+    "deit_small_distilled_patch16_224": _info(16, 384, 12, 6, _DEIT, distilled=True),
+    "deit_base_distilled_patch16_224": _info(16, 768, 12, 12, _DEIT, distilled=True),
 }

@@ -8,6 +8,7 @@ import jax
 from jax import lax
 
 from lbpwht_jax.ops.matmul import low_rank_matmul
+from lbpwht_jax.ops.pointwise import pointwise_lacks
 from lbpwht_jax.ops.spec_fields import Grid, SpecFields
 
 
@@ -104,19 +105,13 @@ class LowRankConv:
         """
         name = self.name or "low-rank conv_general_dilated"
         spatial = rhs.ndim - 2
-        ones = (1,) * spatial
         numbers = lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers)
         channels_last = (0, lhs.ndim - 1, *range(1, lhs.ndim - 1))
         kernel_last = (rhs.ndim - 1, rhs.ndim - 2, *range(spatial))
-        wanted = {
-            "a window of 1": rhs.shape[:-2] == ones,
-            "a stride of 1": tuple(window_strides) == ones,
-            "no padding": padding in ("SAME", "SAME_LOWER", "VALID") or all(tuple(p) == (0, 0) for p in padding),
-            "no dilation": all(d is None or tuple(d) == ones for d in (lhs_dilation, rhs_dilation)),
-            "no groups": feature_group_count == 1 and batch_group_count == 1,
-            "channels last": numbers == lax.ConvDimensionNumbers(channels_last, kernel_last, channels_last),
-        }
-        missing = [condition for condition, holds in wanted.items() if not holds]
+        dilations, groups = (lhs_dilation, rhs_dilation), (feature_group_count, batch_group_count)
+        missing = pointwise_lacks(rhs.shape[:-2], window_strides, padding, dilations, groups)
+        if numbers != lax.ConvDimensionNumbers(channels_last, kernel_last, channels_last):
+            missing.append("channels last")
         if missing:
             raise ValueError(
                 f"{name}: low-rank backprop takes 1x1 convolutions only; this one, on {list(lhs.shape)} with a kernel "

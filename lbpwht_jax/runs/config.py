@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from lbpwht_jax.adaptation.linen import AdaptedModule, adapt
 from lbpwht_jax.data import Augmentation, Dataset
 from lbpwht_jax.adaptation.presets import Train, parse_method
-from lbpwht_jax.models import create_model, model_info
+from lbpwht_jax.models import model_info, plain_model
 from lbpwht_jax.models.info import ModelInfo
 from lbpwht_jax.weights.pretrained import load_pretrained
 from lbpwht_jax.train import Placement, Recipe, TrainState, initial_state
@@ -67,7 +67,8 @@ class RunConfig:
     def info(self) -> ModelInfo:
         """Of the model, its images as the run normalised them."""
         images = {name: getattr(self, name) for name in ("channels", "mean", "std", "interpolation", "crop")}
-        return dataclasses.replace(model_info(self.model), **images)
+        info = model_info(self.model)
+        return dataclasses.replace(info, images=dataclasses.replace(info.images, **images))
 
     def module(self) -> nn.Module:
         """The plain model, batch normalisation on its running statistics.
@@ -75,7 +76,7 @@ class RunConfig:
         Raises:
           ValueError: if there is no such model.
         """
-        return create_model(
+        return plain_model(
             self.model,
             num_classes=len(self.classes),
             image_size=self.image_size,

@@ -15,7 +15,7 @@ from lbpwht_jax.runs import folder as run_folder
 from lbpwht_jax.adaptation.linen import AdaptedModule
 from lbpwht_jax.weights.peft import save_adapter
 from lbpwht_jax.train.checkpoint import Checkpoints, Facts
-from lbpwht_jax.cost.backward import backward_flops, saved_bytes
+from lbpwht_jax.cost.backward import backward_flops, residual_bytes
 from lbpwht_jax.data import Dataset
 from lbpwht_jax.runs.metrics import MetricsFile, read_metrics
 from lbpwht_jax.runs.progress import Reporter
@@ -150,7 +150,7 @@ class TrainingRun:
             epochs[-1].test_accuracy,
             _scalars(state.params),
             backward_flops(self.model, variables, image),
-            saved_bytes(self.model, variables, image),
+            residual_bytes(self.model, variables, image),
             statistics.median(step.seconds for step in steps[1:] or steps),
         )
         if is_first():

@@ -38,7 +38,7 @@ def loading(info: ModelInfo, image_size: int, batch_size: int, seed: int = 0, wo
     """
     fields = {} if workers is None else {"workers": workers}
     process = {"shard_index": jax.process_index(), "shard_count": jax.process_count()}
-    return Loading(batch_size, image_size, info.channels, seed, **fields, **process)
+    return Loading(batch_size, image_size, info.images.channels, seed, **fields, **process)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -72,7 +72,7 @@ class Evaluator:
           ValueError: if no image can be read.
         """
         sums, waiting = np.zeros(3), None
-        with evaluation_batches(split, self.loading, self.info.crop, self.info.interpolation) as batches:
+        with evaluation_batches(split, self.loading, self.info.images.crop, self.info.images.interpolation) as batches:
             for batch in batches:
                 started = self._step(variables, self.placement.put_batch(batch))
                 if waiting is not None:

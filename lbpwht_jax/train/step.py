@@ -32,7 +32,7 @@ class Sums(NamedTuple):
 def normalise(images: jax.Array, info: ModelInfo) -> jax.Array:
     """Float images ``[batch, height, width, channels]`` in [0, 1], normalised as the model expects."""
     shape = (1, 1, 1, -1)
-    mean, std = (jnp.asarray(values, jnp.float32).reshape(shape) for values in (info.mean, info.std))
+    mean, std = (jnp.asarray(values, jnp.float32).reshape(shape) for values in (info.images.mean, info.images.std))
     return (images - mean) / std
 
 

@@ -16,14 +16,14 @@ from lbpwht_jax.adaptation import lora
 from lbpwht_jax.adaptation.linen import AdaptedModule
 from lbpwht_jax.adaptation.rules import Adaptation
 from lbpwht_jax.models import model_info
-from lbpwht_jax.models.info import ModelInfo
+from lbpwht_jax.models.info import Images, ModelInfo
 from lbpwht_jax.weights.files import read_safetensors
 from lbpwht_jax.weights.timm_keys import Entry, assemble, check, flat_to_timm, timm_key
 
 TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _PREFIX = "base_model.model."
 _LETTERS = {lora.A: "lora_A", lora.B: "lora_B"}
-_PLAIN = ModelInfo(nn.Module, {}, 0, "")
+_PLAIN = ModelInfo(nn.Module, {}, Images(0))
 
 Model = str | ModelInfo | None
 
@@ -130,7 +130,7 @@ def _branch_shape(info: ModelInfo, adaptation: Adaptation, path: tuple[str, ...]
     """Of the tensor in the file."""
     layer = adaptation.layer
     matrix = lora.shapes(adaptation)[path[-1]][::-1]
-    pointwise = layer.kind == "Conv" or re.search(info.pointwise, f"{layer.path}/kernel")
+    pointwise = layer.kind == "Conv" or re.search(info.files.pointwise, f"{layer.path}/kernel")
     return (*matrix, 1, 1) if pointwise else matrix
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import safetensors.numpy
 from flax import traverse_util
 
-from lbpwht_jax.models import ModelInfo, create_model, model_info
+from lbpwht_jax.models import ModelInfo, model_info, plain_model
 from lbpwht_jax.weights.files import read_safetensors, save_weights
 from lbpwht_jax.weights.layouts import to_timm_layout
 from lbpwht_jax.weights.timm_keys import Entry, assemble, check, entries, flat_to_timm, from_timm, to_timm
@@ -66,9 +66,9 @@ def load_pretrained(
     info = model_info(name)
     where = f"load_pretrained({name!r}, {os.fspath(source)!r})"
     state = _timm_state(info, source, offline)
-    module = create_model(name, num_classes=1, image_size=image_size)
+    module = plain_model(name, num_classes=1, image_size=image_size)
     wanted = entries(info, module)
-    heads = _head_keys(wanted, entries(info, create_model(name, num_classes=2, image_size=image_size)))
+    heads = _head_keys(wanted, entries(info, plain_model(name, num_classes=2, image_size=image_size)))
     in_file = _classes(state, heads)
     classes = next(count for count in (num_classes, in_file, 1000) if count is not None)
     wanted = [dataclasses.replace(e, shape=(classes, *e.shape[1:])) if e.key in heads else e for e in wanted]
@@ -124,8 +124,8 @@ def number_of_classes(name: str, variables: Mapping[str, Any]) -> int:
       ValueError: if the name is unknown or the variables have no head.
     """
     info = model_info(name)
-    wanted = entries(info, create_model(name, num_classes=1))
-    heads = _head_keys(wanted, entries(info, create_model(name, num_classes=2)))
+    wanted = entries(info, plain_model(name, num_classes=1))
+    heads = _head_keys(wanted, entries(info, plain_model(name, num_classes=2)))
     classes = _classes(flat_to_timm(info, traverse_util.flatten_dict(variables)), heads)
     if classes is None:
         raise ValueError(f"number_of_classes({name!r}): the variables have no head ({', '.join(heads)})")
@@ -185,7 +185,7 @@ def _timm_state(info: ModelInfo, source: str | os.PathLike, offline: bool) -> di
         return flat_to_timm(info, {tuple(key.split("/")): value for key, value in state.items()})
     layout, state = to_timm_layout(state)
     _LOG.info("%s: %s layout", source, layout)
-    return {key: value for key, value in state.items() if not re.search(info.buffers, key)}
+    return {key: value for key, value in state.items() if not re.search(info.files.buffers, key)}
 
 
 def _head_keys(one: list[Entry], two: list[Entry]) -> list[str]:
@@ -201,9 +201,9 @@ def _resampled(
     info: ModelInfo, module: nn.Module, wanted: list[Entry], state: dict[str, np.ndarray], where: str
 ) -> Mapping[str, np.ndarray]:
     """The state at the module's image size; as it is if its keys are not the model's, which ``check`` reports."""
-    if info.resample is None or {e.key for e in wanted} != state.keys():
+    if info.files.resample is None or {e.key for e in wanted} != state.keys():
         return state
-    result = info.resample(state, module)
+    result = info.files.resample(state, module)
     for key in state:
         if result[key].shape != state[key].shape:
             _LOG.info("%s: resampled %s %s to %s", where, key, list(state[key].shape), list(result[key].shape))

@@ -48,7 +48,7 @@ def entries(model: Model, module: nn.Module) -> list[Entry]:
     """
     info = _info(model)
     edge = module.image_size
-    init = jax.eval_shape(lambda: module.init(jax.random.key(0), jnp.zeros((1, edge, edge, info.channels), jnp.float32)))
+    init = jax.eval_shape(lambda: module.init(jax.random.key(0), jnp.zeros((1, edge, edge, info.images.channels), jnp.float32)))
     leaves: dict[Path, Any] = traverse_util.flatten_dict(init)
     return [Entry(path, timm_key(info, path), _timm_shape(info, path, leaf.shape)) for path, leaf in leaves.items()]
 
@@ -70,7 +70,7 @@ def to_timm(model: Model, module: nn.Module, variables: Mapping[str, Any]) -> di
     info = _info(model)
     state = flat_to_timm(info, traverse_util.flatten_dict(variables))
     check(entries(info, module), state, "to_timm: the variables do not fit the module")
-    return {**state, **(info.make_buffers(module) if info.make_buffers else {})}
+    return {**state, **(info.files.make_buffers(module) if info.files.make_buffers else {})}
 
 
 def from_timm(model: Model, module: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
@@ -88,7 +88,7 @@ def from_timm(model: Model, module: nn.Module, state: Mapping[str, Any]) -> dict
       ValueError: if the name is unknown, or if entries are missing, unexpected or mis-shaped, with the list of them.
     """
     info = _info(model)
-    state = {key: np.asarray(value) for key, value in state.items() if not re.search(info.buffers, key)}
+    state = {key: np.asarray(value) for key, value in state.items() if not re.search(info.files.buffers, key)}
     wanted = entries(info, module)
     check(wanted, state, "from_timm: the state dict does not fit the module")
     return assemble(info, wanted, state)
@@ -98,7 +98,7 @@ def timm_key(info: ModelInfo, path: Path) -> str:
     """timm's name of the parameter at ``path``, which starts with the collection."""
     *parts, leaf = path[1:]
     key = ".".join([re.sub(r"_(\d+)$", r".\1", part) for part in parts] + [_LEAVES.get(leaf, leaf)])
-    for pattern, replacement in info.renames:
+    for pattern, replacement in info.files.renames:
         key = re.sub(pattern, replacement, key)
     return key
 
@@ -159,7 +159,7 @@ def _info(model: Model) -> ModelInfo:
 
 
 def _is_pointwise(info: ModelInfo, path: Path) -> bool:
-    return path[-1] == "kernel" and re.search(info.pointwise, "/".join(path[1:])) is not None
+    return path[-1] == "kernel" and re.search(info.files.pointwise, "/".join(path[1:])) is not None
 
 
 def _to_timm_axes(ndim: int) -> tuple[int, ...]:

@@ -10,11 +10,12 @@ from flax import traverse_util
 from lbpwht_jax import Freeze, LoRA, LowRank, adapt, low_rank_matmul, lp_l1
 from lbpwht_jax.adaptation.partition import join_params, split_params
 from lbpwht_jax.adaptation.presets import parse_method
-from lbpwht_jax.cost.backward import backward_flops, saved_bytes
+from lbpwht_jax.cost.backward import backward_flops, residual_bytes
 from lbpwht_jax.data import ArraySplit, Batch, Dataset
 from lbpwht_jax.models import model_info
+from lbpwht_jax.models.blocks import Settings
 from lbpwht_jax.models.efficientformer import EfficientFormer
-from lbpwht_jax.models.info import ModelInfo
+from lbpwht_jax.models.info import Images, ModelInfo
 from lbpwht_jax.models.vit import VisionTransformer
 from lbpwht_jax.ops.flops import product_flops
 from lbpwht_jax.ops.projection import projection_matrices
@@ -99,28 +100,29 @@ def test_lora_needs_no_weight_gradient_of_the_kernel(spec):
 
 
 VIT = VisionTransformer(num_classes=4, image_size=28, patch_size=4, dim=64, depth=4, heads=2)
-INFO = dataclasses.replace(model_info("vit_micro_patch4_28"), last_stage=r"^(blocks_3|norm|head)(/|$)")
-FORMER = EfficientFormer(4, 64, dims=(4, 8, 8, 16), depths=(1, 1, 1, 2), attention=1, frozen_batch_norm=True)
-FORMER_INFO = ModelInfo(EfficientFormer, {}, 64, model_info("efficientformer_l1").layers)
+INFO = model_info("vit_micro_patch4_28")
+INFO = dataclasses.replace(INFO, layers=dataclasses.replace(INFO.layers, last_stage=r"^(blocks_3|norm|head)(/|$)"))
+FORMER = EfficientFormer(4, 64, dims=(4, 8, 8, 16), depths=(1, 1, 1, 2), attention=1, settings=Settings(frozen_batch_norm=True))
+FORMER_INFO = ModelInfo(EfficientFormer, {}, Images(64), model_info("efficientformer_l1").layers)
 MODELS = {"vit": (VIT, INFO), "efficientformer": (FORMER, FORMER_INFO)}
 RECIPE = Recipe(epochs=3, batch_size=4, lr=1e-2)
 
 
 def trainer(name, method, train):
     model, info = MODELS[name]
-    images = jnp.zeros((1, info.image_size, info.image_size, info.channels))
+    images = jnp.zeros((1, *info.images.shape))
     adapted = adapt(model, parse_method(method).rules(info, train), images)
     data = Dataset("noise", *[noise(info)] * 2, tuple("abcd"))
     one = Placement(devices=jax.devices()[:1])
-    return Trainer(adapted, info, data, RECIPE, info.image_size, adapted.trainable, one), adapted.init(
+    return Trainer(adapted, info, data, RECIPE, info.images.size, adapted.trainable, one), adapted.init(
         jax.random.key(0), images
     )
 
 
 def noise(info, count=4):
     rng = np.random.default_rng(0)
-    edge = info.image_size
-    images = rng.integers(0, 255, (count, edge, edge, info.channels)).astype(np.uint8)
+    edge = info.images.size
+    images = rng.integers(0, 255, (count, edge, edge, info.images.channels)).astype(np.uint8)
     return ArraySplit(images, rng.integers(0, 4, count).astype(np.int32))
 
 
@@ -155,9 +157,9 @@ def step_costs(name, method, train):
     info, data = training.info, noise(training.info, 8)
     batch = Batch(jnp.asarray(data.images), jnp.asarray(data.labels), jnp.ones(8, bool), jnp.ones(8))
     compiled = training.train_step.lower(training.initial_state(variables), batch).compile()
-    shape = (info.image_size, info.image_size, info.channels)
+    shape = info.images.shape
     traced = 8 * backward_flops(training.model, variables, shape)
-    return compiled.cost_analysis()["flops"], traced, saved_bytes(training.model, variables, shape)
+    return compiled.cost_analysis()["flops"], traced, residual_bytes(training.model, variables, shape)
 
 
 def test_the_compiled_step_saves_what_the_count_says():

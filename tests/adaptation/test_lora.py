@@ -12,7 +12,7 @@ from foreign import ViT
 from lbpwht_jax import Freeze, LoRA, LowRank, LowRankDense, adapt, lp_l1, lp_linf
 from lbpwht_jax.adaptation.lora import init_a
 from lbpwht_jax.models import model_info
-from lbpwht_jax.models.info import ModelInfo
+from lbpwht_jax.models.info import Images, ModelInfo, TimmFiles
 from lbpwht_jax.models.vit import VisionTransformer
 from lbpwht_jax.ops.projection import projection_matrices
 from lbpwht_jax.weights.peft import load_adapter, save_adapter
@@ -165,7 +165,7 @@ class Normalised(nn.Module):
 
 
 def test_running_statistics_and_pointwise_convolutions(tmp_path):
-    info = ModelInfo(Normalised, {}, 4, "", pointwise=r"conv_\d/kernel")
+    info = ModelInfo(Normalised, {}, Images(4), files=TimmFiles(pointwise=r"conv_\d/kernel"))
     x, model = random(2, 4, 4, 3), Normalised()
     adapted = adapt(model, [LoRA("conv_0", rank=2), Freeze("norm_0")], x)
     variables = adapted.init(jax.random.key(0), x)

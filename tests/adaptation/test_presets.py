@@ -52,7 +52,7 @@ def test_names_that_are_none(name, message):
 def adapted(model, name, train="all"):
     """Adapted layers with rank of branch and whether low-rank, and the modules that are frozen, of a model."""
     info = model_info(model)
-    images = jax.ShapeDtypeStruct((1, info.image_size, info.image_size, info.channels), jnp.float32)
+    images = jax.ShapeDtypeStruct((1, *info.images.shape), jnp.float32)
     resolution = resolve(create_model(model, frozen_batch_norm=True), parse_method(name).rules(info, train), images)
     return {a.layer.path: (a.rank, a.spec is not None) for a in resolution.adaptations}, resolution
 

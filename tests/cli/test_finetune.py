@@ -17,10 +17,10 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from lbpwht_jax import adapt, load_pretrained
+from lbpwht_jax import adapt, create_model, load_pretrained
 from lbpwht_jax.adaptation.presets import parse_method
 from lbpwht_jax.cli import main
-from lbpwht_jax.models import create_model, model_info
+from lbpwht_jax.models import model_info
 from lbpwht_jax.runs import folder as run_folder
 from lbpwht_jax.runs.finished import load_run
 from lbpwht_jax.runs.metrics import read_metrics

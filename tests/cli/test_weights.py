@@ -6,8 +6,8 @@ import safetensors
 import safetensors.numpy
 import tyro
 
+from lbpwht_jax import create_model
 from lbpwht_jax.cli.weights import Convert, Export, Models, describe
-from lbpwht_jax.models import create_model
 from lbpwht_jax.weights.pretrained import read_weights
 from lbpwht_jax.weights.timm_keys import entries
 

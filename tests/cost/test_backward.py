@@ -3,9 +3,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from lbpwht_jax import LowRankDense, low_rank_matmul, lp_l1
-from lbpwht_jax.cost.backward import backward_flops, saved_bytes
-from lbpwht_jax.models import create_model
+from lbpwht_jax import LowRankDense, create_model, low_rank_matmul, lp_l1
+from lbpwht_jax.cost.backward import backward_flops, residual_bytes
 from lbpwht_jax.ops.flops import product_flops
 
 
@@ -75,7 +74,7 @@ class TwoLayers(nn.Module):
 
 
 @pytest.mark.parametrize(("rank", "kept"), [(None, 49), (2, 3), (4, 10), (13, 49)])
-def test_backward_flops_and_saved_bytes_of_a_model(rank, kept):
+def test_backward_flops_and_residual_bytes_of_a_model(rank, kept):
     model = TwoLayers(rank)
     variables = jax.eval_shape(model.init, jax.random.key(0), shape(1, 14, 14, 1))
     dx = dw = 2 * kept * 4 * 4
@@ -84,7 +83,7 @@ def test_backward_flops_and_saved_bytes_of_a_model(rank, kept):
     assert backward_flops(model, variables, (14, 14, 1)) == 2 * dw + dx + 5 * transform
     # two layers' inputs, and the four softmax probabilities' worth of the loss
     residuals = 4 * 2 * kept * 4
-    assert residuals <= saved_bytes(model, variables, (14, 14, 1)) <= residuals + 100
+    assert residuals <= residual_bytes(model, variables, (14, 14, 1)) <= residuals + 100
 
 
 def test_low_rank_costs_less_on_the_bundled_model():
@@ -92,7 +91,7 @@ def test_low_rank_costs_less_on_the_bundled_model():
     for spec in (None, lp_l1(6), lp_l1(4), lp_l1(2)):
         model = create_model("vit_micro_patch4_28", num_classes=10, spec=spec)
         variables = jax.eval_shape(model.init, jax.random.key(0), shape(1, 28, 28, 1))
-        costs.append((backward_flops(model, variables, (28, 28, 1)), saved_bytes(model, variables, (28, 28, 1))))
+        costs.append((backward_flops(model, variables, (28, 28, 1)), residual_bytes(model, variables, (28, 28, 1))))
     flops, sizes = zip(*costs, strict=True)
     assert sorted(flops, reverse=True) == list(flops) and sorted(sizes, reverse=True) == list(sizes)
     assert flops[0] > 4 * flops[-1]

@@ -1,6 +1,7 @@
 """Records and costs of single products, against XLA's count of the compiled backward pass and JAX's own residuals."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -12,6 +13,7 @@ from lbpwht_jax import LoRA, LowRankDense, adapt, lp_l1
 from lbpwht_jax.cost.layers import matmul_flops, saved_elements
 from lbpwht_jax.cost.paper import paper_flops
 from lbpwht_jax.cost.trace import Elementwise, Product, layer_records
+from lbpwht_jax.models.blocks import gelu
 
 
 class Single(nn.Module):
@@ -196,6 +198,62 @@ def test_paper_flops_by_hand():
     # 5 classes round up to 16
     assert paper_flops(records["head"]) == 4 * 16 * 16 + 5
     assert paper_flops(Elementwise("", "gelu", 7)) == 120 * 7
+
+
+class OwnNorm(nn.LayerNorm):
+    """A norm by another name."""
+
+
+NORMS = {
+    "n1": nn.LayerNorm,
+    "n2": nn.RMSNorm,
+    "n3": functools.partial(nn.GroupNorm, num_groups=2),
+    "n4": nn.InstanceNorm,
+    "n5": OwnNorm,
+    "n6": functools.partial(nn.BatchNorm, use_running_average=True),
+}
+
+
+class Normalised(nn.Module):
+    """Norms of other sources under names that say nothing, behind one layer."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        x = nn.Dense(4, name="layer")(x)
+        for name, norm in NORMS.items():
+            x = norm(name=name)(x)
+        return x.mean((1, 2))
+
+
+def test_every_norm_counts_once():
+    norms = [(r.path, r.kind, r.elements) for r in records_of(Normalised(), (3, 3, 3)) if isinstance(r, Elementwise)]
+    assert norms == [(name, "batch_norm" if name == "n6" else "layer_norm", 3 * 3 * 4) for name in NORMS]
+
+
+class Shared(nn.Module):
+    """Two layers whose calls JAX traces once, under recomputation and functions with derivatives of their own."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        for name in ("a", "b"):
+            x = nn.remat(Gelu)(name=name)(x)
+        return x.mean((1, 2))
+
+
+@jax.jit
+def jitted_gelu(x: jax.Array) -> jax.Array:
+    return gelu(x)
+
+
+class Gelu(nn.Module):
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return jitted_gelu(LowRankDense(3, lp_l1(2), name="fc")(x))
+
+
+def test_equations_inside_calls_belong_to_the_module_that_called():
+    records = [(r.path, r.kind) for r in records_of(Shared(), (8, 8, 3))]
+    assert records == [("a/fc", "dense"), ("a", "gelu"), ("b/fc", "dense"), ("b", "gelu")]
 
 
 class Powers(nn.Module):

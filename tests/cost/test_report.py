@@ -7,13 +7,12 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from lbpwht_jax import lp_l1
+from lbpwht_jax import LowRank, adapt, lp_l1
 from lbpwht_jax.adaptation.presets import adapted_model
 from lbpwht_jax.cli import main
-from lbpwht_jax.cost.backward import abstract_variables, backward_flops, saved_bytes
+from lbpwht_jax.cost.backward import abstract_variables, backward_flops, residual_bytes
 from lbpwht_jax.cost.report import layer_costs, model_cost
 from lbpwht_jax.models import model_info
-from lbpwht_jax.models.blocks import Plan
 from lbpwht_jax.models.vit import VisionTransformer
 
 MICRO = "vit_micro_patch4_28"
@@ -64,8 +63,10 @@ def test_matmul_flops_of_every_family_add_up(name, size, method, train):
 @pytest.mark.parametrize("rank", [None, 8])
 def test_matmul_flops_of_a_model_equal_xla_s_count(rank):
     # wide, so that element-wise work, which XLA counts too, is little
-    module = VisionTransformer(10, 128, 16, dim=1024, depth=2, heads=8, plan=Plan(rank and lp_l1(rank)))
+    module = VisionTransformer(10, 128, 16, dim=1024, depth=2, heads=8)
     x = jax.ShapeDtypeStruct((1, 128, 128, 3), jnp.float32)
+    if rank is not None:
+        module = adapt(module, [LowRank(model_info(MICRO).layers.low_rank, lp_l1(rank))], x)
     variables = jax.eval_shape(module.init, jax.random.key(0), x)
 
     def loss(variables, x):
@@ -79,11 +80,11 @@ def test_matmul_flops_of_a_model_equal_xla_s_count(rank):
 
 
 @pytest.mark.parametrize("method", ["lp_l1-2", "lp_l1-4", "lp_l1-8", "lora_all-8", "lp_l1-4+lora_all-8"])
-def test_saved_bytes_by_layer_explain_the_whole_model_s(method):
+def test_residual_bytes_by_layer_explain_the_whole_model_s(method):
     full, adapted = adapted_model(MICRO, num_classes=10), adapted_model(MICRO, method, num_classes=10)
     total, by_layer = [], []
     for model in (full, adapted):
-        total.append(saved_bytes(model, abstract_variables(model, (28, 28, 1)), (28, 28, 1)))
+        total.append(residual_bytes(model, abstract_variables(model, (28, 28, 1)), (28, 28, 1)))
         by_layer.append(sum(layer.saved_activation_bytes for layer in costs(model, (28, 28, 1))))
     # all that differs between the methods is what the layers keep
     assert total[0] - total[1] == by_layer[0] - by_layer[1]
@@ -144,7 +145,7 @@ def test_command_line(capsys):
 
 
 def test_image_size_is_the_model_s_unless_given():
-    assert model_cost(MICRO, num_classes=10).image_size == model_info(MICRO).image_size == 28
+    assert model_cost(MICRO, num_classes=10).image_size == model_info(MICRO).images.size == 28
     assert model_cost(MICRO, num_classes=10, image_size=32).image_size == 32
 
 

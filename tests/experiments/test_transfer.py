@@ -83,7 +83,7 @@ def test_the_same_images_are_taken_each_time(archive):
 def test_a_sweep_goes_on_where_it_stopped(archive, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(transfer_backbone, "DEPTHS", (1, 1))  # compiles sooner
     info, weights, output = backbone_info(), tmp_path / "backbone.safetensors", tmp_path / "sweep.json"
-    shape = (1, info.image_size, info.image_size, info.channels)
+    shape = (1, *info.images.shape)
     variables = jax.jit(backbone(5).init)(jax.random.key(0), jnp.zeros(shape))
     save_weights(weights, variables, {"test_accuracy": 0.2})
     setting = transfer.Setting(train_per_class=8, test_per_class=4, epochs=2, batch_size=16)

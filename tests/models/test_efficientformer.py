@@ -5,15 +5,17 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from closeness import assert_close, difference
 from flax.traverse_util import flatten_dict
 
-from lbpwht_jax import LowRankSpec, lp_l1, lp_linf
-from lbpwht_jax.models import create_model, model_info
-from lbpwht_jax.models.blocks import Plan
+from lbpwht_jax import LowRank, LowRankSpec, adapt, create_model, lp_l1, lp_linf
+from lbpwht_jax.models import model_info
+from lbpwht_jax.models.blocks import Settings
 from lbpwht_jax.models.conv_blocks import offset_index
 from lbpwht_jax.models.efficientformer import EfficientFormer
 from lbpwht_jax.models.efficientformer_v2 import EfficientFormerV2
@@ -77,9 +79,11 @@ def case(request):
     return Case(model_info(name), LOW_RANK[name], module, variables, apply, apply(variables, IMAGES), gradients)
 
 
-def train(module, variables) -> tuple[jax.Array, dict[str, jax.Array]]:
+def train(module, variables, spec=None, layers="", dtype=None) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Logits and gradients of a cross-entropy by parameter path, training with frozen batch normalisation."""
-    module = module.clone(frozen_batch_norm=True)
+    module = module.clone(settings=Settings(dtype, frozen_batch_norm=True))
+    if spec is not None:
+        module = adapt(module, [LowRank(layers, spec)], IMAGES)
 
     @jax.jit
     def grad(params):
@@ -93,35 +97,32 @@ def train(module, variables) -> tuple[jax.Array, dict[str, jax.Array]]:
     return logits, flatten_dict(gradients, sep="/")
 
 
-def difference(actual, expected) -> float:
-    return float(jnp.max(jnp.abs(actual - expected)) / jnp.max(jnp.abs(expected)))
-
-
 def vanishes(path: str) -> bool:
     """Whether a parameter adds the same to every logit of a query, and so has a gradient of rounding errors alone."""
     return path.endswith(("k/conv/bias", "k/bn/bias", "talking_head1/bias"))
 
 
-def largest_difference(gradients, expected) -> float:
+def assert_gradients_close(gradients, expected) -> None:
+    """Equal to float32 rounding, in sums that compilers order differently."""
     assert gradients.keys() == expected.keys()
-    return max(difference(gradients[path], gradient) for path, gradient in expected.items() if not vanishes(path))
+    assert_close(*({path: tree[path] for path in tree if not vanishes(path)} for tree in (gradients, expected)), 1e-4)
 
 
 def test_logits_are_the_average_of_two_heads(case):
-    assert case.logits.shape == (2, 5) and case.logits.dtype == jnp.float32
+    chex.assert_shape(case.logits, (2, 5))
+    chex.assert_type(case.logits, jnp.float32)
     params = case.variables["params"]
     halves = []
     for dropped in ("head", "head_dist"):
         other = {**params, dropped: jax.tree.map(jnp.zeros_like, params[dropped])}
         halves.append(case.apply({**case.variables, "params": other}, IMAGES))
         assert difference(halves[-1], case.logits) > 0.1
-    np.testing.assert_allclose(halves[0] + halves[1], case.logits, rtol=1e-5, atol=1e-6)  # float32 rounding
+    chex.assert_trees_all_close(halves[0] + halves[1], case.logits, rtol=1e-5, atol=1e-6)  # float32 rounding
 
 
 def test_low_rank_reaches_every_dense_layer(case):
     """With exact input cotangents, dropping the mean and more changes a kernel's gradient just where its layer is low-rank."""
-    plan = Plan(LowRankSpec([(0, 1)], dx="exact"), "")
-    _, gradients = train(case.module.clone(plan=plan), case.variables)
+    _, gradients = train(case.module, case.variables, LowRankSpec([(0, 1)], dx="exact"), case.info.layers.low_rank)
     changed = {
         path for path, gradient in gradients.items() if not vanishes(path) and difference(gradient, case.gradients[path]) > 1e-3
     }
@@ -130,38 +131,39 @@ def test_low_rank_reaches_every_dense_layer(case):
 
 def test_the_papers_choice_is_every_dense_layer_of_the_blocks(case):
     layers = {path.rpartition("/")[0] for path in case.gradients}
-    assert {layer for layer in layers if re.search(case.info.layers, layer)} == case.low_rank
+    assert {layer for layer in layers if re.search(case.info.layers.low_rank, layer)} == case.low_rank
 
 
 def test_full_rank_gradients_are_exact(case):
-    _, gradients = train(case.module.clone(plan=Plan(lp_linf(8), "")), case.variables)
-    assert largest_difference(gradients, case.gradients) < 1e-4  # float32 rounding
+    _, gradients = train(case.module, case.variables, lp_linf(8), case.info.layers.low_rank)
+    assert_gradients_close(gradients, case.gradients)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_low_rank_keeps_the_logits_and_finite_gradients(case, dtype):
-    logits, gradients = train(case.module.clone(plan=Plan(lp_l1(4), ""), dtype=dtype), case.variables)
-    assert logits.dtype == dtype
+    logits, gradients = train(case.module, case.variables, lp_l1(4), case.info.layers.low_rank, dtype)
+    chex.assert_type(logits, dtype)
     # Rounding of float32, and of the 8 bits of bfloat16 through some 30 layers.
     assert difference(logits.astype(jnp.float32), case.logits) < (1e-5 if dtype == jnp.float32 else 0.1)
-    assert all(gradient.dtype == jnp.float32 and bool(jnp.isfinite(gradient).all()) for gradient in gradients.values())
+    chex.assert_trees_all_equal_dtypes(gradients, case.gradients)
+    chex.assert_tree_all_finite(gradients)
 
 
 @pytest.mark.parametrize("remat", [False, True])
 def test_a_spec_of_more_axes_is_refused_by_the_layers_name(case, remat):
-    wrong = case.module.clone(plan=Plan(lp_l1(4, ndim=3), "stages_2/blocks_0/mlp/fc2"), remat=remat)
-    with pytest.raises(ValueError, match=r"LowRankDense stages_2/blocks_0/mlp/fc2.*the grid is missing"):
-        jax.eval_shape(wrong.apply, case.variables, IMAGES)
+    rule = LowRank("stages_2/blocks_0/mlp/fc2", lp_l1(4, ndim=3))
+    with pytest.raises(ValueError, match=r"the token grid of stages_2/blocks_0/mlp/fc2\S*, a LowRankDense .* cannot be known"):
+        adapt(case.module.clone(remat=remat), [rule], IMAGES)
 
 
 def test_remat_changes_no_gradient(case):
     _, gradients = train(case.module.clone(remat=True), case.variables)
-    assert largest_difference(gradients, case.gradients) < 1e-4  # float32 rounding, differently fused
+    assert_gradients_close(gradients, case.gradients)
 
 
 @pytest.mark.parametrize("frozen", [True, False])
 def test_batch_norm_freezes(case, frozen):
-    module = case.module.clone(frozen_batch_norm=frozen)
+    module = case.module.clone(settings=Settings(frozen_batch_norm=frozen))
     apply = jax.jit(lambda v, x: module.apply(v, x, train=True, mutable=["batch_stats"]))
     logits, state = apply(case.variables, IMAGES)
     moved = jax.tree.map(lambda new, old: difference(new, old) > 1e-3, state["batch_stats"], case.variables["batch_stats"])
@@ -170,7 +172,7 @@ def test_batch_norm_freezes(case, frozen):
 
 
 def test_drop_path_drops_while_training(case):
-    dropping = case.module.clone(frozen_batch_norm=True, drop_path=0.9)
+    dropping = case.module.clone(settings=Settings(frozen_batch_norm=True), drop_path=0.9)
     apply = jax.jit(lambda v, x: dropping.apply(v, x, train=True, rngs={"dropout": jax.random.key(0)}))
     assert difference(apply(case.variables, IMAGES), case.logits) > 1e-2
 
@@ -203,7 +205,7 @@ def test_sizes_are_those_of_the_published_weights(name, parameters, keys):
     images = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
     variables = jax.eval_shape(module.init, jax.random.key(0), images)
     assert sum(leaf.size for leaf in jax.tree.leaves(variables["params"])) == parameters
-    assert len(jax.tree.leaves(variables)) + len(model_info(name).make_buffers(module)) == keys
+    assert len(jax.tree.leaves(variables)) + len(model_info(name).files.make_buffers(module)) == keys
 
 
 def test_every_pair_of_tokens_has_the_bias_of_its_offset():
@@ -235,7 +237,7 @@ def test_attention_biases_are_resampled(name, strides, size):
     for key, stride in strides.items():
         row, column = np.mgrid[: 224 // stride, : 224 // stride].astype(np.float32)
         files[key] = np.stack([(row + 10 * column).ravel(), np.full(row.size, 3, np.float32)])
-    resampled = model_info(name).resample(files, create_model(name, image_size=size))
+    resampled = model_info(name).files.resample(files, create_model(name, image_size=size))
     assert resampled.keys() == files.keys()
     np.testing.assert_array_equal(resampled["head.weight"], files["head.weight"])
     for key, stride in strides.items():
@@ -248,4 +250,6 @@ def test_attention_biases_are_resampled(name, strides, size):
 def test_biases_of_no_square_map_are_not_resampled():
     name = "stages.3.blocks.4.token_mixer.attention_biases"
     with pytest.raises(ValueError, match=rf"{name}: attention biases must be .*got \[8, 48\]"):
-        model_info("efficientformer_l1").resample({name: np.zeros((8, 48))}, create_model("efficientformer_l1", image_size=256))
+        model_info("efficientformer_l1").files.resample(
+            {name: np.zeros((8, 48))}, create_model("efficientformer_l1", image_size=256)
+        )

@@ -3,6 +3,7 @@
 import functools
 import itertools
 
+import chex
 import flax
 import flax.linen as nn
 import jax
@@ -10,17 +11,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.special
+from closeness import assert_close, difference
 
-from lbpwht_jax import LowRankDense, lp_l1
-from lbpwht_jax.models import create_model, list_models, model_info
-from lbpwht_jax.models.blocks import Plan
+from lbpwht_jax import LowRank, LowRankDense, adapt, create_model, lp_l1
+from lbpwht_jax.models import list_models, model_info
+from lbpwht_jax.models.blocks import Settings
 from lbpwht_jax.models.swin_v2 import Block, PatchMerging, SwinTransformerV2
 from lbpwht_jax.models.windows import relative_coordinates
 
 # Maps of 5x5 and 3x3 tokens: padded windows with and without a shift, an odd map to merge, one smaller than a window.
 SIZE = 20
 DEPTHS = (2, 1)
-LAYERS = model_info("swinv2_tiny_window8_256").layers
+LAYERS = model_info("swinv2_tiny_window8_256").layers.low_rank
 
 
 def tiny(image_size=SIZE, **fields):
@@ -55,10 +57,6 @@ def gradients(module, variables, **arguments):
     weights = jnp.asarray(np.random.default_rng(1).standard_normal((2, 5), np.float32))
     gradient = jax.jit(jax.grad(lambda v: (module.apply(v, images(), train=True, **arguments) * weights).sum()))
     return flax.traverse_util.flatten_dict(gradient(variables)["params"], sep="/")
-
-
-def relative_error(value, wanted):
-    return np.abs(np.asarray(value) - np.asarray(wanted)).max() / np.abs(np.asarray(wanted)).max()
 
 
 def slow_attention(params, x, window, shift, heads):
@@ -127,13 +125,13 @@ def test_a_block_is_what_pairs_of_tokens_compute(size, shifted, window, shift):
     variables["params"]["attn"]["logit_scale"] = jnp.asarray([1.0, 6.0]).reshape(2, 1, 1)
     wanted = slow_block(variables["params"], np.asarray(x[0], np.float64), window, shift, heads=2)
     # Cosines are rounded at 1e-7, times a scale of 100, before the softmax.
-    assert relative_error(block.apply(variables, x, False)[0], wanted) < 1e-4
+    assert difference(block.apply(variables, x, False)[0], jnp.asarray(wanted, jnp.float32)) < 1e-4
 
 
 def test_a_block_begins_as_the_identity():
     block = Block(heads=2, window=4, shifted=True)
     x = jnp.asarray(np.random.default_rng(2).standard_normal((1, 6, 6, 8), np.float32))
-    np.testing.assert_array_equal(block.apply(block.init(jax.random.key(0), x, False), x, False), x)
+    chex.assert_trees_all_equal(block.apply(block.init(jax.random.key(0), x, False), x, False), x)
 
 
 def test_patch_merging_takes_neighbours_column_by_column():
@@ -151,21 +149,25 @@ def test_patch_merging_takes_neighbours_column_by_column():
 def test_the_same_variables_serve_every_image_size(variables, size):
     module = tiny(size)
     own = jax.eval_shape(module.init, jax.random.key(0), images(size))
-    assert jax.tree.map(lambda v: (v.shape, v.dtype), own) == jax.tree.map(lambda v: (v.shape, v.dtype), variables)
+    chex.assert_trees_all_equal_shapes_and_dtypes(own, variables)
     assert set(own) == {"params"}
     logits = jax.jit(module.apply)(variables, images(size))
-    assert logits.shape == (2, 5)
-    assert logits.dtype == jnp.float32
-    assert np.isfinite(logits).all()
+    chex.assert_shape(logits, (2, 5))
+    chex.assert_type(logits, jnp.float32)
+    chex.assert_tree_all_finite(logits)
 
 
-def dense_layers(module, layers_of):
-    """``{path: (grid, input's shape)}`` of the low-rank-able layers that one call reaches and ``layers_of`` selects."""
+def low_rank(r):
+    return adapt(tiny(), [LowRank(LAYERS, lp_l1(r))], images())
+
+
+def dense_layers(module):
+    """``{path: (grid, input's shape)}`` of the layers on token grids that one call reaches."""
     reached = {}
 
     def record(call, arguments, keywords, context):
         layer = context.module
-        if isinstance(layer, LowRankDense) and layers_of(layer):
+        if isinstance(layer, LowRankDense):
             reached["/".join(layer.path)] = layer.grid, arguments[0].shape
         return call(*arguments, **keywords)
 
@@ -174,17 +176,16 @@ def dense_layers(module, layers_of):
     return reached
 
 
-def test_the_default_plan_reaches_every_dense_layer():
+def test_the_default_choice_is_every_dense_layer():
     blocks = [f"layers_{stage}/blocks_{i}" for stage, depth in enumerate(DEPTHS) for i in range(depth)]
     wanted = {f"{block}/{layer}" for block in blocks for layer in ("attn/qkv", "attn/proj", "mlp/fc1", "mlp/fc2")}
     wanted |= {"layers_1/downsample/reduction"}
-    assert set(dense_layers(tiny(plan=Plan(lp_l1(2), LAYERS)), lambda layer: layer.spec is not None)) == wanted
-    assert set(dense_layers(tiny(), lambda layer: True)) == wanted
-    assert dense_layers(tiny(), lambda layer: layer.spec is not None) == {}
+    assert {adaptation.layer.path for adaptation in low_rank(2).resolution.adaptations} == wanted
+    assert set(dense_layers(tiny())) == wanted
 
 
 def test_layers_see_windows_and_maps():
-    reached = dense_layers(tiny(), lambda layer: True)
+    reached = dense_layers(tiny())
     assert reached["layers_0/blocks_1/attn/qkv"] == ((4, 4), (2, 4, 16, 8))
     assert reached["layers_0/blocks_1/attn/proj"] == ((4, 4), (2, 4, 16, 8))
     assert reached["layers_0/blocks_1/mlp/fc1"] == (None, (2, 5, 5, 8))
@@ -194,62 +195,62 @@ def test_layers_see_windows_and_maps():
 
 
 def test_a_spec_for_another_number_of_axes_is_refused():
-    module = tiny(plan=Plan(lp_l1(2, ndim=1), LAYERS))
     with pytest.raises(ValueError, match="layers_0/blocks_0/attn/qkv"):
-        jax.eval_shape(module.init, jax.random.key(0), images())
+        adapt(tiny(), [LowRank(LAYERS, lp_l1(2, ndim=1))], images())
 
 
 def test_every_function_kept_gives_the_exact_gradients(variables):
     exact = gradients(tiny(), variables)
-    full = gradients(tiny(plan=Plan(lp_l1(15))), variables)
-    low = gradients(tiny(plan=Plan(lp_l1(4))), variables)
-    assert set(full) == set(low) == set(exact)
-    for path, wanted in exact.items():
-        # Only rounding differs. Padded windows are among them, whose keys must not be divided by a small length.
-        assert relative_error(full[path], wanted) < 1e-3, path
-        # A projection does not blow up what it approximates.
-        assert relative_error(low[path], wanted) < 10, path
-    assert relative_error(low["layers_0/blocks_0/mlp/fc1/kernel"], exact["layers_0/blocks_0/mlp/fc1/kernel"]) > 1e-2
+    full = gradients(low_rank(15), variables)
+    low = gradients(low_rank(4), variables)
+    # Only rounding differs. Padded windows are among them, whose keys must not be divided by a small length.
+    assert_close(full, exact, 1e-3)
+    # A projection does not blow up what it approximates.
+    assert_close(low, exact, 10)
+    assert difference(low["layers_0/blocks_0/mlp/fc1/kernel"], exact["layers_0/blocks_0/mlp/fc1/kernel"]) > 1e-2
 
 
 def test_low_rank_layers_do_not_change_the_logits(variables):
     wanted = jax.jit(tiny().apply)(variables, images())
-    logits = jax.jit(tiny(plan=Plan(lp_l1(4))).apply)(variables, images())
-    assert relative_error(logits, wanted) < 1e-6
+    logits = jax.jit(low_rank(4).apply)(variables, images())
+    assert_close(logits, wanted, 1e-6)
 
 
 def test_remat_changes_no_gradient(variables):
     rngs = {"dropout": jax.random.key(3)}
     wanted = gradients(tiny(drop_path=0.5), variables, rngs=rngs)
-    for path, value in gradients(tiny(drop_path=0.5, remat=True), variables, rngs=rngs).items():
-        # Two compilations of the same sums; what drop path cut off is exactly zero in both.
-        np.testing.assert_allclose(value, wanted[path], rtol=0, atol=1e-4 * np.abs(wanted[path]).max(), err_msg=path)
+    again = gradients(tiny(drop_path=0.5, remat=True), variables, rngs=rngs)
+    # What drop path cut off is exactly zero in both.
+    cut = {path for path, value in wanted.items() if not value.any()}
+    chex.assert_trees_all_equal(*({path: tree[path] for path in cut} for tree in (again, wanted)))
+    # Two compilations of the same sums.
+    assert_close(*({path: tree[path] for path in tree if path not in cut} for tree in (again, wanted)), 1e-4)
 
 
 def test_drop_path_is_for_training(variables):
     module = tiny(drop_path=0.9)
     wanted = jax.jit(tiny().apply)(variables, images())
-    np.testing.assert_array_equal(jax.jit(module.apply)(variables, images()), wanted)
+    chex.assert_trees_all_equal(jax.jit(module.apply)(variables, images()), wanted)
     train = jax.jit(lambda key: module.apply(variables, images(), train=True, rngs={"dropout": key}))
     one, other = train(jax.random.key(0)), train(jax.random.key(1))
-    assert relative_error(one, wanted) > 1e-2
-    assert relative_error(one, other) > 1e-2
+    assert difference(one, wanted) > 1e-2
+    assert difference(one, other) > 1e-2
 
 
 def test_bfloat16_is_close_to_float32(variables):
     wanted = jax.jit(tiny().apply)(variables, images())
-    module = tiny(dtype=jnp.bfloat16)
+    module = tiny(settings=Settings(jnp.bfloat16))
     # Flax's own norms and attention promote half precision to float32 implicitly.
     with jax.numpy_dtype_promotion("standard"):
         shapes = jax.eval_shape(module.init, jax.random.key(0), images())
-        assert {v.dtype for v in jax.tree.leaves(shapes)} == {jnp.dtype("float32")}
+        chex.assert_trees_all_equal_shapes_and_dtypes(shapes, variables)
         logits = jax.jit(module.apply)(variables, images())
         assert logits.dtype == jnp.bfloat16
         # Eight bits of mantissa, through three blocks.
-        assert relative_error(logits.astype(jnp.float32), wanted) < 0.05
+        assert difference(logits.astype(jnp.float32), wanted) < 0.05
         weights = jnp.ones((2, 5), jnp.bfloat16)
         gradient = jax.jit(jax.grad(lambda v: (module.apply(v, images(), train=True) * weights).sum()))(variables)
-    assert all(np.isfinite(value).all() for value in jax.tree.leaves(gradient))
+    chex.assert_tree_all_finite(gradient)
 
 
 def test_other_images_are_refused(variables):

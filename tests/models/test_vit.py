@@ -2,20 +2,23 @@
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from closeness import assert_close, difference
 
-from lbpwht_jax import lp_l1
-from lbpwht_jax.models import create_model, list_models, model_info
-from lbpwht_jax.models.blocks import Plan
+from lbpwht_jax import LowRank, adapt, lp_l1
+from lbpwht_jax.models import list_models, model_info
+from lbpwht_jax.models.blocks import Settings
 from lbpwht_jax.models.vit import VisionTransformer, resample_positions
 
 tiny = functools.partial(VisionTransformer, num_classes=5, image_size=24, patch_size=4, dim=16, depth=3, heads=2)
 IMAGES = np.random.default_rng(0).standard_normal((2, 24, 24, 3), np.float32)
 LABELS = np.array([1, 3])
+LAYERS = model_info("vit_tiny_patch16_224").layers.low_rank
 
 
 @functools.cache
@@ -40,44 +43,38 @@ def logits_and_gradients(module, values, **options):
     return logits, gradients
 
 
-def largest_difference(a, b):
-    """Over all tensors, of the largest difference to the largest value of the tensor."""
-    return max(jax.tree.leaves(jax.tree.map(lambda x, y: float(jnp.max(jnp.abs(x - y)) / jnp.max(jnp.abs(y))), a, b)))
-
-
 @pytest.mark.parametrize("distilled", [False, True])
 def test_full_rank_gives_the_exact_gradients_and_low_rank_others(distilled):
     """Float32 rounding apart; a 6x6 grid is no whole block of 8. (The last block's gradients are those of its class token.)"""
     logits, exact = logits_and_gradients(tiny(distilled=distilled), variables(distilled))
-    full_logits, full = logits_and_gradients(tiny(distilled=distilled, plan=Plan(lp_l1(15), "")), variables(distilled))
-    low_logits, low = logits_and_gradients(tiny(distilled=distilled, plan=Plan(lp_l1(3), "")), variables(distilled))
-    np.testing.assert_array_equal(full_logits, logits)
-    np.testing.assert_array_equal(low_logits, logits)
-    assert largest_difference(full, exact) < 1e-4
-    assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(low))
+    (full_logits, full), (low_logits, low) = (
+        logits_and_gradients(adapt(tiny(distilled=distilled), [LowRank(LAYERS, lp_l1(r))], IMAGES), variables(distilled))
+        for r in (15, 3)
+    )
+    chex.assert_trees_all_equal(full_logits, low_logits, logits)
+    assert_close(full, exact, 1e-4)
+    chex.assert_tree_all_finite(low)
     for block in ("blocks_0", "blocks_1"):
         for layer in (("attn", "qkv"), ("attn", "proj"), ("mlp", "fc1"), ("mlp", "fc2")):
             a, b = (tree[block][layer[0]][layer[1]]["kernel"] for tree in (low, exact))
-            assert largest_difference(a, b) > 1e-2
+            assert difference(a, b) > 1e-2
 
 
-def test_the_plan_reaches_the_layers_it_names_alone():
+def test_a_rule_reaches_the_layers_it_names_alone():
     """Below a low-rank layer gradients differ too, above it they are the same."""
     _, exact = logits_and_gradients(tiny(), variables())
-    _, low = logits_and_gradients(tiny(plan=Plan(lp_l1(2), "blocks_1/mlp/fc1$")), variables())
-    block = {k: largest_difference(low["blocks_1"]["mlp"][k], exact["blocks_1"]["mlp"][k]) for k in ("fc1", "fc2")}
-    assert block["fc1"] > 1e-2
-    assert block["fc2"] < 1e-4
+    _, low = logits_and_gradients(adapt(tiny(), [LowRank("blocks_1/mlp/fc1$", lp_l1(2))], IMAGES), variables())
+    block = {k: (low["blocks_1"]["mlp"][k], exact["blocks_1"]["mlp"][k]) for k in ("fc1", "fc2")}
+    assert difference(*(kernels["kernel"] for kernels in block["fc1"])) > 1e-2
+    assert_close(*block["fc2"], 1e-4)
 
 
 def test_default_layers_are_all_the_blocks_dense_layers():
-    info = model_info("vit_tiny_patch16_224")
-    model = create_model("vit_tiny_patch16_224", spec=lp_l1(4))
-    paths = [f"blocks_{i}/{layer}" for i in (0, 11) for layer in ("attn/qkv", "attn/proj", "mlp/fc1", "mlp/fc2")]
-    assert all(model.plan(path) == lp_l1(4) for path in paths)
-    assert model.plan("head") is None
-    assert model.plan("patch_embed/proj") is None
-    assert info.resample is resample_positions
+    adapted = adapt(tiny(), [LowRank(LAYERS, lp_l1(4))], IMAGES)
+    layers = ("attn/qkv", "attn/proj", "mlp/fc1", "mlp/fc2")
+    assert {a.layer.path for a in adapted.resolution.adaptations} == {
+        f"blocks_{i}/{layer}" for i in range(3) for layer in layers
+    }
 
 
 def test_distilled_models_average_their_heads():
@@ -86,29 +83,31 @@ def test_distilled_models_average_their_heads():
     zero = jax.tree.map(np.zeros_like, values["params"]["head"])
     first = tiny(distilled=True).apply({"params": {**values["params"], "head_dist": zero}}, IMAGES)
     second = tiny(distilled=True).apply({"params": {**values["params"], "head": zero}}, IMAGES)
-    np.testing.assert_allclose(both, first + second, rtol=1e-5, atol=1e-6)
+    chex.assert_trees_all_close(both, first + second, rtol=1e-5, atol=1e-6)  # float32 rounding
 
 
 def test_remat_changes_nothing():
     logits, gradients = logits_and_gradients(tiny(), variables())
     again, recomputed = logits_and_gradients(tiny(remat=True), variables())
-    np.testing.assert_allclose(again, logits, rtol=1e-5, atol=1e-6)
-    assert largest_difference(recomputed, gradients) < 1e-4
+    chex.assert_trees_all_close(again, logits, rtol=1e-5, atol=1e-6)
+    assert_close(recomputed, gradients, 1e-4)  # float32 rounding, differently fused
 
 
 def test_bfloat16_keeps_float32_parameters():
-    module = tiny(dtype=jnp.bfloat16)
+    module = tiny(settings=Settings(jnp.bfloat16))
     logits, gradients = logits_and_gradients(module, variables())
     assert logits.dtype == jnp.bfloat16
-    assert all(leaf.dtype == jnp.float32 and bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(gradients))
-    np.testing.assert_allclose(logits.astype(jnp.float32), tiny().apply(variables(), IMAGES), atol=0.2)
-    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(module.init(jax.random.key(0), IMAGES)))
+    chex.assert_trees_all_equal_dtypes(gradients, variables()["params"])
+    chex.assert_tree_all_finite(gradients)
+    # 8 bits of mantissa through three blocks, on logits of order one
+    chex.assert_trees_all_close(logits.astype(jnp.float32), tiny().apply(variables(), IMAGES), atol=0.2)
+    chex.assert_trees_all_equal_shapes_and_dtypes(jax.eval_shape(module.init, jax.random.key(0), IMAGES), variables())
 
 
 def test_drop_path_draws_while_training_alone():
     module = tiny(drop_path=0.9)
     quiet = module.apply(variables(), IMAGES)
-    np.testing.assert_array_equal(quiet, tiny().apply(variables(), IMAGES))
+    chex.assert_trees_all_equal(quiet, tiny().apply(variables(), IMAGES))
     draw = functools.partial(module.apply, variables(), IMAGES, train=True)
     one, two = (draw(rngs={"dropout": jax.random.key(seed)}) for seed in (0, 1))
     assert not np.allclose(one, two)
@@ -129,6 +128,7 @@ def test_resampled_positions():
     prefix = np.array([7.0, 9.0], np.float32).reshape(1, 2, 1)
     state = {"pos_embed": np.concatenate([prefix, ramp], axis=1), "norm.bias": np.ones(1)}
     result = resample_positions(state, module)
+    assert model_info("vit_tiny_patch16_224").files.resample is resample_positions
     assert result["norm.bias"] is state["norm.bias"]
     np.testing.assert_array_equal(result["pos_embed"][:, :2], prefix)
     grid = result["pos_embed"][0, 2:, 0].reshape(6, 6)
@@ -142,6 +142,6 @@ def test_preprocessing():
     for name in [*list_models("vit_*_224"), *list_models("deit_*")]:
         info = model_info(name)
         half = name.startswith("vit")
-        assert info.mean == ((0.5, 0.5, 0.5) if half else (0.485, 0.456, 0.406))
-        assert info.std == ((0.5, 0.5, 0.5) if half else (0.229, 0.224, 0.225))
-        assert (info.crop, info.interpolation, info.image_size, info.channels) == (0.9, "bicubic", 224, 3)
+        assert info.images.mean == ((0.5, 0.5, 0.5) if half else (0.485, 0.456, 0.406))
+        assert info.images.std == ((0.5, 0.5, 0.5) if half else (0.229, 0.224, 0.225))
+        assert (info.images.crop, info.images.interpolation, info.images.size, info.images.channels) == (0.9, "bicubic", 224, 3)

@@ -12,7 +12,7 @@ import pytest
 
 from lbpwht_jax.data import ArraySplit, Augmentation, Dataset
 from lbpwht_jax.models.blocks import DropPath
-from lbpwht_jax.models.info import ModelInfo
+from lbpwht_jax.models.info import Images, ModelInfo
 from lbpwht_jax.train import Epoch, Placement, Recipe, Snapshot, Step, Trainer
 from lbpwht_jax.train.checkpoint import FOLDER, FROZEN, Checkpoints, last_step
 
@@ -28,7 +28,7 @@ class Small(nn.Module):
         return nn.Dense(4, name="head")(x)
 
 
-INFO = ModelInfo(Small, {}, 6, "", channels=1, mean=(0.5,), std=(0.25,))
+INFO = ModelInfo(Small, {}, Images(6, channels=1, mean=(0.5,), std=(0.25,)))
 RNG = np.random.default_rng(0)
 TRAIN, TEST = (ArraySplit(RNG.integers(0, 256, (n, 6, 6, 1)).astype(np.uint8), RNG.integers(0, 4, n)) for n in (45, 20))
 DATA = Dataset("noise", TRAIN, TEST, tuple("abcd"))

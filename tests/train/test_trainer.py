@@ -10,7 +10,7 @@ import pytest
 
 from lbpwht_jax import LowRankDense, lp_l1
 from lbpwht_jax.data import ArraySplit, Augmentation, Batch, Dataset, training_batches
-from lbpwht_jax.models.info import ModelInfo
+from lbpwht_jax.models.info import Images, ModelInfo
 from lbpwht_jax.train import (
     Diverged,
     Epoch,
@@ -37,7 +37,7 @@ class Tiny(nn.Module):
         return nn.Dense(2, name="head")(nn.relu(x).mean((1, 2)))
 
 
-INFO = ModelInfo(Tiny, {}, 4, "", channels=1, mean=(0.5,), std=(0.25,))
+INFO = ModelInfo(Tiny, {}, Images(4, channels=1, mean=(0.5,), std=(0.25,)))
 MODEL, PLAIN = Tiny(), Tiny(batch_norm=False)
 VARIABLES = MODEL.init(jax.random.key(3), jnp.zeros((1, 4, 4, 1)))
 PLAIN_VARIABLES = PLAIN.init(jax.random.key(3), jnp.zeros((1, 4, 4, 1)))

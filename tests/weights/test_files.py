@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lbpwht_jax.models import create_model
+from lbpwht_jax import create_model
 from lbpwht_jax.weights.files import BUNDLED, load_bundled, load_weights, replace_head, save_weights
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from lbpwht_jax.models import create_model
+from lbpwht_jax import create_model
 from lbpwht_jax.weights.files import read_safetensors
 from lbpwht_jax.weights.pretrained import export_weights, load_pretrained, number_of_classes, read_weights
 from lbpwht_jax.weights.timm_keys import entries, to_timm

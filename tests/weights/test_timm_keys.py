@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lbpwht_jax.models import create_model, list_models, model_info
-from lbpwht_jax.models.info import ModelInfo
+from lbpwht_jax import create_model
+from lbpwht_jax.models import list_models, model_info
+from lbpwht_jax.models.info import Images, ModelInfo, TimmFiles
 from lbpwht_jax.weights.timm_keys import entries, from_timm, to_timm
 
 TIMM = Path(__file__).parents[1] / "fixtures" / "keys" / "timm"
@@ -43,13 +44,13 @@ class Toy(nn.Module):
 INFO = ModelInfo(
     Toy,
     {},
-    image_size=4,
-    layers="point$",
-    channels=2,
-    pointwise=r"/point/kernel$",
-    buffers=r"num_batches_tracked$|\.index$",
-    renames=((r"^old_norm\.", "norm."),),
-    make_buffers=lambda module: {"stages.1.index": np.arange(module.image_size)},
+    Images(4, channels=2),
+    files=TimmFiles(
+        pointwise=r"/point/kernel$",
+        buffers=r"num_batches_tracked$|\.index$",
+        renames=((r"^old_norm\.", "norm."),),
+        make_buffers=lambda module: {"stages.1.index": np.arange(module.image_size)},
+    ),
 )
 SHAPES = {
     "stages.1.conv.weight": (6, 2, 3, 5),
@@ -83,8 +84,8 @@ def test_the_models_keys_are_timms(name):
     info, module = model_info(name), create_model(name)
     wanted = {key: tuple(shape) for key, shape in json.loads((TIMM / f"{name}.json").read_text()).items()}
     ours = {entry.key: entry.shape for entry in entries(name, module)}
-    assert ours == {key: shape for key, shape in wanted.items() if not re.search(info.buffers, key)}
-    buffers = info.make_buffers(module) if info.make_buffers else {}
+    assert ours == {key: shape for key, shape in wanted.items() if not re.search(info.files.buffers, key)}
+    buffers = info.files.make_buffers(module) if info.files.make_buffers else {}
     assert {**ours, **{key: value.shape for key, value in buffers.items()}} == wanted
 
 

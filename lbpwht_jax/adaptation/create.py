@@ -1,0 +1,70 @@
+"""``create_model``: the models of the registry by timm's names, low-rank where asked."""
+
+import difflib
+import re
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from lbpwht_jax.adaptation.linen import LowRankModel, find_layers
+from lbpwht_jax.adaptation.rules import LowRank, resolve_rules
+from lbpwht_jax.models import model_info, plain_model
+from lbpwht_jax.ops.spec import LowRankSpec
+
+
+def create_model(
+    name: str,
+    *,
+    num_classes: int = 1000,
+    image_size: int | None = None,
+    dtype: Any = None,
+    drop_path: float = 0.0,
+    remat: bool = False,
+    frozen_batch_norm: bool = False,
+    spec: LowRankSpec | None = None,
+    layers: str | None = None,
+) -> nn.Module:
+    """A Linen model by its timm name; call it as ``model.apply(variables, images, train=False)``.
+
+    Args:
+      name: one of ``list_models()``.
+      num_classes: outputs of the head.
+      image_size: height and width of the images, in pixels; by default what the model was trained at.
+      dtype: of the computation (parameters stay float32).
+      drop_path: probability of dropping the last block's residual branches while training, rising linearly to it.
+      remat: recomputes each block in the backward pass instead of keeping its activations.
+      frozen_batch_norm: keeps batch normalisation on its running statistics while training.
+      spec: low-rank backprop for the layers that ``layers`` matches; ``None`` backpropagates exactly. With a spec the model
+        is traced once, on shapes alone.
+      layers: regular expression searched in the paths of the layers on token grids, such as ``"mlp/fc[12]$"``; by default
+        the paper's choice.
+
+    Returns:
+      The module, taking ``[batch, image_size, image_size, channels]`` and returning ``[batch, num_classes]`` logits. Its
+      variables have the same names with and without ``spec``.
+
+    Raises:
+      ValueError: if the name is unknown; if ``layers`` is given without ``spec``, is no regular expression or matches no
+        layer; if the spec does not suit a layer's token grid, or the image size the model.
+      TypeError: if ``spec`` is no ``LowRankSpec``.
+    """
+    info = model_info(name)
+    fields: dict[str, Any] = {"num_classes": num_classes, "image_size": image_size, "dtype": dtype, "drop_path": drop_path}
+    model = plain_model(name, **fields, remat=remat, frozen_batch_norm=frozen_batch_norm)
+    if spec is None:
+        if layers is not None:
+            raise ValueError(f"create_model({name!r}): layers={layers!r} needs a spec to apply, such as spec=lp_l1(4)")
+        return model
+    rule = LowRank(info.layers.low_rank if layers is None else layers, spec)
+    images = jax.ShapeDtypeStruct((1, model.image_size, model.image_size, info.images.channels), jnp.float32)
+    found, parameters = find_layers(model, (images,), {})
+    gridded = [layer for layer in found if layer.kind == "LowRankDense"]
+    if not any(re.search(rule.pattern, layer.path) for layer in gridded):
+        nearest = difflib.get_close_matches(rule.pattern, [layer.path for layer in gridded], n=5, cutoff=0.0)
+        raise ValueError(
+            f"create_model({name!r}): layers={layers!r} matches no layer on a token grid; "
+            f"the nearest paths: {', '.join(nearest)}"
+        )
+    return LowRankModel(model, resolve_rules(gridded, parameters, [rule]))
