@@ -4,9 +4,7 @@ Their kinds, on ``[..., tokens or coefficients, channels]``:
 
 - ``project``: tokens to coefficients, ``A x``.
 - ``expand``: coefficients to tokens, ``E c``.
-- ``gelu_project`` (GPUs): tokens h to ``gelu(h)`` and ``A gelu(h)``, reading h once for both.
-- ``project_gelu`` (TPUs): tokens h to ``A gelu(h)`` alone: XLA computes ``gelu(h)`` again inside the product that takes it.
-- ``expand_gelu_slope``: coefficients c and tokens h to ``gelu'(h) * E c``.
+- ``gelu_backward``: coefficients c and tokens h to ``gelu'(h) * E c`` and ``A gelu(h)``, reading h once for both.
 """
 
 import functools
@@ -32,19 +30,14 @@ _BACKENDS: dict[str, Any] = {"cuda": kernels_gpu, "tpu": kernels_tpu}
 _AXES = {
     "project": ("n", "r"),
     "expand": ("r", "n"),
-    "gelu_project": ("n", "nr"),
-    "project_gelu": ("n", "r"),
-    "expand_gelu_slope": ("rn", "n"),
+    "gelu_backward": ("rn", "nr"),
 }
 
 
-def kernel_form(
-    platform: str, kind: str, x: jax.Array, spec: SpecFields, grid: Grid, prefix_tokens: int
-) -> Callable[..., Any] | None:
-    """The kernel that a platform has for operands like x; ``None`` where it has none.
+def kernel_forms(kind: str, x: jax.Array, spec: SpecFields, grid: Grid, prefix_tokens: int) -> dict[str, Callable[..., Any]]:
+    """The kernels for operands like x, by platform (``"cuda"``, ``"tpu"``), where there are any.
 
     Args:
-      platform: ``"cuda"`` or ``"tpu"``.
       kind: which one.
       x: ``[..., tokens or coefficients, channels]``.
       spec: the functions and the kind of projection.
@@ -52,25 +45,20 @@ def kernel_form(
       prefix_tokens: leading tokens outside the grid.
 
     Returns:
-      A function of arrays ``[..., tokens or coefficients, channels]`` that returns one, or two for ``gelu_project``.
+      Functions of arrays ``[..., tokens or coefficients, channels]`` that return one, or two for ``gelu_backward``.
     """
-    if explicit_sharding(x) is not None or not _BACKENDS[platform].takes(x.dtype, spec, grid, prefix_tokens):
-        return None
+    if explicit_sharding(x) is not None:
+        return {}
+    takers = [name for name, backend in _BACKENDS.items() if backend.takes(x.dtype, spec, grid, prefix_tokens)]
 
-    def form(*arrays: jax.Array) -> Any:
+    def form(platform: str, *arrays: jax.Array) -> Any:
         batch = arrays[0].shape[:-2]
         flat = [array.reshape(math.prod(batch), *array.shape[-2:]) for array in arrays]
         results = kernel(platform, kind, spec, grid, prefix_tokens)(*flat)
         results = tuple(array.reshape(*batch, *array.shape[1:]) for array in results)
         return results[0] if len(results) == 1 else results
 
-    return form
-
-
-def kernel_forms(kind: str, x: jax.Array, spec: SpecFields, grid: Grid, prefix_tokens: int) -> dict[str, Callable[..., Any]]:
-    """``kernel_form`` of every platform that has one, by platform."""
-    forms = {platform: kernel_form(platform, kind, x, spec, grid, prefix_tokens) for platform in _BACKENDS}
-    return {platform: form for platform, form in forms.items() if form is not None}
+    return {platform: functools.partial(form, platform) for platform in takers}
 
 
 @functools.cache
@@ -93,7 +81,7 @@ def kernel(
     backend, (inputs, outputs) = _BACKENDS[platform], _AXES[kind]
     rows = {"n": prefix_tokens + math.prod(grid), "r": prefix_tokens + coefficient_count(spec, grid)}
     letters = iter("defghijklm")
-    shapes_of_tables = jax.eval_shape(lambda: backend.tables(kind, spec, grid, prefix_tokens, jnp.float32))
+    shapes_of_tables = jax.eval_shape(lambda: backend.tables(spec, grid, prefix_tokens, jnp.float32))
     tables = [" ".join(itertools.islice(letters, table.ndim)) for table in shapes_of_tables]
 
     def run(*operands: jax.Array) -> tuple[jax.Array, ...]:
@@ -116,7 +104,7 @@ def kernel(
 
     @custom_vmap
     def mapped(*arrays: jax.Array) -> tuple[jax.Array, ...]:
-        operands = (*backend.tables(kind, spec, grid, prefix_tokens, arrays[0].dtype), *arrays)
+        operands = (*backend.tables(spec, grid, prefix_tokens, arrays[0].dtype), *arrays)
         # inside shard_map each device has its own part already
         return run(*operands) if jax.typeof(arrays[0]).manual_axis_type.varying else partitioned(*operands)
 

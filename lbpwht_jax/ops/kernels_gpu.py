@@ -38,31 +38,23 @@ def _multiply(matrix: jax.Array, rows: jax.Array) -> jax.Array:
     return jnp.dot(matrix, rows, preferred_element_type=jnp.float32)
 
 
-def _project(tokens: _Rows, coefficients: _Rows, matrix: jax.Array, x: Any, out: Any) -> None:
-    coefficients.store(out, _multiply(matrix, tokens.load(x)))
+def _project(tokens: _Rows, coefficients: _Rows, analysis: jax.Array, _: jax.Array, x: Any, out: Any) -> None:
+    coefficients.store(out, _multiply(analysis, tokens.load(x)))
 
 
-def _expand(tokens: _Rows, coefficients: _Rows, matrix: jax.Array, x: Any, out: Any) -> None:
-    tokens.store(out, _multiply(matrix, coefficients.load(x)))
+def _expand(tokens: _Rows, coefficients: _Rows, _: jax.Array, synthesis: jax.Array, x: Any, out: Any) -> None:
+    tokens.store(out, _multiply(synthesis, coefficients.load(x)))
 
 
-def _gelu_project(tokens: _Rows, coefficients: _Rows, matrix: jax.Array, x: Any, activated: Any, out: Any) -> None:
-    value = kernel_gelu(tokens.load(x).astype(jnp.float32)).astype(activated.dtype)
-    tokens.store(activated, value)
-    coefficients.store(out, _multiply(matrix, value))
+def _gelu_backward(
+    tokens: _Rows, coefficients: _Rows, analysis: jax.Array, synthesis: jax.Array, g: Any, x: Any, dx: Any, projected: Any
+) -> None:
+    before = tokens.load(x).astype(jnp.float32)
+    tokens.store(dx, _multiply(synthesis, coefficients.load(g)) * kernel_gelu_slope(before))
+    coefficients.store(projected, _multiply(analysis, kernel_gelu(before).astype(x.dtype)))
 
 
-def _expand_gelu_slope(tokens: _Rows, coefficients: _Rows, matrix: jax.Array, x: Any, before: Any, out: Any) -> None:
-    slope = kernel_gelu_slope(tokens.load(before).astype(jnp.float32))
-    tokens.store(out, _multiply(matrix, coefficients.load(x)) * slope)
-
-
-_BODIES: dict[str, Callable[..., None]] = {
-    "project": _project,
-    "expand": _expand,
-    "gelu_project": _gelu_project,
-    "expand_gelu_slope": _expand_gelu_slope,
-}
+_BODIES: dict[str, Callable[..., None]] = {"project": _project, "expand": _expand, "gelu_backward": _gelu_backward}
 
 
 def takes(dtype: Any, spec: SpecFields, grid: Grid, prefix_tokens: int) -> bool:
@@ -70,11 +62,11 @@ def takes(dtype: Any, spec: SpecFields, grid: Grid, prefix_tokens: int) -> bool:
     return is_narrow(dtype) and grid_cells(spec, grid, prefix_tokens) is not None
 
 
-def tables(kind: str, spec: SpecFields, grid: Grid, prefix_tokens: int, dtype: Any) -> tuple[jax.Array, ...]:
-    """What a kernel reads besides its operands: each cell's tokens, its coefficients, its matrix."""
+def tables(spec: SpecFields, grid: Grid, prefix_tokens: int, dtype: Any) -> tuple[jax.Array, ...]:
+    """What a kernel reads besides its operands: each cell's tokens, its coefficients, its two matrices."""
     cells: Any = grid_cells(spec, grid, prefix_tokens)
-    matrix = cells.synthesis if kind.startswith("expand") else cells.analysis
-    return jnp.asarray(cells.tokens), jnp.asarray(cells.coefficients), jnp.asarray(matrix, dtype)
+    matrices = (jnp.asarray(matrix, dtype) for matrix in (cells.analysis, cells.synthesis))
+    return jnp.asarray(cells.tokens), jnp.asarray(cells.coefficients), *matrices
 
 
 def run(kind: str, shapes: list[jax.ShapeDtypeStruct], *operands: jax.Array, interpret: bool = False) -> tuple:
@@ -92,12 +84,13 @@ def run(kind: str, shapes: list[jax.ShapeDtypeStruct], *operands: jax.Array, int
     batch, _, channels = operands[-1].shape
     count, width = len(operands[0]), min(_CHANNELS, max(16, 1 << (channels - 1).bit_length()))
 
-    def program(tokens_ref, coefficients_ref, matrix_ref, *refs):
+    def program(tokens_ref, coefficients_ref, analysis_ref, synthesis_ref, *refs):
         image, cell = pl.program_id(0) // count, pl.program_id(0) % count
         columns = pl.program_id(1) * width + jnp.arange(width)
         tokens = _Rows(image, plgpu.load(tokens_ref.at[cell]), columns, channels)
         coefficients = _Rows(image, plgpu.load(coefficients_ref.at[cell]), columns, channels)
-        _BODIES[kind](tokens, coefficients, plgpu.load(matrix_ref.at[cell]), *refs)
+        matrices = plgpu.load(analysis_ref.at[cell]), plgpu.load(synthesis_ref.at[cell])
+        _BODIES[kind](tokens, coefficients, *matrices, *refs)
 
     program.__name__ = f"walsh_{kind}"  # what a profile shows
     call = pl.pallas_call(
@@ -107,7 +100,7 @@ def run(kind: str, shapes: list[jax.ShapeDtypeStruct], *operands: jax.Array, int
         compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=2),
         interpret=interpret,
         cost_estimate=pl.CostEstimate(
-            flops=2 * operands[2].size * batch * channels,
+            flops=2 * operands[2].size * batch * channels * len(shapes),
             bytes_accessed=sum(array.size * array.dtype.itemsize for array in (*operands, *shapes)),
             transcendentals=2 * operands[-1].size if "gelu" in kind else 0,
         ),

@@ -26,25 +26,21 @@ def _multiply(matrix: Any, rows: jax.Array) -> jax.Array:
     return jnp.dot(matrix[...], rows, preferred_element_type=jnp.float32)
 
 
-def _apply(matrix: Any, x: Any, out: Any) -> None:
-    out[0] = _multiply(matrix, x[0]).astype(out.dtype)
+def _project(analysis: Any, _: Any, x: Any, out: Any) -> None:
+    out[0] = _multiply(analysis, x[0]).astype(out.dtype)
 
 
-def _project_gelu(matrix: Any, x: Any, out: Any) -> None:
-    out[0] = _multiply(matrix, kernel_gelu(x[0].astype(jnp.float32)).astype(x.dtype)).astype(out.dtype)
+def _expand(_: Any, synthesis: Any, x: Any, out: Any) -> None:
+    out[0] = _multiply(synthesis, x[0]).astype(out.dtype)
 
 
-def _expand_gelu_slope(matrix: Any, x: Any, before: Any, out: Any) -> None:
-    slope = kernel_gelu_slope(before[0].astype(jnp.float32))
-    out[0] = (_multiply(matrix, x[0]) * slope).astype(out.dtype)
+def _gelu_backward(analysis: Any, synthesis: Any, g: Any, x: Any, dx: Any, projected: Any) -> None:
+    before = x[0].astype(jnp.float32)
+    dx[0] = (_multiply(synthesis, g[0]) * kernel_gelu_slope(before)).astype(dx.dtype)
+    projected[0] = _multiply(analysis, kernel_gelu(before).astype(x.dtype)).astype(projected.dtype)
 
 
-_BODIES: dict[str, Callable[..., None]] = {
-    "project": _apply,
-    "expand": _apply,
-    "project_gelu": _project_gelu,
-    "expand_gelu_slope": _expand_gelu_slope,
-}
+_BODIES: dict[str, Callable[..., None]] = {"project": _project, "expand": _expand, "gelu_backward": _gelu_backward}
 
 
 def takes(dtype: Any, spec: SpecFields, grid: Grid, prefix_tokens: int) -> bool:
@@ -52,10 +48,9 @@ def takes(dtype: Any, spec: SpecFields, grid: Grid, prefix_tokens: int) -> bool:
     return jnp.dtype(dtype) == jnp.bfloat16 and prefix_tokens + math.prod(grid) <= _TOKENS
 
 
-def tables(kind: str, spec: SpecFields, grid: Grid, prefix_tokens: int, dtype: Any) -> tuple[jax.Array, ...]:
-    """What a kernel reads besides its operands: the matrix of the whole grid."""
-    analysis, synthesis = projection_matrices(spec, grid, prefix_tokens)
-    return (jnp.asarray(synthesis if kind.startswith("expand") else analysis, dtype),)
+def tables(spec: SpecFields, grid: Grid, prefix_tokens: int, dtype: Any) -> tuple[jax.Array, ...]:
+    """What a kernel reads besides its operands: the two matrices of the whole grid."""
+    return tuple(jnp.asarray(matrix, dtype) for matrix in projection_matrices(spec, grid, prefix_tokens))
 
 
 def run(kind: str, shapes: list[jax.ShapeDtypeStruct], *operands: jax.Array, interpret: bool = False) -> tuple:
@@ -70,7 +65,7 @@ def run(kind: str, shapes: list[jax.ShapeDtypeStruct], *operands: jax.Array, int
     Returns:
       The results.
     """
-    matrix, *arrays = operands
+    matrices, arrays = operands[:2], operands[2:]
     batch, _, channels = arrays[0].shape
     width = next((width for width in _CHANNELS if channels % width == 0), channels)
 
@@ -83,11 +78,11 @@ def run(kind: str, shapes: list[jax.ShapeDtypeStruct], *operands: jax.Array, int
     call = pl.pallas_call(
         program,
         grid=(batch, channels // width),
-        in_specs=[pl.BlockSpec(matrix.shape, lambda image, part: (0, 0)), *map(tile, arrays)],
+        in_specs=[*(pl.BlockSpec(m.shape, lambda image, part: (0, 0)) for m in matrices), *map(tile, arrays)],
         out_specs=[tile(shape) for shape in shapes],
         out_shape=shapes,
         cost_estimate=pl.CostEstimate(
-            flops=2 * matrix.size * batch * channels,
+            flops=2 * matrices[0].size * batch * channels * len(shapes),
             bytes_accessed=sum(array.size * array.dtype.itemsize for array in (*operands, *shapes)),
             transcendentals=2 * arrays[-1].size if "gelu" in kind else 0,
         ),

@@ -20,11 +20,11 @@ import numpy as np
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
-from lbpwht_jax.ops.basis import holds_token_sum, token_sum_weights
+from lbpwht_jax.ops.basis import coefficient_count, holds_token_sum, token_sum_weights
 from lbpwht_jax.ops.dtypes import accumulation_dtype
 from lbpwht_jax.ops.gelu import gelu, gelu_slope
 from lbpwht_jax.ops.heuristic import chosen
-from lbpwht_jax.ops.kernels import kernel_form, kernel_forms
+from lbpwht_jax.ops.kernels import kernel_forms
 from lbpwht_jax.ops.platforms import by_platform, is_narrow, kept_instead
 from lbpwht_jax.ops.projection import expand, project
 from lbpwht_jax.ops.sharding import explicit_sharding, is_explicit, vary_alike, with_whole_tokens
@@ -68,10 +68,6 @@ class _Static:
     kernel: _Like
     bias: _Like
     gelu: bool
-
-    @property
-    def at(self) -> tuple[SpecFields, Grid, int]:
-        return self.spec, self.grid, self.prefix_tokens
 
     def project(self, x: jax.Array) -> jax.Array:
         return project(x, self.spec, self.grid, self.prefix_tokens, self.precision)
@@ -135,13 +131,13 @@ def _matmul(x: jax.Array, kernel: jax.Array, bias: jax.Array | None, static: _St
 def _forward(x: Any, kernel: Any, bias: Any, static: _Static) -> tuple[jax.Array, _Residuals]:
     wants_dx, wants_dw = x.perturbed, kernel.perturbed
     x, kept_x, kept_gelu = x.value, None, None
-    if static.gelu:
-        kept_gelu = _kept_gelu(x, static) if wants_dx else None
-        x, kept_x = _gelu_and_project(x, static) if wants_dw else (gelu(x), None)
-    elif wants_dw and static.spec.dw == "low_rank":
-        kept_x, x = kept_instead(static.project(x), x)
-    elif wants_dw:
-        kept_x = x
+    if static.gelu and wants_dx and wants_dw:
+        x, kept_x, kept_gelu = _gelu_forward(x, static)
+    else:
+        if static.gelu:
+            x, kept_gelu = gelu(x), gelu_slope(x) if wants_dx else None
+        if wants_dw:
+            kept_x, x = kept_instead(static.project(x), x) if static.spec.dw == "low_rank" else (x, x)
     y: Any = _matmul(x, kernel.value, None if bias is None else bias.value, dataclasses.replace(static, gelu=False))
     wants_db = bias is not None and bias.perturbed
     return y, _Residuals(kept_x, kernel.value if wants_dx else None, kept_gelu, wants_dx, wants_dw, wants_db)
@@ -154,10 +150,15 @@ def _backward(static: _Static, kept: _Residuals, g: jax.Array | SymbolicZero) ->
     low_dw = kept.wants_dw and static.spec.dw == "low_rank"
     coefficients: Any = static.project(g) if low_dx or low_dw else None
     dx = dw = db = None
+    kept_x = kept.x
     if kept.wants_dx:
-        dx = _dx(coefficients if low_dx else g, kept.kernel, kept.gelu, static)
+        dx = _dx(coefficients if low_dx else g, kept.kernel, static)
+        if static.gelu and kept.wants_dw:
+            dx, kept_x = _gelu_backward(dx, kept.gelu, kept_x, static)
+        elif low_dx:
+            dx = static.expand(dx) if kept.gelu is None else static.expand(dx) * kept.gelu
     if kept.wants_dw:
-        dw = _dw(kept.x, coefficients if low_dw else g, static)
+        dw = _dw(kept_x, coefficients if low_dw else g, static)
     if kept.wants_db:
         db = _db(g, coefficients, static)
     return dx, dw, db
@@ -166,45 +167,47 @@ def _backward(static: _Static, kept: _Residuals, g: jax.Array | SymbolicZero) ->
 _matmul.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
-def _dx(g: jax.Array, kernel: jax.Array, kept_gelu: jax.Array | None, static: _Static) -> jax.Array:
-    """The cotangent of x; ``g`` is the result's cotangent, or its coefficients where ``dx`` is low-rank."""
-    contract = ((g.ndim - 1,), (1,))
-    if static.spec.dx == "exact":
-        return _product(g, kernel, contract, static, static.x)
+def _dx(g: jax.Array, kernel: jax.Array, static: _Static) -> jax.Array:
+    """The cotangent of x from the result's, ``g``; where ``dx`` is low-rank, the coefficients of both."""
     like = static.x
-    if like.sharding is not None:
+    if static.spec.dx == "low_rank" and like.sharding is not None:
         like = dataclasses.replace(like, sharding=with_whole_tokens(like.sharding))
-    coefficients = _product(g, kernel, contract, static, like)
-    return static.expand(coefficients) if kept_gelu is None else _expand_gelu_slope(coefficients, kept_gelu, static)
+    return _product(g, kernel, ((g.ndim - 1,), (1,)), static, like)
 
 
-def _gelu_and_project(x: jax.Array, static: _Static) -> tuple[jax.Array, jax.Array]:
-    """``gelu(x)`` and its coefficients."""
+def _gelu_forward(x: jax.Array, static: _Static) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """``gelu(x)``, its coefficients and GELU's slope.
 
-    def plain(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        x = gelu(x)
-        return x, static.project(x)
+    Where ``_gelu_backward`` is a kernel, it computes these two from x: the slope's place takes x, the coefficients' zeros.
+    """
 
-    def separate(coefficients: Callable[[jax.Array], jax.Array], x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        kept, x = lax.optimization_barrier((coefficients(x), x))
-        return gelu(x), kept
+    def plain(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        activated = gelu(x)
+        return activated, static.project(activated), gelu_slope(x)
 
-    once = kernel_form("cuda", "gelu_project", x, *static.at)
-    on_gpu = once or functools.partial(separate, lambda x: plain(x)[1])
-    on_tpu = kernel_form("tpu", "project_gelu", x, *static.at) or (lambda x: plain(x)[1])
-    return by_platform(plain, x, cuda=on_gpu, tpu=functools.partial(separate, on_tpu))
+    def with_kernel(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        rows = static.prefix_tokens + coefficient_count(static.spec, static.grid)
+        return gelu(x), jnp.zeros_like(x, shape=(*x.shape[:-2], rows, x.shape[-1])), x
 
-
-def _kept_gelu(x: jax.Array, static: _Static) -> jax.Array:
-    """GELU's slope, or x where the kernel of the backward pass computes the slope."""
-    kernels = kernel_forms("expand_gelu_slope", x, *static.at)
-    return by_platform(gelu_slope, x, **dict.fromkeys(kernels, lambda x: x))
+    kernels = kernel_forms("gelu_backward", x, static.spec, static.grid, static.prefix_tokens)
+    return by_platform(plain, x, **dict.fromkeys(kernels, with_kernel))
 
 
-def _expand_gelu_slope(coefficients: jax.Array, kept: jax.Array, static: _Static) -> jax.Array:
-    """The expanded coefficients times GELU's slope; ``kept`` is what ``_kept_gelu`` returned."""
-    kernels = kernel_forms("expand_gelu_slope", coefficients, *static.at)
-    return by_platform(lambda coefficients, slope: static.expand(coefficients) * slope, coefficients, kept, **kernels)
+def _gelu_backward(
+    coefficients: jax.Array, kept_gelu: jax.Array, kept_x: jax.Array, static: _Static
+) -> tuple[jax.Array, jax.Array]:
+    """The cotangent of x and the coefficients of ``gelu(x)``, from what ``_gelu_forward`` kept."""
+    kernels = kernel_forms("gelu_backward", coefficients, static.spec, static.grid, static.prefix_tokens)
+
+    def plain(coefficients: jax.Array, slope: jax.Array, kept_x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return static.expand(coefficients) * slope, kept_x
+
+    forms = {platform: functools.partial(_without_last, form) for platform, form in kernels.items()}
+    return by_platform(plain, coefficients, kept_gelu, kept_x, **forms)
+
+
+def _without_last(form: Callable[..., Any], *operands: jax.Array) -> Any:
+    return form(*operands[:-1])
 
 
 def _dw(x: jax.Array, g: jax.Array, static: _Static) -> jax.Array:
@@ -288,7 +291,7 @@ def low_rank_matmul(
     tokens = x if grid is not None else x.reshape(*x.shape[: -1 - spec.ndim], math.prod(token_grid), x.shape[-1])
     chosen_spec = chosen(spec, token_grid, prefix_tokens, *kernel.shape)
     low_rank = (chosen_spec.dx, chosen_spec.dw) == ("low_rank", "low_rank")
-    fuses = low_rank and kernel_forms("expand_gelu_slope", tokens, chosen_spec, token_grid, prefix_tokens) != {}
+    fuses = low_rank and kernel_forms("gelu_backward", tokens, chosen_spec, token_grid, prefix_tokens) != {}
     if activation is not None and not fuses:
         tokens = gelu(tokens)
     dtype = jnp.result_type(x, kernel) if preferred_element_type is None else jnp.dtype(preferred_element_type)
