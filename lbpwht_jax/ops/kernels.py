@@ -5,6 +5,9 @@ Their kinds, on ``[..., tokens or coefficients, channels]``:
 - ``project``: tokens to coefficients, ``A x``.
 - ``expand``: coefficients to tokens, ``E c``.
 - ``gelu_backward``: coefficients c and tokens h to ``gelu'(h) * E c`` and ``A gelu(h)``, reading h once for both.
+
+JAX gives no guarantee that a later XLA understands a GPU's kernels: to export a program that has some with ``jax.export``, pass
+``disabled_checks=[jax.export.DisabledSafetyCheck.custom_call("__gpu$xla.gpu.triton")]``.
 """
 
 import functools
