@@ -1,12 +1,13 @@
 """Linen layers with a low-rank backward pass."""
 
-from typing import Any
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
 
+from lbpwht_jax.ops.gelu import gelu
 from lbpwht_jax.ops.matmul import low_rank_matmul
 from lbpwht_jax.ops.spec import Grid, LowRankSpec, lp_l1
 
@@ -32,6 +33,7 @@ class LowRankDense(nn.Module):
       promote_dtype: function that brings input, kernel and bias to one dtype.
       preferred_element_type: dtype of the product, as for ``jax.lax.dot_general``.
       dot_general: function with the signature of ``jax.lax.dot_general`` that makes the product; ``spec`` is then not used.
+      activation: ``"gelu"`` applies the exact GELU to the inputs first, as for ``low_rank_matmul``.
     """
 
     features: int
@@ -47,6 +49,7 @@ class LowRankDense(nn.Module):
     promote_dtype: Any = promote_dtype
     preferred_element_type: Any = None
     dot_general: Any = None
+    activation: Literal["gelu"] | None = None
 
     @nn.compact
     def __call__(self, inputs: jax.Array) -> jax.Array:
@@ -74,8 +77,10 @@ class LowRankDense(nn.Module):
                 precision=self.precision,
                 preferred_element_type=self.preferred_element_type,
                 bias=bias,
+                activation=self.activation,
                 name=f"LowRankDense {'/'.join(self.path) or '(top level)'}",
             )
+        inputs = inputs if self.activation is None else gelu(inputs)
         y = (self.dot_general or jax.lax.dot_general)(
             inputs,
             kernel,

@@ -1,16 +1,13 @@
 """What the model families share: settings, dense layers that know their grid, GELU, drop path and the MLP."""
 
 import dataclasses
-import math
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from lbpwht_jax.layers.linen import LowRankDense
-from lbpwht_jax.ops.dtypes import accumulation_dtype
 from lbpwht_jax.ops.spec import Grid
 
 
@@ -53,26 +50,6 @@ def dense(
     """
     tokens = {"grid": grid, "prefix_tokens": prefix_tokens}
     return LowRankDense(features, spec=None, **tokens, dtype=parent.settings.dtype, name=name, **arguments)
-
-
-def _normal_cdf(x: jax.Array) -> jax.Array:
-    """The normal distribution's CDF by erf alone: cheaper than ``jax.scipy``'s, which keeps tails below 1e-7 exact."""
-    return 0.5 * (1 + lax.erf(x * math.sqrt(0.5)))
-
-
-@jax.custom_jvp
-def gelu(x: jax.Array) -> jax.Array:
-    """The exact GELU (by erf), which the reference models use, keeping one array for the backward pass instead of three."""
-    wide = x.astype(accumulation_dtype(x.dtype))
-    return (wide * _normal_cdf(wide)).astype(x.dtype)
-
-
-@gelu.defjvp
-def _gelu_jvp(primals, tangents):
-    (x,), (t,) = primals, tangents
-    wide = x.astype(accumulation_dtype(x.dtype))
-    density = jnp.exp(-0.5 * wide * wide) / math.sqrt(2 * math.pi)
-    return gelu(x), (_normal_cdf(wide) + wide * density).astype(x.dtype) * t
 
 
 def check_images(module: Any, images: jax.Array, multiple: int) -> None:
@@ -134,5 +111,5 @@ class Mlp(Part):
         """``x`` of shape ``[..., tokens, channels]`` or ``[..., *grid, channels]``; the result has the same shape."""
         tokens = {"grid": self.grid, "prefix_tokens": self.prefix_tokens}
         channels = x.shape[-1]
-        x = gelu(dense(self, "fc1", self.hidden, **tokens)(x))
-        return dense(self, "fc2", channels, **tokens)(x)
+        x = dense(self, "fc1", self.hidden, **tokens)(x)
+        return dense(self, "fc2", channels, **tokens, activation="gelu")(x)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lbpwht_jax.models.blocks import DropPath, Mlp, Part, check_images, dense, drop_path_rates, gelu
+from lbpwht_jax.models.blocks import DropPath, Mlp, Part, check_images, dense, drop_path_rates
 from lbpwht_jax.models.conv_blocks import (
     AveragePool,
     LayerScale,
@@ -73,8 +73,8 @@ class ConvMlp(Part):
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         """``x`` of shape ``[batch, height, width, channels]``; the result has the same shape."""
         channels = x.shape[-1]
-        x = gelu(batch_norm(self, "norm1", dense(self, "fc1", self.hidden)(x), train))
-        return batch_norm(self, "norm2", dense(self, "fc2", channels)(x), train)
+        x = batch_norm(self, "norm1", dense(self, "fc1", self.hidden)(x), train)
+        return batch_norm(self, "norm2", dense(self, "fc2", channels, activation="gelu")(x), train)
 
 
 class Attention(Part):

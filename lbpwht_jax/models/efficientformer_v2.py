@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 
-from lbpwht_jax.models.blocks import DropPath, Part, check_images, drop_path_rates, gelu
+from lbpwht_jax.models.blocks import DropPath, Part, check_images, drop_path_rates
 from lbpwht_jax.models.conv_blocks import (
     ConvNorm,
     DenseNorm,
@@ -19,6 +19,7 @@ from lbpwht_jax.models.conv_blocks import (
 )
 from lbpwht_jax.models.efficientformer_v2_attention import Attention, AttentionDownsample
 from lbpwht_jax.models.info import Images, Layers, ModelInfo, TimmFiles
+from lbpwht_jax.ops.gelu import gelu
 
 
 class Stem(Part):

@@ -4,8 +4,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from lbpwht_jax.models.blocks import Part, dense, gelu
+from lbpwht_jax.models.blocks import Part, dense
 from lbpwht_jax.models.conv_blocks import ConvNorm, DenseNorm, attention_biases, conv3x3, softmax
+from lbpwht_jax.ops.gelu import gelu
 
 _HEADS = 8
 

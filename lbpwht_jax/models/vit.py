@@ -10,6 +10,7 @@ import numpy as np
 
 from lbpwht_jax.models.blocks import DropPath, Mlp, Part, check_images, dense, drop_path_rates
 from lbpwht_jax.models.info import Images, Layers, ModelInfo, TimmFiles
+from lbpwht_jax.ops.attention import attention
 from lbpwht_jax.ops.spec import Grid
 
 
@@ -57,9 +58,7 @@ class Attention(Part):
         batch, length, channels = x.shape
         qkv = dense(self, "qkv", 3 * channels, **tokens)(x)
         query, key, value = jnp.moveaxis(qkv.reshape(batch, length, 3, self.heads, channels // self.heads), 2, 0)
-        logits = jnp.einsum("bqhd,bkhd->bhqk", query * (channels // self.heads) ** -0.5, key)
-        weights = nn.softmax(logits.astype(jnp.float32)).astype(value.dtype)
-        x = jnp.einsum("bhqk,bkhd->bqhd", weights, value)
+        x = attention(query, key, value)
         return dense(self, "proj", channels, **tokens)(x.reshape(batch, length, channels))
 
 

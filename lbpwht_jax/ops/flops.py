@@ -23,7 +23,8 @@ def product_flops(function: Callable, *arguments: Any, padding: bool = False) ->
         does for forward passes.
 
     Returns:
-      FLOPs, 2 per multiply-add. A scan's body counts once per step, a while loop's once; of a conditional, the dearest branch.
+      FLOPs, 2 per multiply-add. A scan's body counts once per step, a while loop's once; of a conditional, the dearest branch;
+      of a choice by platform, what CPUs run.
     """
     program = jax.make_jaxpr(function)(*arguments)
     return _flops(program.jaxpr, [True] * len(program.jaxpr.outvars), padding)[0]
@@ -108,6 +109,11 @@ def _equation_flops(equation: Any, outputs: list[bool], padding: bool) -> tuple[
     called = inner_program(equation)
     if called is not None:
         return _flops(called, outputs, padding)
+    if equation.params.get("branches_platforms") is not None:
+        platforms = equation.params["branches_platforms"]
+        branch = next(k for k, names in enumerate(platforms) if names is None or "cpu" in names)
+        count, inputs = _flops(equation.params["branches"][branch].jaxpr, outputs, padding)
+        return count, [True, *inputs]
     counts = [_flops(jaxpr, [True] * len(jaxpr.outvars), padding)[0] for jaxpr in _inner_programs(equation)]
     if equation.primitive.name == "cond":
         return max(counts), every_input

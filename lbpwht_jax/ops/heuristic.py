@@ -5,12 +5,20 @@ that the products and transforms read or write beside the kernel: on the CPUs th
 moving a float32 costs about as much as 20 FLOPs of a matrix product. A transform passes over its tokens about once, but about
 four times where it goes axis by axis: grids of more than 256 tokens with functions of index 4 or more (LP_{L1-6} on 56x56).
 There, and where nearly every function of a narrow layer is kept, the exact products are faster.
+
+On GPUs and TPUs products, projections and expansions run one after another, each as long as its FLOPs or its bytes need at the
+chip's peaks, whichever is more (a roofline by kernel). Kernels' FLOPs count as nothing there: they hide behind their bytes.
 """
 
+import contextlib
 import dataclasses
 import functools
 import math
-from typing import TypeVar
+from collections.abc import Iterator
+from contextvars import ContextVar
+from typing import Literal, TypeVar
+
+import jax
 
 from lbpwht_jax.ops.basis import coefficient_count
 from lbpwht_jax.ops.forms import transform_form
@@ -20,11 +28,41 @@ from lbpwht_jax.ops.spec_fields import Grid, SpecFields
 _FLOPS_PER_ELEMENT = 20
 _PASSES_BY_AXIS = 4
 
+Platform = Literal["cpu", "cuda", "tpu"]
+# FLOPs of a product in the time that one element of 16 bits takes to be moved, from the chips' bfloat16 FLOP/s and bytes/s:
+# H100 SXM, 989e12 and 3.35e12 (NVIDIA's data sheet); TPU v5e, 197e12 and 819e9 (Google's documentation).
+_FLOPS_PER_MOVED: dict[str, float] = {"cuda": 2 * 989e12 / 3.35e12, "tpu": 2 * 197e12 / 819e9}
+
+_forced: ContextVar[Platform | None] = ContextVar("platform", default=None)
+
 Spec = TypeVar("Spec", bound=SpecFields)
 
 
+@contextlib.contextmanager
+def choosing_for(platform: Platform) -> Iterator[None]:
+    """Within this context the automatic choice is made for a platform, rather than for JAX's default backend.
+
+    The choice is made when a program is traced (and when a model is adapted), since it decides what is kept: a program that is
+    traced on one machine for another needs this.
+    """
+    token = _forced.set(platform)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+_PLATFORMS: dict[str, Platform] = {"gpu": "cuda", "tpu": "tpu"}
+
+
+def _platform() -> Platform:
+    return _forced.get() or _PLATFORMS.get(jax.default_backend(), "cpu")
+
+
 @functools.cache
-def predicted_speedup(spec: SpecFields, grid: Grid, prefix_tokens: int, inputs: int, outputs: int) -> float:
+def predicted_speedup(
+    spec: SpecFields, grid: Grid, prefix_tokens: int, inputs: int, outputs: int, platform: Platform = "cpu"
+) -> float:
     """Time of a layer's exact backward pass over that of its low-rank one, predicted from its shape.
 
     Args:
@@ -33,11 +71,14 @@ def predicted_speedup(spec: SpecFields, grid: Grid, prefix_tokens: int, inputs: 
       prefix_tokens: leading tokens outside the grid.
       inputs: input channels.
       outputs: output channels.
+      platform: what it runs on; GPUs and TPUs compute in 16 bits, at a large batch.
 
     Returns:
       The ratio, above 1 where low rank is predicted to be faster.
     """
     tokens, coefficients = prefix_tokens + math.prod(grid), prefix_tokens + coefficient_count(spec, grid)
+    if platform != "cpu":
+        return _roofline_speedup(spec, tokens, coefficients, inputs, outputs, _FLOPS_PER_MOVED[platform])
     by_axis = transform_form(spec, grid, "analysis") == "by_axis"
     per_channel = _PASSES_BY_AXIS * tokens if by_axis else tokens + coefficients
     exact_products = (spec.dx == "exact") + (spec.dw == "exact")
@@ -50,8 +91,21 @@ def predicted_speedup(spec: SpecFields, grid: Grid, prefix_tokens: int, inputs: 
     return exact / time(backward_flops(spec, grid, prefix_tokens, inputs, outputs), moved)
 
 
+def _roofline_speedup(
+    spec: SpecFields, tokens: int, coefficients: int, inputs: int, outputs: int, flops_per_moved: float
+) -> float:
+    def product(rows: int) -> float:
+        return max(2 * rows * inputs * outputs, flops_per_moved * rows * (inputs + outputs))
+
+    low = sum(product(coefficients if kind == "low_rank" else tokens) for kind in (spec.dx, spec.dw))
+    transformed = sum(transformed_channels(spec, inputs, outputs))
+    return 2 * product(tokens) / (low + flops_per_moved * (tokens + coefficients) * transformed)
+
+
 def chosen(spec: Spec, grid: Grid, prefix_tokens: int, inputs: int, outputs: int) -> Spec:
     """``spec``, or an exact one where ``spec.when`` is ``"faster"`` and low rank is predicted to be slower.
+
+    Predicted for JAX's default backend, or for the platform of ``choosing_for``.
 
     Args:
       spec: the functions kept and what is low-rank.
@@ -60,6 +114,6 @@ def chosen(spec: Spec, grid: Grid, prefix_tokens: int, inputs: int, outputs: int
       inputs: input channels.
       outputs: output channels.
     """
-    if spec.when == "always" or predicted_speedup(spec, grid, prefix_tokens, inputs, outputs) >= 1:
+    if spec.when == "always" or predicted_speedup(spec, grid, prefix_tokens, inputs, outputs, _platform()) >= 1:
         return spec
     return dataclasses.replace(spec, dx="exact", dw="exact")

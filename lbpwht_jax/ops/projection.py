@@ -26,6 +26,8 @@ from lbpwht_jax.ops.basis import coefficient_count, coefficient_indices, grid_ax
 from lbpwht_jax.ops.block_sums import Side, block_matrices, spread_over_subblocks, sum_subblocks
 from lbpwht_jax.ops.dtypes import accumulation_dtype
 from lbpwht_jax.ops.forms import transform_form
+from lbpwht_jax.ops.kernels import kernel_forms
+from lbpwht_jax.ops.platforms import by_platform
 from lbpwht_jax.ops.sharding import explicit_sharding, with_whole_tokens
 from lbpwht_jax.ops.spec_fields import Grid, SpecFields
 
@@ -150,6 +152,16 @@ _FORMS = {
 
 
 def _transform(x: jax.Array, spec: SpecFields, grid: Grid, prefix_tokens: int, precision: Any, side: Side) -> jax.Array:
+    kernels = kernel_forms("project" if side == "analysis" else "expand", x, spec, grid, prefix_tokens)
+    plain = functools.partial(
+        _plain_transform, spec=spec, grid=grid, prefix_tokens=prefix_tokens, precision=precision, side=side
+    )
+    return by_platform(plain, x, **kernels) if kernels else plain(x)
+
+
+def _plain_transform(
+    x: jax.Array, *, spec: SpecFields, grid: Grid, prefix_tokens: int, precision: Any, side: Side
+) -> jax.Array:
     form = transform_form(spec, grid, side)
     if form == "matrix":
         analysis, synthesis = projection_matrices(spec, grid, prefix_tokens)

@@ -1,0 +1,70 @@
+"""Attention in the form that suits the machine."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lbpwht_jax.ops.dtypes import accumulation_dtype
+from lbpwht_jax.ops.platforms import by_platform, is_narrow
+from lbpwht_jax.ops.sharding import explicit_sharding
+
+# cuDNN's attention gets its tokens padded to a multiple of this, and their number.
+_CUDNN_TOKENS = 64
+
+
+def attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+    """Softmax attention, ``softmax(q k^T / sqrt(head_dim)) v`` (Vaswani et al., 2017, equation 1), head by head.
+
+    On NVIDIA GPUs it is cuDNN's fused attention, which keeps no scores, for bfloat16 and float16 where JAX finds cuDNN when
+    tracing and takes the shapes; otherwise, and on all other platforms, products and a softmax.
+
+    Args:
+      query: ``[batch, tokens, heads, head_dim]``, floating point.
+      key: the same shape and dtype.
+      value: the same shape and dtype.
+
+    Returns:
+      ``[batch, tokens, heads, head_dim]``, of the values' dtype; the softmax is taken in at least float32.
+
+    Raises:
+      ValueError: when tracing, if shapes or dtypes differ, or the arrays do not have four axes.
+    """
+    if query.ndim != 4 or not query.shape == key.shape == value.shape or not query.dtype == key.dtype == value.dtype:
+        given = ", ".join(f"{array.dtype}{list(array.shape)}" for array in (query, key, value))
+        raise ValueError(f"attention: query, key and value must be [batch, tokens, heads, head_dim] of one dtype, got {given}")
+    narrow = is_narrow(query.dtype) and explicit_sharding(query) is None
+    if narrow and _cudnn_takes(query.shape, query.dtype):
+        return by_platform(_plain, query, key, value, cuda=_cudnn)
+    return _plain(query, key, value)
+
+
+def _plain(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+    logits = jnp.einsum("bqhd,bkhd->bhqk", query * query.shape[-1] ** -0.5, key)
+    weights = jax.nn.softmax(logits.astype(accumulation_dtype(logits.dtype))).astype(value.dtype)
+    return jnp.einsum("bhqk,bkhd->bqhd", weights, value)
+
+
+def _cudnn(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+    batch, tokens = query.shape[:2]
+    missing = -tokens % _CUDNN_TOKENS
+    if not missing:
+        return jax.nn.dot_product_attention(query, key, value, implementation="cudnn")
+    padded = [jnp.pad(array, ((0, 0), (0, missing), (0, 0), (0, 0))) for array in (query, key, value)]
+    lengths: Any = jnp.full(batch, tokens, jnp.int32)
+    result = jax.nn.dot_product_attention(
+        *padded, query_seq_lengths=lengths, key_value_seq_lengths=lengths, implementation="cudnn"
+    )
+    return result[:, :tokens]
+
+
+@functools.cache
+def _cudnn_takes(shape: tuple[int, ...], dtype: Any) -> bool:
+    """Whether JAX finds cuDNN, and cuDNN takes such arrays: JAX raises these errors when tracing if not."""
+    array = jax.ShapeDtypeStruct(shape, dtype)
+    try:
+        jax.eval_shape(_cudnn, array, array, array)
+    except (RuntimeError, NotImplementedError):
+        return False
+    return True

@@ -1,0 +1,112 @@
+"""The kernels, interpreted on CPU, against the written-out matrices in float64; mapped and sharded."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from scipy.special import erf
+
+from lbpwht_jax import lp_l1, lp_linf
+from lbpwht_jax.ops import projection_matrices
+from lbpwht_jax.ops.cells import grid_cells
+from lbpwht_jax.ops.kernels import kernel
+
+GRIDS = {
+    "partial": (lp_l1(4), (7, 7), 0),
+    "prefix": (lp_l1(4), (14, 14), 1),
+    "whole": (lp_linf(2), (16, 8), 0),
+    "many": (lp_l1(6), (20, 28), 2),
+    "official": (lp_l1(3, projection="official"), (7, 14), 1),
+    "one-dimension": (lp_l1(3, ndim=1), (20,), 2),
+    "three-dimensions": (lp_l1(3, ndim=3, block=4), (3, 5, 4), 0),
+    "everything": (lp_l1(15), (8, 8), 0),
+}
+KINDS = [(platform, kind) for platform in ("cuda", "tpu") for kind in ("project", "expand", "gelu_backward")]
+# float32 sums of up to 64 terms, and erf to 1.5e-7
+TOLERANCE = 3e-6
+
+
+def gelu(x):
+    return 0.5 * x * (1 + erf(x / np.sqrt(2)))
+
+
+def slope(x):
+    return 0.5 * (1 + erf(x / np.sqrt(2))) + x * np.exp(-0.5 * x * x) / np.sqrt(2 * np.pi)
+
+
+def case(kind, grid, batch=2, channels=40):
+    """Random operands in float32, and what a kernel should return, in float64."""
+    analysis, synthesis = projection_matrices(*grid)
+    rng = np.random.default_rng(0)
+    tokens = 2 * rng.normal(size=(batch, len(synthesis), channels))
+    coefficients = rng.normal(size=(batch, len(analysis), channels))
+    operands, expected = {
+        "project": ((tokens,), (analysis @ tokens,)),
+        "expand": ((coefficients,), (synthesis @ coefficients,)),
+        "gelu_backward": (
+            (coefficients, tokens),
+            (slope(tokens) * (synthesis @ coefficients), analysis @ gelu(tokens)),
+        ),
+    }[kind]
+    return [jnp.asarray(array, jnp.float32) for array in operands], list(expected)
+
+
+def assert_close(actual, expected):
+    for a, e in zip(actual, expected, strict=True):
+        chex.assert_shape(a, e.shape)
+        np.testing.assert_allclose(a, e, rtol=0, atol=TOLERANCE * np.abs(e).max())
+
+
+@pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS)
+@pytest.mark.parametrize(("platform", "kind"), KINDS)
+def test_equals_the_matrices(platform, kind, grid):
+    operands, expected = case(kind, grid)
+    assert_close(kernel(platform, kind, *grid, interpret=True)(*operands), expected)
+
+
+@pytest.mark.parametrize("channels", [1, 16, 130])
+def test_any_number_of_channels(channels):
+    operands, expected = case("gelu_backward", GRIDS["partial"], channels=channels)
+    assert_close(kernel("cuda", "gelu_backward", *GRIDS["partial"], interpret=True)(*operands), expected)
+
+
+def test_vmap_of_one_operand_and_of_both():
+    (coefficients, tokens), _ = case("gelu_backward", GRIDS["prefix"], batch=6)
+    run = kernel("cuda", "gelu_backward", *GRIDS["prefix"], interpret=True)
+    parts = coefficients.reshape(3, 2, *coefficients.shape[1:])
+    both = jax.vmap(run)(parts, tokens.reshape(3, 2, *tokens.shape[1:]))
+    flat = [array.reshape(-1, *array.shape[2:]) for array in both]
+    assert_close(flat, run(coefficients, tokens))
+    one = jax.vmap(run, (0, None))(parts, tokens[:2])
+    for k in range(3):
+        assert_close([array[k] for array in one], run(parts[k], tokens[:2]))
+
+
+@pytest.mark.parametrize("spec", [P("data"), P(None, None, "data")], ids=["batch", "channels"])
+@pytest.mark.parametrize(("platform", "kind"), KINDS)
+def test_sharded_along_batch_or_channels_nothing_is_gathered(platform, kind, spec):
+    operands, expected = case(kind, GRIDS["prefix"], batch=4)
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:4])
+    operands = [jax.device_put(array, NamedSharding(mesh, spec)) for array in operands]
+    compiled = jax.jit(kernel(platform, kind, *GRIDS["prefix"], interpret=True)).lower(*operands).compile()
+    assert "all-gather" not in compiled.as_text()
+    results = compiled(*operands)
+    assert all(array.sharding.is_equivalent_to(NamedSharding(mesh, spec), 3) for array in results)
+    assert_close(results, expected)
+
+
+@pytest.mark.parametrize(
+    ("spec", "grid", "prefix"),
+    [
+        (lp_l1(4, block=16), (16, 16), 0),
+        (lp_l1(2), (8, 8), 65),
+        # 9 tokens in blocks of 4 and 5: the reflection of the first reaches into the second
+        (lp_l1(2, projection="official"), (9, 8), 0),
+    ],
+    ids=["large blocks", "many prefix tokens", "reflection"],
+)
+def test_no_cells_where_a_kernel_would_not_fit(spec, grid, prefix):
+    assert grid_cells(spec, grid, prefix) is None
