@@ -8,6 +8,7 @@ import tyro
 from rich.console import Console
 
 from lbpwht_jax.cli.bench import Bench
+from lbpwht_jax.cli.compile import Compile
 from lbpwht_jax.cli.cost import Cost
 from lbpwht_jax.cli.finetune import Finetune
 from lbpwht_jax.cli.prepare import Prepare
@@ -36,6 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "models": Models,
             "convert": Convert,
             "cost": Cost,
+            "compile": Compile,
             "bench": Bench,
         },
         prog="lbpwht",

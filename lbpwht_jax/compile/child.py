@@ -1,0 +1,134 @@
+"""One step compiled: the process that a crash of a compiler may take. ``python -m lbpwht_jax.compile.child REQUEST RESULT``."""
+
+import dataclasses
+import json
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from lbpwht_jax.bench.program import measured_model, step_program
+from lbpwht_jax.compile.count import Counts, count, kernel_seconds
+from lbpwht_jax.compile.hlo import parse
+from lbpwht_jax.compile.request import Request, Row
+from lbpwht_jax.compile.targets import Target, parse_target
+from lbpwht_jax.train import Placement, bytes_on_a_device
+
+_DEAREST = 10
+_FULL = re.compile(r"RESOURCE_EXHAUSTED|[Rr]an out of memory")
+
+
+def compile_request(request: Request) -> Row:
+    """Compiles a step and counts what it takes; ``fits`` alone is told of a step that is too large for the compiler.
+
+    Raises:
+      ValueError: if the request is wrong, or the compiler knows no such machine.
+      jax.errors.JaxRuntimeError: if it does not compile.
+    """
+    target = parse_target(request.target)
+    placement = Placement(request.shard, target.open())
+    model = measured_model(request.model, request.method, request.train, request.num_classes, request.dtype, request.when)
+    program = step_program(request.model, model, request.batch_size, request.num_classes, placement)
+    arguments = program.abstract_state(), program.abstract_batch()
+    traced = program.step.trace(*arguments)
+    row = Row(request.model, request.method, request.target, request.batch_size)
+    try:
+        compiled = traced.lower().compile(compiler_options=target.compiler_options)
+    except jax.errors.JaxRuntimeError as error:
+        if not _FULL.search(str(error)):
+            raise
+        return dataclasses.replace(row, argument_bytes=bytes_on_a_device(arguments), fits=False)
+    text = compiled.as_text() or ""
+    counts = count(parse(text), _kernel_flops(traced.jaxpr.jaxpr))
+    return _counted(_measured(row, compiled.memory_analysis(), target), counts, compiled.cost_analysis(), text, target, request)
+
+
+def _measured(row: Row, memory: Any, target: Target) -> Row:
+    row = dataclasses.replace(
+        row,
+        argument_bytes=memory.argument_size_in_bytes,
+        output_bytes=memory.output_size_in_bytes,
+        alias_bytes=memory.alias_size_in_bytes,
+        temp_bytes=memory.temp_size_in_bytes,
+        code_bytes=memory.generated_code_size_in_bytes,
+    )
+    return row if target.limits is None else dataclasses.replace(row, fits=row.total_bytes <= target.limits.memory)
+
+
+def _counted(row: Row, counts: Counts, said: Any, text: str, target: Target, request: Request) -> Row:
+    once = (said or {}).get("bytes accessed")
+    moved = counts.bytes if once is None else int(once) + counts.repeated_bytes
+    limits = target.limits
+    gpu = target.platform == "cuda"
+    row = dataclasses.replace(
+        row,
+        moved_bytes=moved,
+        flops=counts.flops,
+        kernels=counts.launches if gpu else None,
+        collective_bytes=dict(counts.collectives),
+        attention=_attention(text),
+    )
+    if limits is None:
+        return row
+    return dataclasses.replace(
+        row,
+        compute_seconds=counts.flops / limits.flops,
+        memory_seconds=moved / limits.bandwidth,
+        link_seconds=counts.link_bytes(target.devices) / limits.links,
+        roofline_seconds=counts.roofline(limits.flops, limits.bandwidth) if gpu else None,
+        dearest=_dearest(counts, limits.flops, limits.bandwidth) if gpu and request.kernels else None,
+    )
+
+
+def _dearest(counts: Counts, flops: float, bandwidth: float) -> list[dict[str, Any]]:
+    kernels = sorted(counts.kernels, key=lambda kernel: -kernel_seconds(kernel, flops, bandwidth))[:_DEAREST]
+    return [{**dataclasses.asdict(kernel), "seconds": kernel_seconds(kernel, flops, bandwidth)} for kernel in kernels]
+
+
+def _attention(text: str) -> str:
+    """The form of the attention in a compiled program."""
+    if "fmha" in text:
+        return "cudnn"
+    calls = (
+        line for line in text.splitlines() if "custom-call(" in line and re.search(r"pallas|triton|mosaic|tpu_custom", line)
+    )
+    return "kernel" if any("attention" in line for line in calls) else "plain"
+
+
+def _kernel_flops(jaxpr: Any) -> Mapping[str, int]:
+    """FLOPs that the Pallas kernels in a program say they cost, by the kernel's name."""
+    return {
+        str(params["name_and_src_info"].name if "name_and_src_info" in params else params.get("name")): int(cost.flops)
+        for params in _kernels(jaxpr)
+        if (cost := params.get("cost_estimate")) is not None
+    }
+
+
+def _kernels(jaxpr: Any) -> Iterator[dict[str, Any]]:
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "pallas_call":
+            yield equation.params
+        for leaf in jax.tree.leaves(list(equation.params.values()), is_leaf=_is_jaxpr):
+            if _is_jaxpr(leaf):
+                yield from _kernels(getattr(leaf, "jaxpr", leaf))
+
+
+def _is_jaxpr(value: Any) -> bool:
+    return hasattr(value, "eqns") or hasattr(getattr(value, "jaxpr", None), "eqns")
+
+
+def main(request: str, result: str) -> None:
+    """Compiles the request, JSON, and writes the row, JSON, into a file; mistakes of the user as ``{"mistake": text}``."""
+    asked = Request(**json.loads(request))
+    target = parse_target(asked.target)
+    jax.config.update("jax_platforms", "cpu")
+    if target.platform == "cpu":
+        jax.config.update("jax_num_cpu_devices", target.devices)
+    Path(result).write_text(json.dumps(dataclasses.asdict(compile_request(asked))))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
