@@ -18,6 +18,7 @@ from lbpwht_jax.compile.targets import Target, parse_target
 from lbpwht_jax.train import Placement, bytes_on_a_device
 
 _DEAREST = 10
+_PALLAS = re.compile(r"pallas|triton|mosaic|tpu_custom_call")
 _FULL = re.compile(r"RESOURCE_EXHAUSTED|[Rr]an out of memory")
 
 
@@ -92,9 +93,7 @@ def _attention(text: str) -> str:
     """The form of the attention in a compiled program."""
     if "fmha" in text:
         return "cudnn"
-    calls = (
-        line for line in text.splitlines() if "custom-call(" in line and re.search(r"pallas|triton|mosaic|tpu_custom", line)
-    )
+    calls = (line for line in text.splitlines() if " custom-call(" in line and _PALLAS.search(line))
     return "kernel" if any("attention" in line for line in calls) else "plain"
 
 

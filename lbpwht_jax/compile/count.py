@@ -70,7 +70,10 @@ class Counts:
         return sum(kernel.bytes * (kernel.runs - 1) for kernel in self.kernels)
 
     def link_bytes(self, chips: int) -> float:
-        """Bytes that a chip sends for the collectives on a ring of so many: an all-reduce is a reduce-scatter and an all-gather."""
+        """Bytes that a chip of a ring of so many sends for the collectives.
+
+        Each array but a chip's own share of it passes by every chip, in an all-reduce twice: to be summed and to be handed out.
+        """
         share = (chips - 1) / chips
         return sum(size * share * (2 if kind == "all-reduce" else 1) for kind, size in self.collectives.items())
 
@@ -195,7 +198,7 @@ class _Counter:
 
     def _written(self, instruction: Instruction, body: tuple[Instruction, ...], updated: dict[str, Instruction]) -> int:
         if not updated:
-            return sum(array.bytes for array in instruction.results if not is_workspace(array))
+            return sum(array.bytes for array in instruction.results if not is_workspace(instruction, array))
         inner = {i.name: i for i in body}
         root = next(i for i in body if i.root)
         total = 0

@@ -92,7 +92,7 @@ class Instruction:
 
     def dimensions(self, attribute: str) -> tuple[int, ...]:
         """An attribute's numbers, written ``name={1,2}`` or ``"name":["1","2"]``; none where it is missing."""
-        found = re.search(rf'\b{attribute}"?[=:][{{[]([\d,"]*)[}}\]]', self.attributes)
+        found = re.search(rf'\b{attribute}"?[=:]\s*[{{[]([\d,", ]*)[}}\]]', self.attributes)
         return tuple(int(n) for n in re.findall(r"\d+", found[1])) if found else ()
 
 

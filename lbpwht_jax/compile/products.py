@@ -5,9 +5,6 @@ import re
 
 from lbpwht_jax.compile.hlo import Array, Instruction
 
-# What a call's results hold beside its arrays: workspaces.
-_WORKSPACE = "s8"
-
 
 def product_flops(instruction: Instruction, operands: list[tuple[Array, ...]], kernel_flops: dict[str, int]) -> int:
     """FLOPs of one instruction: a dot, a convolution or a call of a library's or of Pallas's kernel; 0 for others.
@@ -25,7 +22,7 @@ def product_flops(instruction: Instruction, operands: list[tuple[Array, ...]], k
     if instruction.opcode != "custom-call":
         return 0
     target = instruction.target
-    if "cublas" in target and "matmul" in target or target.endswith("gemm"):
+    if target.startswith("__cublas"):
         return _dot(instruction, arrays)
     if "fmha" in target:
         return _attention(instruction, arrays)
@@ -41,26 +38,16 @@ def _dot(instruction: Instruction, operands: list[Array]) -> int:
 
 
 def _attention(instruction: Instruction, operands: list[Array]) -> int:
-    """Of cuDNN's fused attention: 2 products of tokens x tokens x head size forward and 5 backward, for every head.
+    """FLOPs of cuDNN's fused attention: 2 products of tokens x tokens x head size per head forward, 5 backward.
 
-    Forward, with operands query ``[batch, tokens, heads, size]`` or ``[batch, heads, tokens, size]``, that is
-    4 x batch x heads x tokens^2 x size; backward, 10 x the same.
+    The call says how large the scores are that it never writes: batch x heads x tokens x tokens.
     """
-    layout = re.search(r'"?is_flash_attention', instruction.attributes)
-    del layout
-    backward = "Backward" in instruction.target
-    query = next(array for array in operands if len(array.shape) == 4)
-    batch, *middle, size = query.shape
-    heads, tokens = _heads_and_tokens(instruction, middle)
-    return (10 if backward else 4) * batch * heads * tokens**2 * size
-
-
-def _heads_and_tokens(instruction: Instruction, middle: list[int]) -> tuple[int, int]:
-    """Which of a query's two middle axes is which: the scores' shape, batch x heads x tokens x tokens, stands in the call."""
-    scores = re.search(r'"intermediate_tensor_shape":\{[^}]*?"dimensions":\["\d+","(\d+)","(\d+)"', instruction.attributes)
-    if scores:
-        return int(scores[1]), int(scores[2])
-    return (middle[1], middle[0]) if middle[0] >= middle[1] else (middle[0], middle[1])
+    scores = re.search(r'"intermediate_tensor_shape":\s*\{.*?"dimensions":\s*\[([\d", ]*)\]', instruction.attributes)
+    size = operands[0].shape[-1]
+    if scores is None:
+        raise ValueError(f"cuDNN's attention {instruction.name} does not say how large its scores are; its FLOPs are unknown")
+    products = 5 if "Backward" in instruction.target else 2
+    return 2 * products * size * math.prod(int(n) for n in re.findall(r"\d+", scores[1]))
 
 
 def _convolution(instruction: Instruction, operands: list[Array]) -> int:
@@ -102,6 +89,6 @@ def _kernel(instruction: Instruction, kernel_flops: dict[str, int]) -> int:
     return next((flops for name, flops in kernel_flops.items() if name in instruction.attributes), 0)
 
 
-def is_workspace(array: Array) -> bool:
-    """Whether a library call's result is scratch memory."""
-    return array.dtype == _WORKSPACE and len(array.shape) == 1
+def is_workspace(instruction: Instruction, array: Array) -> bool:
+    """Whether a result of a call of cuBLAS or cuDNN is scratch memory: bytes in a row."""
+    return instruction.target.startswith("__cu") and array.dtype in ("s8", "u8") and len(array.shape) == 1

@@ -39,7 +39,7 @@ class Request:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One compiled step; numbers of bytes, FLOPs and kernels are those of one chip. ``None`` is what the compiler keeps to itself.
+    """One compiled step; bytes, FLOPs, kernels and seconds are those of one chip. ``None`` is what the compiler does not tell.
 
     Attributes:
       model: its name.
