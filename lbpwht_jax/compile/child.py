@@ -11,7 +11,8 @@ from typing import Any
 import jax
 
 from lbpwht_jax.bench.program import measured_model, step_program
-from lbpwht_jax.compile.count import Counts, count, kernel_seconds
+from lbpwht_jax.compile.chips import Chip
+from lbpwht_jax.compile.count import Counts, count
 from lbpwht_jax.compile.hlo import parse
 from lbpwht_jax.compile.request import Request, Row
 from lbpwht_jax.compile.targets import Target, parse_target
@@ -79,14 +80,19 @@ def _counted(row: Row, counts: Counts, said: Any, text: str, target: Target, req
         compute_seconds=counts.flops / limits.flops,
         memory_seconds=moved / limits.bandwidth,
         link_seconds=counts.link_bytes(target.devices) / limits.links,
-        roofline_seconds=counts.roofline(limits.flops, limits.bandwidth) if gpu else None,
+        roofline_seconds=_roofline(counts, limits) if gpu else None,
         dearest=_dearest(counts, limits.flops, limits.bandwidth) if gpu and request.kernels else None,
     )
 
 
+def _roofline(counts: Counts, limits: Chip) -> float:
+    """Seconds that the kernels take one after the other, each as fast as its products or its bytes allow."""
+    return sum(kernel.seconds(limits.flops, limits.bandwidth) for kernel in counts.kernels)
+
+
 def _dearest(counts: Counts, flops: float, bandwidth: float) -> list[dict[str, Any]]:
-    kernels = sorted(counts.kernels, key=lambda kernel: -kernel_seconds(kernel, flops, bandwidth))[:_DEAREST]
-    return [{**dataclasses.asdict(kernel), "seconds": kernel_seconds(kernel, flops, bandwidth)} for kernel in kernels]
+    kernels = sorted(counts.kernels, key=lambda kernel: -kernel.seconds(flops, bandwidth))[:_DEAREST]
+    return [{**dataclasses.asdict(kernel), "seconds": kernel.seconds(flops, bandwidth)} for kernel in kernels]
 
 
 def _attention(text: str) -> str:

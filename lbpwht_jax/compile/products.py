@@ -87,8 +87,3 @@ def _kernel(instruction: Instruction, kernel_flops: dict[str, int]) -> int:
     if estimate:
         return int(estimate[1])
     return next((flops for name, flops in kernel_flops.items() if name in instruction.attributes), 0)
-
-
-def is_workspace(instruction: Instruction, array: Array) -> bool:
-    """Whether a result of a call of cuBLAS or cuDNN is scratch memory: bytes in a row."""
-    return instruction.target.startswith("__cu") and array.dtype in ("s8", "u8") and len(array.shape) == 1
