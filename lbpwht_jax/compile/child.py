@@ -4,7 +4,6 @@ import dataclasses
 import json
 import re
 import sys
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +12,14 @@ import jax
 from lbpwht_jax.bench.program import measured_model, step_program
 from lbpwht_jax.compile.chips import Chip
 from lbpwht_jax.compile.count import Counts, count
-from lbpwht_jax.compile.hlo import parse
+from lbpwht_jax.compile.hlo import Program, parse
+from lbpwht_jax.compile.kernels import kernel_flops
 from lbpwht_jax.compile.request import Request, Row
 from lbpwht_jax.compile.targets import Target, parse_target
 from lbpwht_jax.train import Placement, bytes_on_a_device
 
 _DEAREST = 10
-_PALLAS = re.compile(r"pallas|triton|mosaic|tpu_custom_call")
+_KERNEL = re.compile(r"attention[^/]*/pallas_call")
 _FULL = re.compile(r"RESOURCE_EXHAUSTED|[Rr]an out of memory")
 
 
@@ -43,9 +43,10 @@ def compile_request(request: Request) -> Row:
         if not _FULL.search(str(error)):
             raise
         return dataclasses.replace(row, argument_bytes=bytes_on_a_device(arguments), fits=False)
-    text = compiled.as_text() or ""
-    counts = count(parse(text), _kernel_flops(traced.jaxpr.jaxpr))
-    return _counted(_measured(row, compiled.memory_analysis(), target), counts, compiled.cost_analysis(), text, target, request)
+    compiled_program = parse(compiled.as_text() or "")
+    counts = count(compiled_program, kernel_flops(traced.jaxpr.jaxpr))
+    row = dataclasses.replace(_measured(row, compiled.memory_analysis(), target), attention=_attention(compiled_program))
+    return _counted(row, counts, compiled.cost_analysis(), target, request.kernels)
 
 
 def _measured(row: Row, memory: Any, target: Target) -> Row:
@@ -60,7 +61,7 @@ def _measured(row: Row, memory: Any, target: Target) -> Row:
     return row if target.limits is None else dataclasses.replace(row, fits=row.total_bytes <= target.limits.memory)
 
 
-def _counted(row: Row, counts: Counts, said: Any, text: str, target: Target, request: Request) -> Row:
+def _counted(row: Row, counts: Counts, said: Any, target: Target, kernels: bool) -> Row:
     once = (said or {}).get("bytes accessed")
     moved = counts.bytes if once is None else int(once) + counts.repeated_bytes
     limits = target.limits
@@ -71,7 +72,6 @@ def _counted(row: Row, counts: Counts, said: Any, text: str, target: Target, req
         flops=counts.flops,
         kernels=counts.launches if gpu else None,
         collective_bytes=dict(counts.collectives),
-        attention=_attention(text),
     )
     if limits is None:
         return row
@@ -81,7 +81,7 @@ def _counted(row: Row, counts: Counts, said: Any, text: str, target: Target, req
         memory_seconds=moved / limits.bandwidth,
         link_seconds=counts.link_bytes(target.devices) / limits.links,
         roofline_seconds=_roofline(counts, limits) if gpu else None,
-        dearest=_dearest(counts, limits.flops, limits.bandwidth) if gpu and request.kernels else None,
+        dearest=_dearest(counts, limits.flops, limits.bandwidth) if gpu and kernels else None,
     )
 
 
@@ -95,38 +95,16 @@ def _dearest(counts: Counts, flops: float, bandwidth: float) -> list[dict[str, A
     return [{**dataclasses.asdict(kernel), "seconds": kernel.seconds(flops, bandwidth)} for kernel in kernels]
 
 
-def _attention(text: str) -> str:
+def _attention(program: Program) -> str:
     """The form of the attention in a compiled program."""
-    if "fmha" in text:
+    calls = [i for instructions in program.computations.values() for i in instructions if i.opcode == "custom-call"]
+    if any("fmha" in call.target for call in calls):
         return "cudnn"
-    calls = (line for line in text.splitlines() if " custom-call(" in line and _PALLAS.search(line))
-    return "kernel" if any("attention" in line for line in calls) else "plain"
-
-
-def _kernel_flops(jaxpr: Any) -> Mapping[str, int]:
-    """FLOPs that the Pallas kernels in a program say they cost, by the kernel's name."""
-    return {
-        str(params["name_and_src_info"].name if "name_and_src_info" in params else params.get("name")): int(cost.flops)
-        for params in _kernels(jaxpr)
-        if (cost := params.get("cost_estimate")) is not None
-    }
-
-
-def _kernels(jaxpr: Any) -> Iterator[dict[str, Any]]:
-    for equation in jaxpr.eqns:
-        if equation.primitive.name == "pallas_call":
-            yield equation.params
-        for leaf in jax.tree.leaves(list(equation.params.values()), is_leaf=_is_jaxpr):
-            if _is_jaxpr(leaf):
-                yield from _kernels(getattr(leaf, "jaxpr", leaf))
-
-
-def _is_jaxpr(value: Any) -> bool:
-    return hasattr(value, "eqns") or hasattr(getattr(value, "jaxpr", None), "eqns")
+    return "kernel" if any(_KERNEL.search(call.source) for call in calls) else "plain"
 
 
 def main(request: str, result: str) -> None:
-    """Compiles the request, JSON, and writes the row, JSON, into a file; mistakes of the user as ``{"mistake": text}``."""
+    """Compiles the request, JSON, and writes the row, JSON, into a file."""
     asked = Request(**json.loads(request))
     target = parse_target(asked.target)
     jax.config.update("jax_platforms", "cpu")

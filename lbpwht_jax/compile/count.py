@@ -9,6 +9,7 @@ import functools
 from collections.abc import Iterator, Mapping
 
 from lbpwht_jax.compile.hlo import Instruction, Program
+from lbpwht_jax.compile.kernels import KernelFlops
 from lbpwht_jax.compile.products import product_flops
 from lbpwht_jax.compile.traffic import moved_bytes
 
@@ -93,21 +94,21 @@ class Counts:
         return sum(size * share * (2 if kind == "all-reduce" else 1) for kind, size in self.collectives.items())
 
 
-def count(program: Program, kernel_flops: Mapping[str, int] | None = None) -> Counts:
+def count(program: Program, kernel_flops: KernelFlops | None = None) -> Counts:
     """Counts a program.
 
     Args:
       program: compiled.
-      kernel_flops: FLOPs that Pallas's kernels say they cost, by name.
+      kernel_flops: FLOPs of the step's Pallas kernels.
     """
-    walk = _Walk(program, dict(kernel_flops or {}))
+    walk = _Walk(program, kernel_flops or {})
     kernels = tuple(walk.computation(program.entry, 1))
     loops = (i for instructions in program.computations.values() for i in instructions if i.opcode == "while")
     return Counts(kernels, sum(program.trips(loop) is None for loop in loops))
 
 
 class _Walk:
-    def __init__(self, program: Program, kernel_flops: dict[str, int]):
+    def __init__(self, program: Program, kernel_flops: KernelFlops):
         self.program, self.kernel_flops = program, kernel_flops
 
     def computation(self, name: str, runs: int) -> Iterator[Kernel]:

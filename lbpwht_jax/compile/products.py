@@ -4,15 +4,18 @@ import math
 import re
 
 from lbpwht_jax.compile.hlo import Array, Instruction
+from lbpwht_jax.compile.kernels import KernelFlops, flops_of_call
+
+_ESTIMATE = re.compile(r'"cost_estimate":\s*\{[^}]*?"flops":\s*"?(\d+)')  # of a TPU's kernel
 
 
-def product_flops(instruction: Instruction, operands: list[tuple[Array, ...]], kernel_flops: dict[str, int]) -> int:
+def product_flops(instruction: Instruction, operands: list[tuple[Array, ...]], kernel_flops: KernelFlops) -> int:
     """FLOPs of one instruction: a dot, a convolution or a call of a library's or of Pallas's kernel; 0 for others.
 
     Args:
       instruction: any.
       operands: the arrays of each of its operands.
-      kernel_flops: what Pallas's kernels say they cost, by name.
+      kernel_flops: of the Pallas kernels, by their shapes.
     """
     arrays = [array for leaves in operands for array in leaves]
     if instruction.opcode == "dot":
@@ -28,7 +31,8 @@ def product_flops(instruction: Instruction, operands: list[tuple[Array, ...]], k
         return _attention(instruction, arrays)
     if "conv" in target:
         return _convolution(instruction, arrays)
-    return _kernel(instruction, kernel_flops)
+    estimate = _ESTIMATE.search(instruction.attributes)
+    return int(estimate[1]) if estimate else flops_of_call(instruction, arrays, kernel_flops)
 
 
 def _dot(instruction: Instruction, operands: list[Array]) -> int:
@@ -56,7 +60,7 @@ def _convolution(instruction: Instruction, operands: list[Array]) -> int:
     if labels is None:
         return 0
     lhs, rhs, out = (dict(zip(text, range(len(text)), strict=True)) for text in labels.groups())
-    image, kernel, result = operands[0].shape, operands[1].shape, instruction.results[0].shape
+    image, kernel, result = (array.shape for array in _image_kernel_result(instruction, operands))
     window = {name: value.split("x") for name, value in re.findall(r"(\w+)=([\dx_-]+)", _window(instruction))}
     pairs = 1
     for axis in (label for label in labels[1] if label.isdigit()):
@@ -66,6 +70,14 @@ def _convolution(instruction: Instruction, operands: list[Array]) -> int:
     groups = re.search(r"batch_group_count=(\d+)", instruction.attributes)
     batch = image[lhs["b"]] // (int(groups[1]) if groups else 1)
     return 2 * pairs * batch * kernel[rhs["i"]] * kernel[rhs["o"]]
+
+
+def _image_kernel_result(instruction: Instruction, operands: list[Array]) -> tuple[Array, Array, Array]:
+    """Which arrays the labels speak of: cuDNN's backward passes keep those of the forward convolution."""
+    first, second, made = operands[0], operands[1], instruction.results[0]
+    if "BackwardFilter" in instruction.target:
+        return first, made, second
+    return (made, second, first) if "BackwardInput" in instruction.target else (first, second, made)
 
 
 def _window(instruction: Instruction) -> str:
@@ -80,10 +92,3 @@ def _positions(image: int, kernel: int, result: int, options: dict[str, str]) ->
     end = (image - 1) * spread
     at = (o * stride + k * gap - low for o in range(result) for k in range(kernel))
     return sum(0 <= position <= end and position % spread == 0 for position in at)
-
-
-def _kernel(instruction: Instruction, kernel_flops: dict[str, int]) -> int:
-    estimate = re.search(r'"?cost_estimate"?\s*:\s*\{[^}]*?"?flops"?\s*:\s*"?(\d+)', instruction.attributes)
-    if estimate:
-        return int(estimate[1])
-    return next((flops for name, flops in kernel_flops.items() if name in instruction.attributes), 0)
