@@ -11,11 +11,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from lbpwht_jax.adaptation.presets import Train
-from lbpwht_jax.bench.program import DType, measured_model
+from lbpwht_jax.adaptation.presets import Train, parse_method
+from lbpwht_jax.bench.program import DType
 from lbpwht_jax.compile.fit import largest_batch
 from lbpwht_jax.compile.request import Request, Row
 from lbpwht_jax.compile.targets import parse_target
+from lbpwht_jax.models import model_info
 from lbpwht_jax.train import Shard
 
 _LAST_LINES = 5
@@ -125,8 +126,9 @@ def check(
         )
     if fit and machine.limits is None:
         raise ValueError(f"target {target!r} has no memory of a known size for a batch to fit; leave out --fit")
+    info = model_info(model)
     for method in methods:
-        measured_model(model, method, train, num_classes, dtype, when)
+        parse_method(method.removesuffix("+remat"), when=when).rules(info, train)
     machine.check_installed()
     return [Request(model, m, target, batch_size, dtype, train, num_classes, when, shard, kernels) for m in methods]
 

@@ -10,8 +10,8 @@ from lbpwht_jax.compile.request import Row
 
 
 def as_json(rows: Sequence[Row], fit: bool, kernels: bool) -> list[dict[str, Any]]:
-    """Rows as JSON values; ``largest_batch`` and ``dearest`` where they were asked for."""
-    left_out = {"largest_batch"} * (not fit) | {"dearest"} * (not kernels)
+    """Rows as JSON values; ``fits``, ``largest_batch`` and ``dearest`` where they were asked for."""
+    left_out = (set() if fit else {"fits", "largest_batch"}) | (set() if kernels else {"dearest"})
     return [{k: v for k, v in dataclasses.asdict(row).items() if k not in left_out} for row in rows]
 
 
