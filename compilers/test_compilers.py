@@ -36,9 +36,9 @@ def test_rows(rows):
         assert (row["kernels"] is not None) == (row["roofline_seconds"] is not None) == gpu
         assert row["attention"] in ("plain", "cudnn", "kernel")
         assert row["moved_bytes"] > row["argument_bytes"] > row["alias_bytes"] > 0
-        assert (sum(row["collective_bytes"].values()) > 0) == (not gpu)
         if gpu:
-            assert row["roofline_seconds"] >= max(row["compute_seconds"], row["memory_seconds"])
+            floors = row["compute_seconds"], row["memory_seconds"]
+            assert row["roofline_seconds"] >= max(floors) * (1 - 1e-9)  # sums in another order
             assert len(row["dearest"]) == 10
 
 
@@ -54,10 +54,17 @@ def test_arguments_by_hand(rows):
         else:  # a TPU pads arrays to tiles of 8 x 128, a vector to 1024
             assert by_hand <= row["argument_bytes"] <= by_hand + 3 * len(arrays) * 8 * 128 * 4 + 8 * 28 * 128 * 32
 
-    gradients = sum(arrays)
-    for row in (row for row in rows if row["target"] != "h100"):
-        # every gradient is summed over the four chips, in float32, and the loss and accuracy with them
-        assert sum(row["collective_bytes"].values()) == pytest.approx(gradients, rel=0.1)
+
+def test_collectives_by_hand(rows):
+    # the chips sum every gradient, those of full backpropagation in bfloat16, as they are computed, but for a few small ones
+    shapes = jax.eval_shape(adapted_model(MODEL).init, jax.random.key(0), jax.ShapeDtypeStruct((1, 28, 28, 1), "float32"))
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(shapes))
+    full, low_rank = (row["collective_bytes"] for row in rows)
+    if rows[0]["target"] == "h100":
+        assert full == low_rank == {}
+    else:
+        assert full == {"all-reduce": pytest.approx(2 * parameters, rel=0.1)}
+        assert 0.9 * 2 * parameters < low_rank["all-reduce"] < 1.1 * 4 * parameters
 
 
 def test_products_are_those_of_the_model(rows):

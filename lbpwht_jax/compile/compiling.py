@@ -21,8 +21,13 @@ from lbpwht_jax.train import Shard
 
 _LAST_LINES = 5
 _NOISE = re.compile(r"^\s*$|WARNING|^=== |^E0000|libtpu_init_utils|Failed to find host bounds|UserWarning")
-# Without it libtpu asks the cloud it thinks it is in; a compiler needs no devices.
-_ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TF_CPP_MIN_LOG_LEVEL": "3"}
+# A compiler needs no devices, need not ask a cloud which it has, and may run beside others.
+_ENVIRONMENT = {
+    "JAX_PLATFORMS": "cpu",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TF_CPP_MIN_LOG_LEVEL": "3",
+}
 
 
 class CompilerError(RuntimeError):
