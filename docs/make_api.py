@@ -30,6 +30,7 @@ MODULES = (
     "cost.backward",
     "cost.report",
     "cost.paper",
+    "compile",
 )
 HEAD = """# API reference
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import results_accuracy as accuracy
+import results_compile as compiled
 import results_costs as costs
 import transfer_report
 import tyro
@@ -44,6 +45,8 @@ SECTIONS: tuple[tuple[str, str, str, Section], ...] = (
     ("A training step on the clock", "bench_step", _STEP.format(train="all"), costs.bench_step),
     ("The last stage alone", "bench_step_last_stage", _STEP.format(train="last_stage"), costs.bench_step),
     ("Other models", "bench_step_others", _OTHERS, costs.bench_step),
+    ("On machines that are not there", "compile_tables", "compile_tables.py", compiled.tables),
+    ("What compiles for them", "compile_families", "compile_families.py", compiled.families),
     ("The loader", "loader_speed", "loader_speed.py", costs.loader_speed),
     ("Ended and resumed", "kill_and_resume", "kill_and_resume.py", costs.kill_and_resume),
     ("A long run", "soak", "soak.py", costs.soak),

@@ -6,7 +6,9 @@ A loop's body counts as often as it runs; of a conditional's branches the one th
 import collections
 import dataclasses
 import functools
+import re
 from collections.abc import Iterator, Mapping
+from typing import NamedTuple
 
 from lbpwht_jax.compile.hlo import Instruction, Program
 from lbpwht_jax.compile.kernels import KernelFlops
@@ -18,6 +20,7 @@ _FREE |= {"opt-barrier", "add-dependency", "domain"}
 _FREE_CALLS = {"ConcatBitcast", "AllocateBuffer", "Sharding"}  # of XLA's, which move nothing
 _COLLECTIVES = {"all-reduce", "all-gather", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute"}
 _COLLECTIVES |= {"collective-broadcast"}
+_CHAIN = re.compile(r'chain_id="(\d+)"')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,9 +110,18 @@ def count(program: Program, kernel_flops: KernelFlops | None = None) -> Counts:
     return Counts(kernels, sum(program.trips(loop) is None for loop in loops))
 
 
+class _Collective(NamedTuple):
+    """One collective: its kind, what marks it where a compiler names it several times, bytes of its whole array."""
+
+    kind: str
+    chain: str
+    bytes: int
+
+
 class _Walk:
     def __init__(self, program: Program, kernel_flops: KernelFlops):
         self.program, self.kernel_flops = program, kernel_flops
+        self.started: set[str] = set()
 
     def computation(self, name: str, runs: int) -> Iterator[Kernel]:
         """The kernels of a computation that runs so often."""
@@ -131,28 +143,33 @@ class _Walk:
             yield from self.computation(instruction.called("to_apply") or instruction.called("calls") or "", runs)
         else:
             moved = moved_bytes(instruction, self.program.instructions[where], self.program)
-            flops, collectives = self._inside(instruction, where)
-            yield Kernel(instruction.name, instruction.source, moved, flops, runs, collectives)
+            flops, parts = self._inside(instruction, where)
+            yield Kernel(instruction.name, instruction.source, moved, flops, runs, self._new(parts))
 
-    def _inside(self, instruction: Instruction, where: str) -> tuple[int, dict[str, int]]:
+    def _new(self, parts: tuple[_Collective, ...]) -> dict[str, int]:
+        """Bytes by kind of the collectives that start here; a TPU's kernels name one once more as it goes on beside them."""
+        total: collections.Counter[str] = collections.Counter()
+        for part in parts:
+            if not part.chain or part.chain not in self.started:
+                total[part.kind] += part.bytes
+        self.started |= {part.chain for part in parts}
+        return dict(total)
+
+    def _inside(self, instruction: Instruction, where: str) -> tuple[int, tuple[_Collective, ...]]:
         """FLOPs and collectives of an instruction, those of a fusion's parts."""
         if instruction.opcode == "fusion":
             return self._fused(instruction.called("calls") or "")
         known = self.program.instructions[where]
         operands = [known[name].results for name in instruction.operands if name in known]
         kind = instruction.opcode.removesuffix("-start")
-        collectives = {kind: self._whole(instruction, operands)} if kind in _COLLECTIVES else {}
-        return product_flops(instruction, operands, self.kernel_flops), collectives
+        chain = _CHAIN.search(instruction.attributes)
+        found = _Collective(kind, chain[1] if chain else "", self._whole(instruction, operands))
+        return product_flops(instruction, operands, self.kernel_flops), (found,) if kind in _COLLECTIVES else ()
 
     @functools.cache  # noqa: B019  lives as long as its program
-    def _fused(self, name: str) -> tuple[int, dict[str, int]]:
-        total: collections.Counter[str] = collections.Counter()
-        flops = 0
-        for instruction in self.program.computations[name]:
-            own, collectives = self._inside(instruction, name)
-            flops += own
-            total.update(collectives)
-        return flops, dict(total)
+    def _fused(self, name: str) -> tuple[int, tuple[_Collective, ...]]:
+        parts = [self._inside(instruction, name) for instruction in self.program.computations[name]]
+        return sum(flops for flops, _ in parts), tuple(found for _, collectives in parts for found in collectives)
 
     @staticmethod
     def _whole(instruction: Instruction, operands: list) -> int:

@@ -138,6 +138,20 @@ def test_collectives_in_whole_arrays_and_what_a_ring_sends():
     assert counts.link_bytes(1) == 0
 
 
+def test_a_collective_that_goes_on_beside_other_kernels_counts_once():
+    others = "".join(
+        f"""
+%fused.{n} (p: f32[4,8]) -> f32[16,8] {{
+  %p = f32[4,8] parameter(0)
+  ROOT %g.{n} = f32[16,8] all-gather(%p), dimensions={{0}}, frontend_attributes={{chain_id="{chain}"}}
+}}
+"""
+        for n, chain in enumerate((7, 7, 8))
+    )
+    fusions = [f"%f.{n} = f32[16,8] fusion(%a), kind=kCustom, calls=%fused.{n}" for n in range(3)]
+    assert count(program("%a = f32[4,8] parameter(0)", *fusions, others=others)).collectives == {"all-gather": 2 * 512}
+
+
 def test_a_text_without_a_program():
     with pytest.raises(ValueError, match="no entry computation"):
         parse("HloModule m")
