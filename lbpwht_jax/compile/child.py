@@ -11,9 +11,9 @@ import jax
 
 from lbpwht_jax.bench.program import measured_model, step_program
 from lbpwht_jax.compile.chips import Chip
-from lbpwht_jax.compile.count import Counts, count
-from lbpwht_jax.compile.hlo import Program, parse
-from lbpwht_jax.compile.kernels import kernel_flops
+from lbpwht_jax.compile.count import Counts
+from lbpwht_jax.compile.hlo import Program
+from lbpwht_jax.compile.lowered import compile_traced
 from lbpwht_jax.compile.request import Request, Row
 from lbpwht_jax.compile.targets import Target, parse_target
 from lbpwht_jax.train import Placement, bytes_on_a_device
@@ -38,13 +38,11 @@ def compile_request(request: Request) -> Row:
     traced = program.step.trace(*arguments)
     row = Row(request.model, request.method, request.target, request.batch_size)
     try:
-        compiled = traced.lower().compile(compiler_options=target.compiler_options)
+        compiled, compiled_program, counts = compile_traced(traced, target)
     except jax.errors.JaxRuntimeError as error:
         if not _FULL.search(str(error)):
             raise
         return dataclasses.replace(row, argument_bytes=bytes_on_a_device(arguments), fits=False)
-    compiled_program = parse(compiled.as_text() or "")
-    counts = count(compiled_program, kernel_flops(traced.jaxpr.jaxpr))
     row = dataclasses.replace(_measured(row, compiled.memory_analysis(), target), attention=_attention(compiled_program))
     return _counted(row, counts, compiled.cost_analysis(), target, request.kernels)
 
@@ -103,15 +101,21 @@ def _attention(program: Program) -> str:
     return "kernel" if any(_KERNEL.search(call.source) for call in calls) else "plain"
 
 
-def main(request: str, result: str) -> None:
-    """Compiles the request, JSON, and writes the row, JSON, into a file."""
+def main(request: str, result: str) -> int:
+    """Compiles the request, JSON, and writes the row, JSON, into a file; returns the exit code."""
     asked = Request(**json.loads(request))
     target = parse_target(asked.target)
     jax.config.update("jax_platforms", "cpu")
     if target.platform == "cpu":
         jax.config.update("jax_num_cpu_devices", target.devices)
-    Path(result).write_text(json.dumps(dataclasses.asdict(compile_request(asked))))
+    try:
+        row = compile_request(asked)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 1
+    Path(result).write_text(json.dumps(dataclasses.asdict(row)))
+    return 0
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    sys.exit(main(*sys.argv[1:]))

@@ -15,6 +15,8 @@ Platform = Literal["tpu", "cuda", "cpu"]
 
 # What libtpu calls a chip's topologies, the axes these have, and the chips of one host.
 _TPUS = {"v4": ("v4", 3, 4), "v5e": ("v5e", 2, 8), "v5p": ("v5", 3, 4), "v6e": ("v6e", 2, 8)}
+# A v4's two cores make one device, as they do for JAX on the machine itself.
+_ONE_DEVICE = {"v4": {"chip_config_name": "megacore"}}
 # XLA's flags for a GPU that is not there: its products cannot be timed, so cuBLAS takes them, untimed.
 _GPU_OPTIONS = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
 # The GPU as XLA's GpuTargetConfigProto describes it (openxla/xla, xla/backends/gpu/target_config/specs).
@@ -96,9 +98,9 @@ class Target:
                 found = topologies.get_topology_desc(platform="cuda", target_config=_GPUS[self.chip], topology=shape)
             else:
                 name, axes, per_host = _TPUS[self.chip]
-                bounds = _host_bounds(self.shape, axes, per_host)
+                options = _host_bounds(self.shape, axes, per_host) | _ONE_DEVICE.get(self.chip, {})
                 shape = "x".join(map(str, self.shape))
-                found = topologies.get_topology_desc(platform="tpu", topology_name=f"{name}:{shape}", **bounds)
+                found = topologies.get_topology_desc(platform="tpu", topology_name=f"{name}:{shape}", **options)
         except (RuntimeError, NotImplementedError) as error:
             raise ValueError(f"target {self.name!r}: the compiler knows no such machine: {error}") from None
         return list(found.devices)
