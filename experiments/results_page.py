@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import results_accuracy as accuracy
+import results_compile as compiled
 import results_costs as costs
 import results_readme
 import transfer_report
@@ -46,6 +47,8 @@ SECTIONS: tuple[tuple[str, str, str, Section], ...] = (
     ("Times of a training step", "bench_step", _STEP.format(train="all"), costs.bench_step),
     ("Times of a step that trains the last stage", "bench_step_last_stage", _STEP.format(train="last_stage"), costs.bench_step),
     ("Times of other models' steps", "bench_step_others", _OTHERS, costs.bench_step),
+    ("Steps on machines that are not there", "compile_tables", "compile_tables.py", compiled.tables),
+    ("What compiles for them", "compile_families", "compile_families.py", compiled.families),
     ("Speed of the loader", "loader_speed", "loader_speed.py", costs.loader_speed),
     ("Interrupted and resumed runs", "kill_and_resume", "kill_and_resume.py", costs.kill_and_resume),
     ("A long run", "soak", "soak.py", costs.soak),

@@ -4,7 +4,7 @@ import dataclasses
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,13 +13,13 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from lbpwht_jax.adaptation.presets import Train, adapted_model
+from lbpwht_jax.adaptation.presets import Train
+from lbpwht_jax.bench.program import measured_model, step_program
 from lbpwht_jax.bench.timing import interleaved, keep_freed_memory, machine
-from lbpwht_jax.cost.backward import backward_flops, residual_bytes
+from lbpwht_jax.cost.backward import backward_flops
 from lbpwht_jax.data import Batch
-from lbpwht_jax.models import model_info
 from lbpwht_jax.runs.folder import write_json
-from lbpwht_jax.train import Recipe, initial_state, make_train_step
+from lbpwht_jax.train import Placement, initial_state
 
 _MODELS = ("efficientformer_l1", "vit_small_patch16_224", "swinv2_tiny_window8_256")
 _METHODS = ("full", "lp_l1-2", "lp_l1-4", "lp_l1-6", "lp_l1-8", "lora_all-8", "full+remat")
@@ -74,7 +74,7 @@ class Step:
     """What is trained: all; last_stage, with the head; or head, with LoRA's branches."""
     batch_size: int = 16
     """Images per step."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: DType = "float32"
     """The dtype of the computation; parameters and the optimiser's state are float32."""
     rounds: int = 7
     """Number of samples of each time; the median counts."""
@@ -98,8 +98,7 @@ class Step:
         return self._run
 
     def _model(self, model: str, method: str) -> Any:
-        fields = {"dtype": None if self.dtype == "float32" else jnp.dtype(self.dtype), "remat": method.endswith("+remat")}
-        return adapted_model(model, method.removesuffix("+remat"), self.train, _CLASSES, when="faster", **fields)
+        return measured_model(model, method, self.train, _CLASSES, self.dtype)
 
     def _run(self) -> None:
         self.output.mkdir(parents=True, exist_ok=True)
@@ -113,21 +112,19 @@ class Step:
         console.print(f"Written to {self.output}/step.json and step.png", soft_wrap=True)
 
     def _measure(self, name: str, console: Console) -> list[Row]:
-        info = model_info(name)
-        recipe = Recipe(1, self.batch_size)
-        optimizer = recipe.optimizer(1000)
+        placement = Placement(devices=jax.devices()[:1])
         models = {method: self._model(name, method) for method in self.methods}
-        base = next(iter(models.values())).module
-        shape = (base.image_size, base.image_size, info.images.channels)
-        variables = jax.jit(base.init)(jax.random.key(0), jnp.zeros((1, *shape)))
+        programs = {method: step_program(name, model, self.batch_size, _CLASSES, placement) for method, model in models.items()}
+        shape = programs[self.methods[0]].image_shape
+        variables = jax.jit(models[self.methods[0]].module.init)(jax.random.key(0), jnp.zeros((1, *shape)))
         batch = _batch(self.batch_size, shape)
         functions, peaks, losses, saved, flops = {}, {}, {}, {}, {}
-        for method, model in models.items():
+        for method, program in programs.items():
+            model = program.model
             own = model.with_branches(jax.random.key(1), variables)
             saved[method], flops[method] = residual_bytes(model, own, shape), backward_flops(model, own, shape)
-            step = make_train_step(model, info, optimizer, recipe, base.image_size, _CLASSES)
-            held = [initial_state(own, optimizer, model.trainable)]
-            compiled = jax.jit(step, donate_argnums=0).lower(held[0], batch).compile()
+            held = [initial_state(own, program.optimizer, model.trainable)]
+            compiled = program.step.lower(held[0], batch).compile()
             memory = compiled.memory_analysis()
             peaks[method] = getattr(memory, "peak_memory_in_bytes", 0) if jax.default_backend() != "cpu" else 0
 

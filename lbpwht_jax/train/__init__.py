@@ -4,7 +4,7 @@ from lbpwht_jax.train.evaluation import Evaluation, Evaluator, loading
 from lbpwht_jax.train.placement import Placement, Shard, bytes_on_a_device
 from lbpwht_jax.train.recipe import Recipe
 from lbpwht_jax.train.state import TrainState, everything, initial_state
-from lbpwht_jax.train.step import Metrics, Sums, make_eval_step, make_train_step, normalise
+from lbpwht_jax.train.step import Metrics, Sums, make_eval_step, make_train_step, normalise, placed_step
 from lbpwht_jax.train.trainer import Diverged, Epoch, Snapshot, Step, Trainer
 
 __all__ = [
@@ -28,4 +28,5 @@ __all__ = [
     "make_eval_step",
     "make_train_step",
     "normalise",
+    "placed_step",
 ]

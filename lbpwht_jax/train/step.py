@@ -9,6 +9,7 @@ import optax
 
 from lbpwht_jax.data import Batch, make_augmentation
 from lbpwht_jax.models.info import ModelInfo
+from lbpwht_jax.train.placement import Placement
 from lbpwht_jax.train.recipe import Recipe
 from lbpwht_jax.train.state import TrainState
 
@@ -97,6 +98,16 @@ def make_train_step(
         return kept._replace(frozen=state.frozen, diverged=~good), Metrics(loss, accuracy, norm)
 
     return step
+
+
+def placed_step(step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]], placement: Placement) -> Any:
+    """A training step under ``jax.jit``: the state given is donated, the new one lives where ``placement`` has it."""
+
+    def placed(state: TrainState, batch: Any):
+        state, metrics = step(state, batch)
+        return jax.lax.with_sharding_constraint(state, placement.of_state(state)), metrics
+
+    return jax.jit(placed, donate_argnums=0)
 
 
 def _accumulated(gradients: Callable, parts: int, others: Any, key: jax.Array, *arrays: jax.Array, average_over: str | None):

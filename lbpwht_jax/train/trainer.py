@@ -15,7 +15,7 @@ from lbpwht_jax.train.evaluation import Evaluator, loading
 from lbpwht_jax.train.placement import Placement
 from lbpwht_jax.train.recipe import Recipe
 from lbpwht_jax.train.state import TrainState, everything, initial_state
-from lbpwht_jax.train.step import Metrics, make_train_step
+from lbpwht_jax.train.step import Metrics, make_train_step, placed_step
 
 
 class Step(NamedTuple):
@@ -135,12 +135,7 @@ class Trainer:
         """The compiled ``step(state, batch) -> (state, metrics)``, which reuses the memory of the state it is given."""
         recipe, classes = self.recipe, len(self.dataset.classes)
         step = make_train_step(self.model, self.info, self._optimizer, recipe, self.image_size, classes)
-
-        def placed(state, batch):
-            state, metrics = step(state, batch)
-            return jax.lax.with_sharding_constraint(state, self.placement.of_state(state)), metrics
-
-        return jax.jit(placed, donate_argnums=0)
+        return placed_step(step, self.placement)
 
     @functools.cached_property
     def loading(self) -> Loading:

@@ -1,0 +1,44 @@
+"""The results page's sections on what compilers say of machines that are not there."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from transfer_report import markdown, prose
+
+_MEASURES = (("temp_bytes", 2**20, 0), ("moved_bytes", 1e9, 1), ("roofline_seconds", 1e-3, 1))
+
+
+def tables(results: Mapping[str, Any]) -> str:
+    """Low rank beside full backpropagation, by the compilers' counts."""
+    rows, full = [], {(row["model"], row["target"]): row for row in results["rows"] if row["method"] == "full"}
+    for row in results["rows"]:
+        first, cells = full.get((row["model"], row["target"]), {}), []
+        for name, unit, digits in _MEASURES:
+            value, whole = row.get(name), first.get(name)
+            cells.append("" if value is None else f"{value / unit:,.{digits}f}")
+            cells.append(f"{value / whole:.2f}" if value and whole else "")
+        rows.append([row["model"], row["target"], row["method"], *cells, row.get("attention") or "does not compile"])
+    size = results["rows"][0]["batch_size"]
+    text = f"""
+        A training step of {size} images in bfloat16, all layers trained, on one chip. These are the counts of compilers for
+        machines that were not there, and no clock's: temporaries as the compiler lays them out, the bytes that its program
+        moves and, for the GPU, the sum over its kernels of the time that their products or their bytes take at least. JAX
+        {results["jax"]}.
+    """
+    header = ["model", "machine", "method", "temporaries, MiB", "of full", "moved, GB", "of full", "roofline, ms", "of full"]
+    return f"{prose(text)}\n\n{markdown([*header, 'attention'], rows)}"
+
+
+def families(results: Mapping[str, Any]) -> str:
+    """Which steps compile."""
+    targets = list(dict.fromkeys(row["target"] for row in results["rows"]))
+    cases: dict[tuple[str, str, str], dict[str, str]] = {}
+    for row in results["rows"]:
+        said = "no" if "error" in row else "yes"
+        cases.setdefault((row["model"], row["method"], row["train"]), {})[row["target"]] = said
+    rows = [[*case, *(said.get(target, "") for target in targets)] for case, said in cases.items()]
+    compiled = sum("error" not in row for row in results["rows"])
+    text = (
+        f"{compiled} of {len(results['rows'])} training steps compile for machines that were not there (JAX {results['jax']})."
+    )
+    return f"{text}\n\n{markdown(['model', 'method', 'trained', *targets], rows)}"

@@ -1,0 +1,73 @@
+"""The command ``lbpwht compile``."""
+
+import dataclasses
+import json
+import sys
+from collections.abc import Callable
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+
+from lbpwht_jax.adaptation.presets import Train
+from lbpwht_jax.bench.program import DType
+from lbpwht_jax.compile.compiling import CompilerError, check, compile_model
+from lbpwht_jax.compile.report import as_json, kernel_table, table
+from lbpwht_jax.runs.config import When
+from lbpwht_jax.train import Shard
+
+
+@dataclasses.dataclass(frozen=True)
+class Compile:
+    """Compiles a model's training step for a machine that need not be there, and says what it takes of each chip.
+
+    The step is the one that "lbpwht finetune" runs. Nothing runs: bytes, FLOPs and kernels are what the compiler plans, and
+    times are the least that a chip's limits allow, no clock's. Needs the extra [compile], but for the target cpu.
+    """
+
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
+    """Name of the model; "lbpwht models" lists them."""
+    methods: tuple[str, ...] = ("full", "lp_l1-4")
+    """Short names, as for "lbpwht finetune"; "+remat" computes each block again in the backward pass."""
+    target: str = "cpu:1"
+    """The machine: v5e:2x2, v6e:1x1, v5p:2x2x1, v4:2x2x1 (TPUs, on several hosts too, such as v5e:16x16), h100, or cpu:1
+    (this machine's compiler, so many devices)."""
+    batch_size: int = 64
+    """Images per step, over all chips."""
+    dtype: DType = "float32"
+    """Dtype of the computation; parameters and the optimiser's state are float32."""
+    train: Train = "all"
+    """What is trained: all; last_stage, with the head; or head, with LoRA's branches."""
+    num_classes: int = 1000
+    """Outputs of the head."""
+    when: When = "faster"
+    """Which of a method's layers are low-rank: faster (those that it is predicted to speed up) or always (all of them)."""
+    shard: Shard = "data"
+    """What the chips share: data (the batch; the state is on each) or params (parameters and optimiser state too)."""
+    fit: bool = False
+    """Also looks for the largest batch that fits a chip's memory, to within a 64th; compiles up to ten times."""
+    kernels: bool = False
+    """Also names the ten kernels of a GPU that take the most."""
+    json: bool = False
+    """Prints a list of rows as JSON instead of a table."""
+
+    def prepare(self) -> Callable[[], None]:
+        """Checks the arguments; raises as ``compile_model`` does."""
+        check(**self._arguments())
+        return self._run
+
+    def _arguments(self) -> dict:
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "json"}
+
+    def _run(self) -> None:
+        failures: dict[str, CompilerError] = {}
+        rows = compile_model(**self._arguments(), failed=failures.__setitem__)
+        if self.json:
+            print(json.dumps(as_json(rows, self.fit, self.kernels), indent=2))
+        elif rows:
+            console = Console(width=None if sys.stdout.isatty() else 240)
+            console.print(table(rows, self.fit))
+            for row in rows if self.kernels else ():
+                console.print(kernel_table(row))
+        if failures:
+            raise ValueError("\n".join(map(str, failures.values())))

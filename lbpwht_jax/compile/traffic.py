@@ -1,0 +1,88 @@
+"""Bytes that one instruction of a compiled program reads and writes in the chip's memory.
+
+Each distinct operand is read once and each result written once. Who takes a slice of an operand reads the slice; who updates a
+slice in place writes the slice; scratch memory of cuBLAS and cuDNN is left out.
+"""
+
+from collections.abc import Mapping
+
+from lbpwht_jax.compile.hlo import Array, Instruction, Program
+
+SLICES = {"slice", "dynamic-slice", "gather"}
+_UPDATE = "dynamic-update-slice"
+_SAME = {"bitcast", "reshape", "copy", "convert"}  # between an update and a fusion's result
+
+
+def moved_bytes(instruction: Instruction, known: Mapping[str, Instruction], program: Program) -> int:
+    """Bytes read and written.
+
+    Args:
+      instruction: one that runs.
+      known: the instructions beside it by name.
+      program: whose computations a fusion calls.
+    """
+    kind = instruction.opcode.removesuffix("-start")
+    if kind in SLICES:
+        return 2 * _last_array(instruction).bytes
+    if kind == _UPDATE:
+        return 2 * known[instruction.operands[1]].result_bytes
+    if kind != instruction.opcode:  # the results name the operands too
+        return 2 * sum(known[name].result_bytes for name in instruction.operands if name in known)
+    body = program.computations[instruction.called("calls") or ""] if kind == "fusion" else ()
+    parameters = {int(i.inner): i for i in body if i.opcode == "parameter"}
+    read: dict[tuple[str, int], int] = {}
+    for n, name in enumerate(instruction.operands):
+        size = known[name].result_bytes if name in known else 0
+        if n in parameters:
+            size = _read(parameters[n], body, size)
+        key = _buffer(name, known)
+        read[key] = max(read.get(key, 0), size)
+    return sum(read.values()) + _written(instruction, body)
+
+
+def _last_array(instruction: Instruction) -> Array:
+    """The slice among ``(operand, slice, flag)``, or the only result."""
+    arrays = [array for array in instruction.results if array.shape]
+    return arrays[-1] if arrays else instruction.results[0]
+
+
+def _read(parameter: Instruction, body: tuple[Instruction, ...], size: int) -> int:
+    """Bytes a fusion reads of an operand: its slices where it takes no more, nothing of what it updates in place."""
+    total = 0
+    for user in (i for i in body if parameter.name in i.operands):
+        if user.opcode == "bitcast":
+            total += _read(user, body, size)
+        elif user.opcode in SLICES and user.operands[0] == parameter.name:
+            total += user.result_bytes
+        elif user.opcode != _UPDATE or user.operands[0] != parameter.name:
+            return size
+    return min(total, size)
+
+
+def _written(instruction: Instruction, body: tuple[Instruction, ...]) -> int:
+    inner = {i.name: i for i in body}
+    root = next((i for i in body if i.root), None)
+    if root is None or not any(i.opcode == _UPDATE for i in body):
+        return sum(array.bytes for array in instruction.results if not _is_workspace(instruction, array))
+    return sum(_written_by(name, inner) for name in (root.operands if root.opcode == "tuple" else (root.name,)))
+
+
+def _written_by(name: str, inner: Mapping[str, Instruction]) -> int:
+    size = inner[name].result_bytes
+    while inner[name].opcode in _SAME:
+        name = inner[name].operands[0]
+    return inner[inner[name].operands[1]].result_bytes if inner[name].opcode == _UPDATE else size
+
+
+def _is_workspace(instruction: Instruction, array: Array) -> bool:
+    """Whether a result of a call of cuBLAS or cuDNN is scratch memory: bytes in a row."""
+    return instruction.target.startswith("__cu") and array.dtype in ("s8", "u8") and len(array.shape) == 1
+
+
+def _buffer(name: str, known: Mapping[str, Instruction]) -> tuple[str, int]:
+    """What an operand is, whichever way it is looked at: an instruction's name, and which of its results."""
+    while name in known and known[name].opcode == "bitcast":
+        name = known[name].operands[0]
+    if name in known and known[name].opcode == "get-tuple-element":
+        return known[name].operands[0], int(known[name].attributes.partition("index=")[2].partition(",")[0])
+    return name, -1
