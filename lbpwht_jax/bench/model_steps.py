@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import jax
@@ -14,7 +14,7 @@ from lbpwht_jax.bench.timing import interleaved
 from lbpwht_jax.cost import backward_flops, residual_bytes
 from lbpwht_jax.data import Batch
 from lbpwht_jax.models import model_info
-from lbpwht_jax.train import Recipe, initial_state, make_train_step
+from lbpwht_jax.train import Recipe, TrainState, initial_state, make_train_step
 
 DType = Literal["float32", "bfloat16"]
 CLASSES = 100
@@ -50,21 +50,32 @@ class StepRow:
     peak_bytes: int | None
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
 class PreparedStep:
-    """A compiled training step that has run once.
+    """A compiled training step that always gets the same batch.
 
     Attributes:
-      run: makes the next step, always on the same batch; returns its metrics.
-      loss: of the first step.
       backward_flops, saved_bytes, peak_bytes: as in ``StepRow``.
     """
 
-    run: Callable[[], Any]
-    loss: float
-    backward_flops: int
-    saved_bytes: int
-    peak_bytes: int | None
+    def __init__(self, compiled: Any, state: TrainState, batch: Batch, counts: tuple[int, int]):
+        self._compiled, self._state, self._batch = compiled, state, batch
+        self._first: Any = None
+        self.backward_flops, self.saved_bytes = counts
+        self.peak_bytes = _planned_peak(compiled)
+
+    def run(self) -> Any:
+        """Makes the next step and returns its metrics, which may still be on their way."""
+        self._state, metrics = self._compiled(self._state, self._batch)
+        if self._first is None:
+            self._first = metrics
+        return metrics
+
+    @property
+    def loss(self) -> float:
+        """The loss of the first step, which is made if it has not been."""
+        if self._first is None:
+            self.run()
+        return float(self._first.loss)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -99,7 +110,7 @@ class ModelSteps:
         return adapted_model(self.model, method.removesuffix(_REMAT), self.train, CLASSES, when="faster", **fields)
 
     def prepare(self, method: str) -> PreparedStep:
-        """Compiles a method's step and makes the first one.
+        """Compiles a method's step.
 
         Raises:
           ValueError: if the model or the method is unknown.
@@ -109,15 +120,10 @@ class ModelSteps:
         own = model.with_branches(jax.random.key(1), self._variables)
         optimizer = recipe.optimizer(1000)
         step = make_train_step(model, model_info(self.model), optimizer, recipe, self._image[0], CLASSES)
-        held, batch = [initial_state(own, optimizer, model.trainable)], self._batch
-        compiled = jax.jit(step, donate_argnums=0).lower(held[0], batch).compile()
-
-        def run() -> Any:
-            held[0], metrics = compiled(held[0], batch)
-            return metrics
-
+        state = initial_state(own, optimizer, model.trainable)
+        compiled = jax.jit(step, donate_argnums=0).lower(state, self._batch).compile()
         counts = backward_flops(model, own, self._image), residual_bytes(model, own, self._image)
-        return PreparedStep(run, float(run().loss), *counts, _planned_peak(compiled))
+        return PreparedStep(compiled, state, self._batch, counts)
 
     @functools.cached_property
     def _image(self) -> tuple[int, int, int]:
@@ -126,7 +132,8 @@ class ModelSteps:
 
     @functools.cached_property
     def _variables(self) -> Any:
-        return jax.jit(self.adapted("full").module.init)(jax.random.key(0), jnp.zeros((1, *self._image)))
+        """On the host, so that the device holds no more than the states of the steps."""
+        return jax.device_get(jax.jit(self.adapted("full").module.init)(jax.random.key(0), jnp.zeros((1, *self._image))))
 
     @functools.cached_property
     def _batch(self) -> Batch:
