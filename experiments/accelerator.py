@@ -56,7 +56,7 @@ WITHOUT_DEVICE = ("memory", "roofline")  # their own processes leave the device 
 def problems(file: Path, part: str) -> list[str]:
     """The rows of a part that could not be measured."""
     rows = read(file)["parts"].get(part, {}).get("rows", [])
-    return [f"{part}: {row['name']}: {row['error']}" for row in rows if "error" in row]
+    return [f"{part}: {row['name']}: {row['failed']}" for row in rows if "failed" in row]
 
 
 def main(

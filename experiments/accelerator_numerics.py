@@ -181,5 +181,5 @@ def run(job: Job) -> None:
     rows = fill(job.file, "numerics", {"machine": job.machine, "bounds": bounds}, wanted, job.settings.minutes)
     broken = [row for row in rows if not row.get("within")]
     if broken:
-        lines = [f"{row['name']}: {row.get('error') or row['errors']}, bound {row.get('bound')}" for row in broken]
+        lines = [f"{row['name']}: {row.get('failed') or row['errors']}, bound {row.get('bound')}" for row in broken]
         raise ValueError("differences from float64 that are larger than their bounds:\n" + "\n".join(lines))

@@ -125,18 +125,19 @@ def finetune(rows: Rows) -> str:
     for row in rows:
         accuracies = ", ".join(f"{100 * epoch['test_accuracy']:.1f} %" for epoch in row["epochs"]) or "no epoch was finished"
         weights = "random weights" if row["pretrained"] == "none" else row["pretrained"]
-        parts.append(
-            f"`{row['model']}` with {row['method']} on CIFAR-10 from {weights}, batch {row['batch']}: {row['steps']:,} steps in "
-            f"{row['training_seconds']:,.0f} s, {row['images_per_second']:,.0f} images/s at the median, loading included. "
-            f"Test accuracy after each epoch: {accuracies}."
-        )
+        text = f"""
+            `{row["model"]}` with {row["method"]} on CIFAR-10 from {weights}, batch {row["batch"]}: {row["steps"]:,} steps in
+            {row["training_seconds"]:,.0f} s, {row["images_per_second"]:,.0f} images/s at the median, loading included. Test
+            accuracy after each epoch: {accuracies}.
+        """
+        parts.append(prose(text))
     return "\n\n".join(parts)
 
 
 def device(results: Mapping[str, Any]) -> str:
     """The section of one device."""
     parts = results["parts"]
-    good = {name: [row for row in part["rows"] if "error" not in row] for name, part in parts.items()}
+    good = {name: [row for row in part["rows"] if "failed" not in row] for name, part in parts.items()}
     by_name = {name: {row["name"]: row for row in good.get(name, [])} for name in ("memory", "roofline")}
     writers = {
         "numerics": ("Numerics", numerics),
@@ -155,7 +156,7 @@ def device(results: Mapping[str, Any]) -> str:
         text.append(write(good[name]) if good.get(name) else "Not measured yet.")
     missing = [f"- {name}: {row}" for name, part in parts.items() for row in part["left_out"]]
     missing += [
-        f"- {name}: {row['name']}: {row['error']}" for name, part in parts.items() for row in part["rows"] if "error" in row
+        f"- {name}: {row['name']}: {row['failed']}" for name, part in parts.items() for row in part["rows"] if "failed" in row
     ]
     if missing:
         text += ["### Not measured", "\n".join(missing)]

@@ -103,7 +103,7 @@ def fill(
         longest = max(longest, ended - begun)
         here["seconds"] = before + ended - started
         write_json(file, results)
-        print(f"{part}: {name} ({ended - begun:.0f} s){': ' + row['error'] if 'error' in row else ''}", flush=True)
+        print(f"{part}: {name} ({ended - begun:.0f} s){': ' + row['failed'] if 'failed' in row else ''}", flush=True)
     for name in here["left_out"]:
         print(f"{part}: no time for {name}; the next run begins with it", flush=True)
     return here["rows"]
@@ -113,4 +113,4 @@ def _row(name: str, measure: Callable[[], Row]) -> Row:
     try:
         return {"name": name, **measure()}
     except jax.errors.JaxRuntimeError as error:
-        return {"name": name, "error": str(error).strip().splitlines()[0][:300]}
+        return {"name": name, "failed": str(error).strip().splitlines()[0][:300]}

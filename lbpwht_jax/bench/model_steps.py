@@ -73,9 +73,8 @@ class PreparedStep:
     @property
     def loss(self) -> float:
         """The loss of the first step, which is made if it has not been."""
-        if self._first is None:
-            self.run()
-        return float(self._first.loss)
+        first = self.run() if self._first is None else self._first
+        return float(first.loss)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -126,14 +125,17 @@ class ModelSteps:
         return PreparedStep(compiled, state, self._batch, counts)
 
     @functools.cached_property
+    def _module(self) -> Any:
+        return self.adapted("full").module
+
+    @functools.cached_property
     def _image(self) -> tuple[int, int, int]:
-        module = self.adapted("full").module
-        return (module.image_size, module.image_size, model_info(self.model).images.channels)
+        return (self._module.image_size, self._module.image_size, model_info(self.model).images.channels)
 
     @functools.cached_property
     def _variables(self) -> Any:
         """On the host, so that the device holds no more than the states of the steps."""
-        return jax.device_get(jax.jit(self.adapted("full").module.init)(jax.random.key(0), jnp.zeros((1, *self._image))))
+        return jax.device_get(jax.jit(self._module.init)(jax.random.key(0), jnp.zeros((1, *self._image))))
 
     @functools.cached_property
     def _batch(self) -> Batch:
