@@ -74,7 +74,7 @@ def main(
     Raises:
       SystemExit: if a part fails, after the others; if the JSON file is of another device.
     """
-    parts, cache = parts or tuple(PARTS), settings.work / "compiled"
+    parts, cache = parts or tuple(PARTS), (settings.work / "compiled").resolve()
     if settings.output and settings.output.exists() and set(parts) <= {"roofline"}:
         here = {"device": read(settings.output)["device"]}
     else:

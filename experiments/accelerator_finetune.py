@@ -56,20 +56,30 @@ def measure(settings: Settings, folder: Path) -> Row:
 
 
 def _finetune(arguments: list[str], seconds: float) -> None:
-    """Runs ``lbpwht finetune``, which saves and stops at SIGTERM, for some seconds; the signal is ignored around it."""
+    """Runs ``lbpwht finetune``, which saves and stops at SIGTERM, for some seconds; around its training SIGTERM is ignored."""
     before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    timer = threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGTERM))
-    timer.start()
+    ended, sent = threading.Event(), threading.Event()
+    threading.Thread(target=_stop, args=(seconds, ended, sent), daemon=True).start()
     try:
         code = lbpwht(["finetune", *arguments])
-        in_time = timer.is_alive()
     finally:
-        timer.cancel()
+        ended.set()
         signal.signal(signal.SIGTERM, before)
-    if code == _STOPPED and in_time:
+    if code == _STOPPED and not sent.is_set():
         raise RuntimeError("lbpwht finetune was stopped before its time was over; the next run goes on with it")
     if code not in (0, _STOPPED):
         raise RuntimeError(f"lbpwht finetune ended with exit code {code}; its messages say why")
+
+
+def _stop(seconds: float, ended: threading.Event, sent: threading.Event) -> None:
+    """Sends SIGTERM once after some seconds, as soon as it is no longer ignored, unless the run has ended."""
+    if ended.wait(seconds):
+        return
+    while signal.getsignal(signal.SIGTERM) == signal.SIG_IGN:
+        if ended.wait(0.1):
+            return
+    sent.set()
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def run(job: Job) -> None:

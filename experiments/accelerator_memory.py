@@ -42,7 +42,7 @@ def measure(cache: Path, model: str, method: str, batch_size: int) -> Row:
 
 def run(job: Job) -> None:
     """Measures the part for one model; this process leaves the device alone."""
-    settings, cache = job.settings, job.settings.work / "compiled"
+    settings, cache = job.settings, (job.settings.work / "compiled").resolve()
     wanted = {
         f"{job.model} {method}": functools.partial(measure, cache, job.model, method, settings.batch_size)
         for method in settings.methods

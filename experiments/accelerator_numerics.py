@@ -44,7 +44,7 @@ CASES = {
     "prefix tokens": Case(lp_l1(4), (7, 7), 2),
     "official, prefix tokens": Case(_OFFICIAL(4), (5, 9), 1),
     "Linf": Case(lp_linf(2), (12, 9), 1),
-    "named functions": Case(LowRankSpec([(0, 0), (0, 1), (1, 0), (2, 1), (2, 0), (1, 1)]), (8, 8)),
+    "named functions": Case(LowRankSpec(((0, 0), (0, 1), (1, 0), (2, 1), (2, 0), (1, 1))), (8, 8)),
     "blocks of 4": Case(lp_l1(3, block=4), (6, 10)),
     "a grid smaller than a block": Case(lp_l1(2), (3, 3)),
     "one axis": Case(lp_l1(3, ndim=1), (20,), 1),

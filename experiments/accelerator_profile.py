@@ -18,7 +18,7 @@ METHODS = ("full", "lp_l1-4")
 STEPS, DEAREST = 5, 10
 
 
-def kernel_events(profile: ProfileData) -> Iterator[tuple[str, str, float]]:
+def kernel_events(profile: Any) -> Iterator[tuple[str, str, float]]:
     """What ran on the first device: each kernel's name, the operation of the compiled program it is of, and its seconds.
 
     A TPU's plane has a line of operations beside lines of steps and programs, which contain these; a GPU's has a line for each
@@ -40,11 +40,11 @@ def kernel_events(profile: ProfileData) -> Iterator[tuple[str, str, float]]:
                 yield event.name, str(operation or ""), event.duration_ns / 1e9
 
 
-def dearest(profile: ProfileData, steps: int) -> dict[str, Any]:
+def dearest(profile: Any, steps: int) -> dict[str, Any]:
     """The time of all kernels, and of the dearest ones by name; seconds and runs are those of one step.
 
     Args:
-      profile: of some steps.
+      profile: a ``jax.profiler.ProfileData`` of some steps.
       steps: how many.
     """
     seconds, runs, operations = defaultdict(float), defaultdict(int), defaultdict(set)

@@ -25,7 +25,7 @@ class Comparison:
     rounds: int
 
     @functools.cached_property
-    def _full(self) -> PreparedStep | jax.errors.JaxRuntimeError:
+    def _full(self) -> PreparedStep | RuntimeError:
         """The error, if the device's memory does not suffice."""
         try:
             step = self.steps.prepare(FULL)
