@@ -97,8 +97,9 @@ def commands() -> Iterator[str]:
 
 
 def generated() -> Iterator[str]:
-    """api.md, results.md and the README's figures are what their generators write."""
-    for generator in (DOCS / "make_api.py", ROOT / "experiments" / "results_page.py"):
+    """api.md, results.md, accelerators.md and the README's figures are what their generators write."""
+    experiments = ROOT / "experiments"
+    for generator in (DOCS / "make_api.py", experiments / "results_page.py", experiments / "accelerator_page.py"):
         done = subprocess.run([sys.executable, generator, "--check"], capture_output=True, text=True)
         if done.returncode:
             yield done.stderr.strip() or f"{generator.name} ended with {done.returncode}"

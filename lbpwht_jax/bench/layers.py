@@ -2,75 +2,23 @@
 
 import dataclasses
 import itertools
-import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 import tyro
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from lbpwht_jax.bench import authors_form
-from lbpwht_jax.bench.timing import bandwidth, interleaved, keep_freed_memory, machine, peak_flops
-from lbpwht_jax.ops.basis import projection_matrices
-from lbpwht_jax.ops.flops import product_flops
-from lbpwht_jax.ops.heuristic import predicted_speedup
-from lbpwht_jax.ops.matmul import low_rank_matmul
+from lbpwht_jax.bench.layer import STAGES, TABLE_8, LayerRow, Limits, measure_layer
+from lbpwht_jax.bench.timing import keep_freed_memory, machine
 from lbpwht_jax.ops.spec import LowRankSpec, lp_l1
 from lbpwht_jax.runs.folder import write_json
 
-# Input and output channels and grid: the layers of the paper's Table 8, then one of each other stage of EfficientFormer-L1.
-TABLE_8 = ((448, 1792, (7, 7)), (1792, 448, (7, 7)), (768, 3072, (7, 7)), (3072, 768, (7, 7)))
-STAGES = ((48, 192, (56, 56)), (96, 384, (28, 28)), (224, 896, (14, 14)))
 _BATCHES, _STAGE_BATCHES = (1, 64), (1, 16)
-# Largest difference from the reference, over the largest value: rounding of sums of up to 50,000 products.
-_TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2}
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """One layer at one rank.
-
-    Attributes:
-      inputs: input channels.
-      outputs: output channels.
-      grid: height and width of the token grid.
-      batch: number of images.
-      r: the r of LP_{L1-r}.
-      dense_seconds: time of the exact backward pass, which is two products.
-      seconds: time of the low-rank backward pass, including the projection of the input in the forward pass.
-      speedup: ``dense_seconds`` over ``seconds``.
-      flop_ratio: FLOPs of the exact matrix products over those of the low-rank ones, Walsh transforms included.
-      efficiency: ``speedup`` over ``flop_ratio``.
-      floor_seconds: least time that the low-rank pass can take: its FLOPs at the measured peak, or the bytes of its inputs and
-        outputs, each moved once, at the measured bandwidth, whichever takes longer.
-      over_floor: ``seconds`` over ``floor_seconds``.
-      authors_seconds: time of the authors' form, if asked for.
-      predicted: the speed-up that the automatic choice expects (``predicted_speedup``).
-      error: largest difference of a cotangent from the reference, over its largest value.
-    """
-
-    inputs: int
-    outputs: int
-    grid: tuple[int, int]
-    batch: int
-    r: int
-    dense_seconds: float
-    seconds: float
-    speedup: float
-    flop_ratio: float
-    efficiency: float
-    floor_seconds: float
-    over_floor: float
-    authors_seconds: float | None
-    predicted: float
-    error: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,99 +61,31 @@ class Layers:
     def _run(self, specs: dict[int, LowRankSpec]) -> None:
         self.output.mkdir(parents=True, exist_ok=True)
         kept = keep_freed_memory()
-        limits = {"peak_flops": peak_flops(jnp.dtype(self.dtype)), "bandwidth": bandwidth()}
+        limits = Limits.measured(jnp.dtype(self.dtype))
         cases = [(layer, self.batch or _BATCHES) for layer in TABLE_8] * (self.only != "stages")
         cases += [(layer, self.batch or _STAGE_BATCHES) for layer in STAGES] * (self.only != "table8")
-        rows: list[Row] = []
+        rows: list[LayerRow] = []
         console = Console(width=None if sys.stdout.isatty() else 140)
         for layer, batches in cases:
             for batch in batches:
-                new = self._measure(*layer, batch, specs, limits)
+                new = measure_layer(layer, batch, specs, self.dtype, self.rounds, limits, self.authors)
                 rows += new
                 for row in new:
                     console.print(_line(row), highlight=False)
-        result = {"machine": machine(), "dtype": self.dtype, "rounds": self.rounds, "keeps_freed_memory": kept, **limits}
-        write_json(self.output / "layers.json", {**result, "rows": [dataclasses.asdict(row) for row in rows]})
+        facts = {"machine": machine(), "dtype": self.dtype, "rounds": self.rounds, "keeps_freed_memory": kept}
+        result = {**facts, **limits._asdict(), "rows": [dataclasses.asdict(row) for row in rows]}
+        write_json(self.output / "layers.json", result)
         _plot(rows, self.output / "layers.png", f"{result['machine']['device']}, {self.dtype}")
         console.print(_table(rows))
         console.print(f"Written to {self.output}/layers.json and layers.png", soft_wrap=True)
 
-    def _measure(
-        self,
-        inputs: int,
-        outputs: int,
-        grid: tuple[int, int],
-        batch: int,
-        specs: dict[int, LowRankSpec],
-        limits: dict[str, float],
-    ) -> list[Row]:
-        keys = jax.random.split(jax.random.key(batch * inputs), 3)
-        tokens = math.prod(grid)
-        shapes = ((batch, tokens, inputs), (inputs, outputs), (batch, tokens, outputs))
-        x, kernel, g = (jax.random.normal(key, shape, self.dtype) for key, shape in zip(keys, shapes, strict=True))
-        passes = {0: _backward(lambda x, kernel: x @ kernel)}
-        for r, spec in specs.items():
-            passes[r] = _backward(lambda x, kernel, spec=spec: low_rank_matmul(x, kernel, spec, grid))
-        errors = {r: _error(passes[r](x, kernel, g), _reference(x, kernel, g, spec, grid)) for r, spec in specs.items()}
-        for r, error in errors.items():
-            if not error < _TOLERANCE[self.dtype]:
-                raise ValueError(f"{inputs}->{outputs} on {grid}, r={r}: off the reference by {error:.1e}; nothing was timed")
-        seconds = interleaved({str(r): (lambda f=f: f(x, kernel, g)) for r, f in passes.items()}, self.rounds)
-        slow = {}
-        if self.authors:
-            forms = {
-                r: jax.jit(lambda x, kernel, g, spec=spec: authors_form.backward(x, kernel, g, spec, grid))
-                for r, spec in specs.items()
-            }
-            slow = interleaved({str(r): (lambda f=f: f(x, kernel, g)) for r, f in forms.items()}, min(self.rounds, 3))
-        flops = {r: product_flops(f, x, kernel, g) for r, f in passes.items()}
-        moved = sum(array.nbytes for array in (x, kernel, g, x, kernel))
-        rows = []
-        for r in specs:
-            floor = max(flops[r] / limits["peak_flops"], moved / limits["bandwidth"])
-            speedup, ratio = seconds["0"] / seconds[str(r)], flops[0] / flops[r]
-            times = (seconds["0"], seconds[str(r)], speedup, ratio, speedup / ratio, floor, seconds[str(r)] / floor)
-            rows.append(
-                Row(
-                    inputs,
-                    outputs,
-                    grid,
-                    batch,
-                    r,
-                    *times,
-                    slow.get(str(r)),
-                    predicted_speedup(specs[r], grid, 0, inputs, outputs),
-                    errors[r],
-                )
-            )
-        return rows
 
-
-def _backward(product: Callable[[jax.Array, jax.Array], jax.Array]) -> Callable[..., tuple[jax.Array, jax.Array]]:
-    """The compiled cotangents of input and kernel; the forward product is not used and so not computed."""
-    return jax.jit(lambda x, kernel, g: jax.vjp(product, x, kernel)[1](g))
-
-
-def _reference(x: Any, kernel: Any, g: Any, spec: LowRankSpec, grid: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """Cotangents in float64 by the written-out matrices: dx of the first image, dW of all."""
-    analysis, synthesis = projection_matrices(spec, grid)
-    dw = np.zeros(kernel.shape)
-    for one_x, one_g in zip(x, g, strict=True):
-        dw += (analysis @ np.asarray(one_x, np.float64)).T @ (analysis @ np.asarray(one_g, np.float64))
-    return synthesis @ (analysis @ np.asarray(g[0], np.float64)) @ np.asarray(kernel, np.float64).T, dw
-
-
-def _error(cotangents: tuple[jax.Array, jax.Array], reference: tuple[np.ndarray, np.ndarray]) -> float:
-    pairs = zip((cotangents[0][0], cotangents[1]), reference, strict=True)
-    return max(float(np.abs(np.asarray(a, np.float64) - e).max() / np.abs(e).max()) for a, e in pairs)
-
-
-def _line(row: Row) -> str:
+def _line(row: LayerRow) -> str:
     name = f"{row.inputs}->{row.outputs} {row.grid[0]}x{row.grid[1]} batch {row.batch} r={row.r}"
     return f"{name}: {row.dense_seconds * 1e3:.2f} -> {row.seconds * 1e3:.2f} ms, {row.speedup:.2f}x"
 
 
-def _table(rows: list[Row]) -> Table:
+def _table(rows: list[LayerRow]) -> Table:
     table = Table(title="Backward pass of a dense layer")
     headings = (
         "layer",
@@ -237,7 +117,7 @@ def _table(rows: list[Row]) -> Table:
     return table
 
 
-def _plot(rows: list[Row], file: Path, title: str) -> None:
+def _plot(rows: list[LayerRow], file: Path, title: str) -> None:
     """Plots speed-up against FLOP ratio, one mark per row; on the diagonal, FLOPs run at the rate of the exact pass."""
     figure = Figure(figsize=(6, 5), layout="constrained")
     axes = figure.subplots()

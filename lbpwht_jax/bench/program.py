@@ -23,8 +23,8 @@ class StepProgram:
     """One training step as ``lbpwht finetune`` runs it with its default recipe.
 
     Attributes:
-      model: under the method's rules.
-      info: of the model.
+      model: the model under the method's rules.
+      info: what the registry knows of the model.
       recipe: its batch size, and how the step is made.
       classes: outputs of the model.
       placement: where the arrays live.
@@ -44,7 +44,7 @@ class StepProgram:
 
     @functools.cached_property
     def optimizer(self) -> Any:
-        """As the recipe makes it."""
+        """The optimiser that the recipe makes."""
         return self.recipe.optimizer(_STEPS)
 
     @functools.cached_property
@@ -80,7 +80,7 @@ def measured_model(
     """A model under a method, which may end in ``"+remat"``: each block is then computed again in the backward pass.
 
     Raises:
-      ValueError: as ``adapted_model`` does.
+      ValueError: if the model or the method is unknown.
     """
     fields = {"dtype": None if dtype == "float32" else jnp.dtype(dtype), "remat": method.endswith("+remat")}
     return adapted_model(name, method.removesuffix("+remat"), train, num_classes, when=when, **fields)

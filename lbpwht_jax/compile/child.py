@@ -16,6 +16,7 @@ from lbpwht_jax.compile.hlo import Program
 from lbpwht_jax.compile.lowered import compile_traced
 from lbpwht_jax.compile.request import Request, Row
 from lbpwht_jax.compile.targets import Target, parse_target
+from lbpwht_jax.ops.heuristic import choosing_for
 from lbpwht_jax.train import Placement, bytes_on_a_device
 
 _DEAREST = 10
@@ -32,10 +33,11 @@ def compile_request(request: Request) -> Row:
     """
     target = parse_target(request.target)
     placement = Placement(request.shard, target.open())
-    model = measured_model(request.model, request.method, request.train, request.num_classes, request.dtype, request.when)
-    program = step_program(request.model, model, request.batch_size, request.num_classes, placement)
-    arguments = program.abstract_state(), program.abstract_batch()
-    traced = program.step.trace(*arguments)
+    with choosing_for(target.platform):
+        model = measured_model(request.model, request.method, request.train, request.num_classes, request.dtype, request.when)
+        program = step_program(request.model, model, request.batch_size, request.num_classes, placement)
+        arguments = program.abstract_state(), program.abstract_batch()
+        traced = program.step.trace(*arguments)
     row = Row(request.model, request.method, request.target, request.batch_size)
     try:
         compiled, compiled_program, counts = compile_traced(traced, target)
