@@ -210,12 +210,12 @@ def low_rank_matmul(
       ``x`` and ``kernel`` have their dtypes.
 
     Raises:
-      TypeError: when tracing, if ``x`` or ``kernel`` is not floating point, ``spec`` is not a ``LowRankSpec``, ``grid`` is not
-        a tuple of integers or ``prefix_tokens`` is not an integer.
+      TypeError: when tracing, if ``x``, ``kernel`` or ``bias`` is not floating point, ``spec`` is not a ``LowRankSpec``,
+        ``grid`` is not a tuple of integers or ``prefix_tokens`` is not an integer.
       ValueError: when tracing, if the grid is missing or does not fit ``x`` or the spec, prefix tokens are given without a
         grid, the shapes of ``x``, ``kernel`` and ``bias`` do not fit, or no function of the selection exists on the grid.
     """
-    x, kernel = jnp.asarray(x), jnp.asarray(kernel)
+    x, kernel, bias = jnp.asarray(x), jnp.asarray(kernel), None if bias is None else jnp.asarray(bias)
     token_grid = check_operands(x, kernel, bias, spec, grid, prefix_tokens, name)
     prefix_tokens = operator.index(prefix_tokens)
     # Elsewhere the coefficients do not hold the bias's cotangent, or XLA shards it: JAX adds the bias, and differentiates it.
