@@ -54,7 +54,7 @@ def list_folder(path: Path) -> tuple[list[str], Callable[[str], bytes]]:
     if listing.left_out:
         shown = ", ".join(listing.left_out[:3]) + (", ..." if len(listing.left_out) > 3 else "")
         _LOG.warning(
-            "folder:%s: left out %d links to what is listed already or to a folder around them: %s",
+            "folder:%s: links left out, for what they lead to is listed already or is around them: %d (%s)",
             path,
             len(listing.left_out),
             shown,

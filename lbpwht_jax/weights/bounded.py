@@ -19,7 +19,7 @@ def open_regular(path: str | os.PathLike) -> BinaryIO:
     file = os.fdopen(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)), "rb")
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
-        raise OSError(f"{os.fspath(path)} is no regular file, but a pipe or a device")
+        raise OSError("it is no regular file, but a pipe or a device")
     return file
 
 

@@ -70,8 +70,10 @@ def class_names(source: str | os.PathLike, *, offline: bool = False) -> list[str
     """
     path = local_file(source) or _download(os.fspath(source).removeprefix("hf-hub:"), offline)
     text = read_header(path).get("classes") if path.suffix == ".safetensors" else None
-    names = None if text is None else parse_json(text, f"{path}: classes")
-    if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+    if text is None:
+        return None
+    names = parse_json(text, f"{path}: classes")
+    if not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
         raise ValueError(f"{path}: the header's classes must be a list of names, got {text[:80]}")
     return names
 

@@ -6,7 +6,7 @@ import math
 import pickle
 import pickletools
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -162,7 +162,8 @@ def _check_size(data: bytes, path: str) -> None:
     without end: nested by the million, or holding the same tuples again and again."""
     stack: list[int | None] = []  # the number of things in each tuple, 1 for all else; None for a mark
     memo: dict[int, int | None] = {}
-    for opcode, argument, position in pickletools.genops(data):
+    opcodes: Iterator[Any] = pickletools.genops(data)
+    for opcode, argument, position in opcodes:
         if opcode.name in _PUTS or opcode.name == "MEMOIZE":
             index = len(memo) if opcode.name == "MEMOIZE" else argument
             if index > position:

@@ -73,7 +73,7 @@ def test_one_path_inside_another(tmp_path):
 
 
 def test_what_is_no_regular_file(tmp_path):
-    with pytest.raises(ValueError, match="/dev/null is no regular file"):
+    with pytest.raises(ValueError, match="/dev/null: cannot be read: it is no regular file"):
         read_safetensors("/dev/null")
     with pytest.raises(FileNotFoundError):
         read_safetensors(tmp_path / "none.safetensors")

@@ -169,7 +169,7 @@ def test_pipes_and_folders_are_no_files(tmp_path):
     refused = []
 
     def call():
-        with pytest.raises(ValueError, match=r"a\.pth is no regular file"):
+        with pytest.raises(ValueError, match=r"a\.pth: cannot be read: it is no regular file"):
             read_torch_file(tmp_path / "a.pth")
         refused.append(True)
 
