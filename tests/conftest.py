@@ -17,6 +17,8 @@ if OPTIMISATION not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {OPTIMISATION}=0"
 
 hypothesis.settings.register_profile("suite", deadline=None, derandomize=True)
+# five times as many cases, others each time: --hypothesis-profile=hostile, with --hypothesis-seed to see them again
+hypothesis.settings.register_profile("hostile", deadline=None, max_examples=500, print_blob=True, database=None)
 hypothesis.settings.load_profile("suite")
 
 jax.config.update("jax_platforms", "cpu")

@@ -47,9 +47,10 @@ def create_model(
       variables have the same names with and without ``spec``.
 
     Raises:
-      ValueError: if the name is unknown; if ``layers`` is given without ``spec``, is no regular expression or matches no
+      ValueError: if the name is unknown; if ``num_classes`` is not positive or ``image_size`` is not from 1 to 8192; if
+        ``layers`` is given without ``spec``, is no regular expression or matches no
         layer; if the spec does not suit a layer's token grid, or the image size the model.
-      TypeError: if ``spec`` is no ``LowRankSpec``.
+      TypeError: if ``spec`` is no ``LowRankSpec``, or ``num_classes`` or ``image_size`` no integer.
     """
     info = model_info(name)
     fields: dict[str, Any] = {"num_classes": num_classes, "image_size": image_size, "dtype": dtype, "drop_path": drop_path}

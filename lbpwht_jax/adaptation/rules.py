@@ -8,6 +8,7 @@ from typing import Any
 from lbpwht_jax.ops.spec import Grid, LowRankSpec
 
 NOTHING = "(?!)"
+_SHOWN = 200
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,5 +105,6 @@ Rule = LowRank | LoRA | Freeze
 def _check_pattern(rule: Any, pattern: str) -> None:
     try:
         re.compile(pattern)
-    except re.error as error:
-        raise ValueError(f"{type(rule).__name__}: {pattern!r} is no regular expression: {error}") from None
+    except (re.error, RecursionError, OverflowError) as error:
+        shown = pattern if len(pattern) <= _SHOWN else f"{pattern[:_SHOWN]}..."
+        raise ValueError(f"{type(rule).__name__}: {shown!r} is no regular expression: {error}") from None

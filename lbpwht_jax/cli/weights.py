@@ -11,6 +11,7 @@ from lbpwht_jax.models import list_models, plain_model
 from lbpwht_jax.runs.finished import FINAL, load_run
 from lbpwht_jax.weights import export_weights, load_pretrained
 from lbpwht_jax.weights.pretrained import number_of_classes
+from lbpwht_jax.weights.sources import class_names
 
 _Model = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
 _Source = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
@@ -89,7 +90,8 @@ def _rewrite(command: Convert | Export, source: str, output: Path, format: Liter
     variables = load_pretrained(command.model, source, command.num_classes, command.image_size, offline=command.offline)
     classes = number_of_classes(command.model, variables)
     module = plain_model(command.model, num_classes=classes, image_size=command.image_size)
-    _write(command.model, module, variables, output, format)
+    names = class_names(source, offline=command.offline)
+    _write(command.model, module, variables, output, format, names if names and len(names) == classes else None)
 
 
 def _write(

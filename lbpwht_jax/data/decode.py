@@ -1,14 +1,23 @@
 """Turns encoded images into uint8 arrays, on the host, with Pillow."""
 
+import functools
 import io
 import math
+import re
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
 
+from lbpwht_jax.data.files import SUFFIXES, read_file
+
+MOST_PIXELS = 2**27
+"""Most pixels of an image; 134 million, while a photo of 10,000 x 8,000 has 80 million."""
+
 _TRANSPOSED = (5, 6, 7, 8)
 _ORIENTATION = 0x0112
+_ADDRESS = re.compile(r" ?<[^<>]* at 0x[0-9a-fA-F]+>")
+_LONGEST = 16
 
 
 class UnreadableImage(ValueError):
@@ -30,12 +39,15 @@ def decode(source: bytes | Image.Image, channels: int, least: int | None = None)
       The image, in mode ``L`` or ``RGB``, and the original's width over its height.
 
     Raises:
-      UnreadableImage: if the bytes are damaged, or their format or mode cannot be converted to 8 bits.
+      UnreadableImage: if the bytes are damaged or in a format whose suffix is not one of ``SUFFIXES``, their mode cannot be
+        converted to 8 bits, or there are more than ``MOST_PIXELS``.
     """
     mode = {1: "L", 3: "RGB"}[channels]
     try:
-        image = Image.open(io.BytesIO(source)) if isinstance(source, bytes) else source
+        image = Image.open(io.BytesIO(source), formats=_formats()) if isinstance(source, bytes) else source
         width, height = image.size
+        if width * height > MOST_PIXELS:
+            raise ValueError(f"{width} x {height} pixels are more than the {MOST_PIXELS:,} that an image may have")
         if least is not None:
             image.draft(None, (least, least))
         image.load()
@@ -46,8 +58,14 @@ def decode(source: bytes | Image.Image, channels: int, least: int | None = None)
             image = ImageOps.exif_transpose(image)
         image = _eight_bits(image, mode)
     except Exception as error:  # Pillow's decoders meet damaged bytes with errors of many types
-        raise UnreadableImage(f"{type(error).__name__}: {error}") from error
+        raise UnreadableImage(f"{type(error).__name__}: {_ADDRESS.sub('', str(error))}") from error
     return image, width / height
+
+
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    """Pillow's formats for the suffixes: others, such as PostScript, may start another program."""
+    return tuple(sorted({format for suffix, format in Image.registered_extensions().items() if suffix in SUFFIXES}))
 
 
 def _eight_bits(image: Image.Image, mode: str) -> Image.Image:
@@ -81,7 +99,12 @@ def resize_and_crop(image: Image.Image, size: int, crop: float, interpolation: s
     shorter, (width, height) = math.floor(size / crop), image.size
     scaled = (shorter, int(shorter * height / width)) if width <= height else (int(shorter * width / height), shorter)
     left, top = (round((edge - size) / 2) for edge in scaled)
-    image = image.resize(scaled, Image.Resampling[interpolation.upper()])
+    filter = Image.Resampling[interpolation.upper()]
+    if max(scaled) > _LONGEST * size:  # a strip, of which the cut-out alone is resized: the whole might need any memory
+        across, down = width / scaled[0], height / scaled[1]
+        box = (left * across, top * down, (left + size) * across, (top + size) * down)
+        return _array(image.resize((size, size), filter, box))
+    image = image.resize(scaled, filter)
     return _array(image.crop((left, top, left + size, top + size)))
 
 
@@ -99,7 +122,7 @@ def load_image(path: Path, image_size: int, channels: int, crop: float, interpol
       ValueError: if the file cannot be read or is not an image; the text names it.
     """
     try:
-        image, _ = decode(path.read_bytes(), channels)
+        image, _ = decode(read_file(path), channels)
     except (OSError, UnreadableImage) as error:
         raise ValueError(f"cannot read the image {path}: {error}") from None
     return resize_and_crop(image, image_size, crop, interpolation)

@@ -1,18 +1,14 @@
 """Data sets that are folders, or zip files, of image files sorted by class."""
 
 import dataclasses
-import os
-import threading
-import zipfile
-import zlib
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
 
+from lbpwht_jax.data.files import SUFFIXES, list_folder, list_zip
 from lbpwht_jax.data.split import Dataset
 
-SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jp2", ".avif")
 TESTS = ("test", "val", "validation")
 _LAYOUT = "wanted are CLASS/IMAGE files, or train/CLASS/IMAGE and test/CLASS/IMAGE (or val)"
 
@@ -50,7 +46,8 @@ def open_folder(name: str, path: Path, seed: int) -> Dataset:
 
     The files are ``train/CLASS/...`` and ``test/CLASS/...`` (or ``val`` or ``validation``, if there is no ``test``), or just
     ``CLASS/...``; then a fifth of each class, drawn by the seed, is for testing. One more folder may surround them. Images are
-    recognised by their suffixes (``SUFFIXES``), in upper or lower case; other files and hidden ones are ignored.
+    recognised by their suffixes (``SUFFIXES``), in upper or lower case; other files and hidden ones are ignored. Links are
+    followed, but each image is listed once (``list_folder``).
 
     Args:
       name: the data set's name.
@@ -59,12 +56,12 @@ def open_folder(name: str, path: Path, seed: int) -> Dataset:
 
     Raises:
       FileNotFoundError: if there is nothing at the path.
-      ValueError: if it is neither a folder nor a zip file, holds no images, has a class without images (or with only one,
-        where classes are split), a class that is in the test images only, or an image that is in no class.
+      ValueError: if it is neither a folder nor a zip file, cannot be listed, holds no images, has a class without images (or
+        with only one, where classes are split), a class that is in the test images only, or an image that is in no class.
     """
     if not path.exists():
         raise FileNotFoundError(f"folder:{path}: there is no such folder or zip file")
-    paths, read_bytes = _list_folder(path) if path.is_dir() else _list_zip(path)
+    paths, read_bytes = list_folder(path) if path.is_dir() else list_zip(path)
     paths, images = _visible(paths)
     if not images:
         raise ValueError(f"folder:{path} holds no images ({', '.join(SUFFIXES)}); {_LAYOUT}")
@@ -97,7 +94,7 @@ def image_files(folder: Path) -> list[Path]:
     Raises:
       ValueError: if there are none.
     """
-    _, images = _visible(_list_folder(folder)[0])
+    _, images = _visible(list_folder(folder)[0])
     if not images:
         raise ValueError(f"{folder} holds no images ({', '.join(SUFFIXES)})")
     return [folder / image for image in images]
@@ -107,41 +104,6 @@ def _visible(paths: Iterable[str]) -> tuple[list[str], list[str]]:
     """The paths that are not hidden, sorted, and the images among them."""
     paths = sorted(p for p in paths if "/." not in f"/{p}" and not p.startswith("__MACOSX/"))
     return paths, [p for p in paths if p.lower().endswith(SUFFIXES)]
-
-
-def _list_folder(path: Path) -> tuple[Iterable[str], Callable[[str], bytes]]:
-    """The paths of all files and of all folders (these end in a slash), and a function that reads a file."""
-    paths = []
-    for folder, folders, files in os.walk(path, followlinks=True):
-        inside = Path(folder).relative_to(path).as_posix() + "/"
-        inside = "" if inside == "./" else inside
-        paths += [f"{inside}{name}/" for name in folders] + [f"{inside}{name}" for name in files]
-    return paths, lambda file: (path / file).read_bytes()
-
-
-def _list_zip(path: Path) -> tuple[Iterable[str], Callable[[str], bytes]]:
-    """Does the same for a zip file, which need not name the folders that its files are in."""
-    try:
-        archive = zipfile.ZipFile(path)
-    except zipfile.BadZipFile as error:
-        raise ValueError(f"folder:{path} is neither a folder nor a readable zip file: {error}") from None
-    lock = threading.Lock()
-
-    def read_bytes(member: str) -> bytes:
-        try:
-            with lock:  # a ZipFile counts its open members without one; their reads may overlap
-                file = archive.open(member)
-            try:
-                return file.read()
-            finally:
-                with lock:
-                    file.close()
-        except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
-            raise OSError(str(error)) from error
-
-    names = archive.namelist()
-    parents = {str(parent) + "/" for folder in {PurePosixPath(n).parent for n in names} for parent in (folder, *folder.parents)}
-    return {*names, *parents} - {"./"}, read_bytes
 
 
 def _common_top(images: Sequence[str]) -> str:

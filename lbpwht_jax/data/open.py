@@ -26,7 +26,11 @@ def open_dataset(name: str, seed: int = 0, data_dir: Path | None = None) -> Data
     if name == "digits":
         return open_digits(seed)
     if kind == "folder" and rest:
-        return open_folder(name, Path(rest).expanduser(), seed)
+        try:
+            path = Path(rest).expanduser()
+        except RuntimeError:
+            raise ValueError(f"{name}: there is no user {rest.split('/')[0][1:]!r}; write the path without ~") from None
+        return open_folder(name, path, seed)
     if kind == "tfds" and rest:
         return open_prepared(parse_name(rest), data_dir or default_folder())
     raise ValueError(f"unknown data set {name!r}; write digits, folder:PATH, tfds:NAME or tfds:NAME:VERSION")

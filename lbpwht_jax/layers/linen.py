@@ -62,8 +62,11 @@ class LowRankDense(nn.Module):
           Array of the inputs' shape with ``features`` channels.
 
         Raises:
-          ValueError, TypeError: whatever ``low_rank_matmul`` raises when tracing; the message names this module's path.
+          ValueError, TypeError: for a scalar, and whatever ``low_rank_matmul`` raises when tracing; the message names this
+            module's path.
         """
+        if not jnp.ndim(inputs):
+            raise ValueError(f"{self._name}: the inputs must be [..., tokens, channels] or maps [..., channels], got a scalar")
         kernel = self.param("kernel", self.kernel_init, (jnp.shape(inputs)[-1], self.features), self.param_dtype)
         bias = self.param("bias", self.bias_init, (self.features,), self.param_dtype) if self.use_bias else None
         inputs, kernel, bias = self.promote_dtype(inputs, kernel, bias, dtype=self.dtype)
@@ -78,7 +81,7 @@ class LowRankDense(nn.Module):
                 preferred_element_type=self.preferred_element_type,
                 bias=bias,
                 activation=self.activation,
-                name=f"LowRankDense {'/'.join(self.path) or '(top level)'}",
+                name=self._name,
             )
         inputs = inputs if self.activation is None else gelu(inputs)
         y = (self.dot_general or jax.lax.dot_general)(
@@ -89,3 +92,7 @@ class LowRankDense(nn.Module):
             preferred_element_type=self.preferred_element_type,
         )
         return y if bias is None else y + bias.reshape((1,) * (y.ndim - 1) + (-1,))
+
+    @property
+    def _name(self) -> str:
+        return f"LowRankDense {'/'.join(self.path) or '(top level)'}"

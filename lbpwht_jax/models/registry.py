@@ -2,6 +2,7 @@
 
 import difflib
 import fnmatch
+import operator
 from typing import Any
 
 import flax.linen as nn
@@ -9,6 +10,8 @@ import flax.linen as nn
 from lbpwht_jax.models import efficientformer, efficientformer_v2, swin_v2, vit
 from lbpwht_jax.models.blocks import Settings
 from lbpwht_jax.models.info import ModelInfo
+
+_LARGEST_IMAGE = 8192
 
 _MODELS: dict[str, ModelInfo] = {
     name: info for family in (vit, efficientformer, efficientformer_v2, swin_v2) for name, info in family.MODELS.items()
@@ -45,10 +48,21 @@ def plain_model(
     """A model of the registry with exact backpropagation; arguments and result as for ``lbpwht_jax.create_model``."""
     info = model_info(name)
     return info.module(
-        num_classes=num_classes,
-        image_size=info.images.size if image_size is None else image_size,
+        num_classes=_within(name, "num_classes", num_classes, None),
+        image_size=_within(name, "image_size", info.images.size if image_size is None else image_size, _LARGEST_IMAGE),
         drop_path=drop_path,
         remat=remat,
         settings=Settings(dtype, frozen_batch_norm),
         **info.arguments,
     )
+
+
+def _within(name: str, field: str, value: Any, largest: int | None) -> int:
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name}: {field} must be an integer, got {value!r}") from None
+    if number < 1 or (largest is not None and number > largest):
+        wanted = "positive" if largest is None else f"from 1 to {largest}"
+        raise ValueError(f"{name}: {field} must be {wanted}, got {value!r}")
+    return number

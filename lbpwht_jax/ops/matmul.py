@@ -271,13 +271,13 @@ def low_rank_matmul(
       ``x`` and ``kernel`` have their dtypes.
 
     Raises:
-      TypeError: when tracing, if ``x`` or ``kernel`` is not floating point, ``spec`` is not a ``LowRankSpec``, ``grid`` is not
-        a tuple of integers or ``prefix_tokens`` is not an integer.
+      TypeError: when tracing, if ``x``, ``kernel`` or ``bias`` is not floating point, ``spec`` is not a ``LowRankSpec``,
+        ``grid`` is not a tuple of integers or ``prefix_tokens`` is not an integer.
       ValueError: when tracing, if the grid is missing or does not fit ``x`` or the spec, prefix tokens are given without a
         grid, the shapes of ``x``, ``kernel`` and ``bias`` do not fit, no function of the selection exists on the grid, or the
         activation is unknown.
     """
-    x, kernel = jnp.asarray(x), jnp.asarray(kernel)
+    x, kernel, bias = jnp.asarray(x), jnp.asarray(kernel), None if bias is None else jnp.asarray(bias)
     token_grid = check_operands(x, kernel, bias, spec, grid, prefix_tokens, name)
     if activation not in (None, "gelu"):
         raise ValueError(f"{name}: activation must be 'gelu' or None, got {activation!r}; apply others to x beforehand")

@@ -132,7 +132,8 @@ def _project_by_block(x: jax.Array, spec: SpecFields, grid: Grid, precision: Any
     batch, channels = x.shape[:-2], x.shape[-1]
     matrices, kept = block_matrices(spec, grid, "analysis")
     sums = sum_subblocks(x.reshape(*batch, *grid, channels), spec, grid)
-    return _gather(_apply(matrices, sums, precision).reshape(*batch, -1, channels), kept)
+    coefficients = _apply(matrices, sums, precision)
+    return _gather(coefficients.reshape(*batch, math.prod(coefficients.shape[-3:-1]), channels), kept)
 
 
 def _expand_by_block(coefficients: jax.Array, spec: SpecFields, grid: Grid, precision: Any) -> jax.Array:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from lbpwht_jax.ops.dot_general import LowRankConv, LowRankDotGeneral
-from lbpwht_jax.ops.spec_fields import Basis, Grid, SpecFields
+from lbpwht_jax.ops.spec_fields import Basis, Grid, SpecFields, check_block
 
 __all__ = ["Basis", "Grid", "LowRankSpec", "lp_l1", "lp_linf"]
 
@@ -32,8 +32,9 @@ class LowRankSpec(SpecFields):
       mask: boolean array ``[block] * ndim``, true at the functions kept; read-only.
 
     Raises:
-      ValueError: if the block is not a power of two, the selection is empty, repeats a function or holds one outside the
-        block, functions differ in their number of axes, or ``projection``, ``dx``, ``dw`` or ``when`` is unknown.
+      ValueError: if the block is not a power of two or is too large (over 1024 tokens along an axis, or 65536 in all), the
+        selection is empty, repeats a function or holds one outside the block, functions differ in their number of axes, or
+        ``projection``, ``dx``, ``dw`` or ``when`` is unknown.
       TypeError: if the selection is not made of tuples of integers, or ``block`` is not an integer.
     """
 
@@ -68,6 +69,7 @@ class LowRankSpec(SpecFields):
 def _check_rank(function: str, r: int, ndim: int, largest: int, block: int) -> int:
     if ndim < 1:
         raise ValueError(f"{function}: ndim, the number of grid axes, must be at least 1, got {ndim}")
+    check_block(block, ndim)
     try:
         r = operator.index(r)
     except TypeError:

@@ -1,5 +1,6 @@
 """The fields of ``LowRankSpec`` and their checks, below everything that reads them."""
 
+import collections
 import dataclasses
 import operator
 from typing import Literal
@@ -9,12 +10,35 @@ import numpy as np
 Basis = tuple[int, ...]
 Grid = tuple[int, ...]
 
+_LARGEST_BLOCK = 1024
+_MOST_FUNCTIONS = 2**16
+
 _CHOICES = {
     "projection": ("fitted", "official"),
     "dx": ("low_rank", "exact"),
     "dw": ("low_rank", "exact"),
     "when": ("always", "faster"),
 }
+
+
+def check_block(block: int, ndim: int) -> None:
+    """Checks a block before its functions are listed.
+
+    Args:
+      block: edge of a block in tokens.
+      ndim: number of grid axes.
+
+    Raises:
+      ValueError: if the block is no power of two, or has more functions than can be worked with: over 1024 along an axis, or
+        over 65536 in all.
+    """
+    if block < 1 or block & (block - 1):
+        raise ValueError(f"LowRankSpec: block must be a power of two (such as 8), got {block}")
+    if block > _LARGEST_BLOCK or block**ndim > _MOST_FUNCTIONS:
+        raise ValueError(
+            f"LowRankSpec: a block of {block} tokens along each of {ndim} axes is too large; it may have {_LARGEST_BLOCK} "
+            f"tokens along an axis and {_MOST_FUNCTIONS} in all. Take a smaller one, such as block=8"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,8 +63,6 @@ class SpecFields:
             ) from None
         object.__setattr__(self, "bases", bases)
         object.__setattr__(self, "block", block)
-        if block < 1 or block & (block - 1):
-            raise ValueError(f"LowRankSpec: block must be a power of two (such as 8), got {block}")
         if not bases:
             raise ValueError("LowRankSpec: the selection is empty; keep at least one function, such as (0, 0)")
         lengths = {len(basis) for basis in bases}
@@ -48,7 +70,8 @@ class SpecFields:
             raise ValueError(
                 f"LowRankSpec: every function needs one index for each grid axis, got tuples of lengths {sorted(lengths)}"
             )
-        repeated = sorted({basis for basis in bases if bases.count(basis) > 1})
+        check_block(block, len(bases[0]))
+        repeated = sorted(basis for basis, count in collections.Counter(bases).items() if count > 1)
         if repeated:
             raise ValueError(f"LowRankSpec: repeated functions {repeated}; name each function once")
         outside = [basis for basis in bases if not all(0 <= i < block for i in basis)]

@@ -90,8 +90,8 @@ def check_operands(
     """
     flat = grid is not None
     grid = check_grid(x.shape, spec, grid, prefix_tokens, name)
-    for label, array in (("x", x), ("kernel", kernel)):
-        if not jnp.issubdtype(array.dtype, jnp.floating):
+    for label, array in (("x", x), ("kernel", kernel), ("bias", bias)):
+        if array is not None and not jnp.issubdtype(array.dtype, jnp.floating):
             raise TypeError(f"{name}: {label} must be of a floating-point dtype, got {array.dtype}; cast it first")
     if kernel.ndim != 2:
         raise ValueError(f"{name}: the kernel must be [in, out], got shape {list(kernel.shape)}")

@@ -57,7 +57,7 @@ def fast_walsh_hadamard(x: jax.Array, axis: int = -1) -> jax.Array:
     The transform is not normalised: applied twice it multiplies by ``n``.
 
     Args:
-      x: array of any shape whose size along ``axis`` is a power of two.
+      x: array of any shape whose size along ``axis`` is a power of two; floating point, complex, int32 or int64.
       axis: the axis to transform.
 
     Returns:
@@ -65,10 +65,16 @@ def fast_walsh_hadamard(x: jax.Array, axis: int = -1) -> jax.Array:
 
     Raises:
       ValueError: if the size along ``axis`` is not a power of two, or ``x`` has no such axis.
+      TypeError: if sums of ``n`` elements do not fit the dtype of ``x``: narrow integers, unsigned ones and booleans.
     """
     x = jnp.asarray(x)
     if not -x.ndim <= axis < x.ndim:
         raise ValueError(f"axis {axis} is out of range for an array of shape {x.shape}")
+    if not (jnp.issubdtype(x.dtype, jnp.inexact) or x.dtype in (jnp.int32, jnp.int64)):
+        raise TypeError(
+            f"fast_walsh_hadamard: sums of {x.dtype} overflow, and the result has the dtype of x; cast it to int32 or to a "
+            "floating-point dtype first"
+        )
     x = jnp.moveaxis(x, axis, -1)
     n = _check_order(x.shape[-1])
     shape = x.shape

@@ -3,7 +3,7 @@
 import contextlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,10 @@ import jax
 import numpy as np
 import safetensors
 import safetensors.numpy
+
+from lbpwht_jax.weights.bounded import open_regular
+
+_DTYPES = ("F32", "BF16", "F16", "F64", "I8", "I16", "I32", "I64", "U8", "U16", "U32", "U64", "BOOL")
 
 BUNDLED = "vit_micro_patch4_28"
 
@@ -26,7 +30,8 @@ def save_weights(path: str | os.PathLike, variables: Mapping[str, Any], metadata
       metadata: what a reader needs to rebuild the model, JSON values by name; written to the file's header.
     """
     flat = flax.traverse_util.flatten_dict(dict(variables), sep="/")
-    arrays = {name: np.asarray(leaf) for name, leaf in flat.items()}
+    # safetensors writes an array's memory as it lies: transposed views must be copied first
+    arrays = {name: np.asarray(leaf, order="C") for name, leaf in flat.items()}
     header = {key: json.dumps(value) for key, value in metadata.items()}
     safetensors.numpy.save_file(arrays, path, header)
 
@@ -35,14 +40,38 @@ def read_safetensors(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], di
     """The tensors of a safetensors file by name, and its header's metadata.
 
     Raises:
-      ValueError: if the file is damaged or is not a safetensors file.
+      ValueError: if the file is damaged, is not a safetensors file or holds tensors of a dtype that NumPy and JAX have not in
+        common, such as float8 and complex ones.
       FileNotFoundError: if there is no such file.
     """
+    with _opened(path) as file:
+        names = file.keys()
+        for name in names:
+            if (dtype := file.get_slice(name).get_dtype()) not in _DTYPES:
+                raise ValueError(
+                    f"{path}: {name} is of dtype {dtype}, which is not read; convert the file to {', '.join(_DTYPES[:4])}"
+                )
+        return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
+
+
+def read_header(path: str | os.PathLike) -> dict[str, str]:
+    """The metadata of a safetensors file; raises what ``read_safetensors`` raises for a file that is none."""
+    with _opened(path) as file:
+        return file.metadata() or {}
+
+
+@contextlib.contextmanager
+def _opened(path: str | os.PathLike) -> Iterator[Any]:
     try:
+        open_regular(path).close()
         with safetensors.safe_open(path, "np") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+            yield file
     except safetensors.SafetensorError as error:
         raise ValueError(f"{path}: no complete safetensors file ({error}); it may be truncated, get it again") from None
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read: {error}") from None
 
 
 def load_weights(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -55,11 +84,44 @@ def load_weights(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Any
       ``(variables, metadata)``; the arrays are NumPy's.
 
     Raises:
-      ValueError: if the file is damaged or is not a safetensors file.
+      ValueError: if the file is damaged or is not one that ``save_weights`` wrote.
       FileNotFoundError: if there is no such file.
     """
     arrays, header = read_safetensors(path)
-    return flax.traverse_util.unflatten_dict(arrays, sep="/"), {key: json.loads(value) for key, value in header.items()}
+    return nested(arrays, os.fspath(path)), {key: parse_json(value, f"{path}: {key}") for key, value in header.items()}
+
+
+def nested(arrays: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Nested dictionaries of arrays from arrays by paths such as ``params/head/kernel``.
+
+    Raises:
+      ValueError: if one path goes on where another ends; ``where`` opens the message.
+    """
+    for name in arrays:
+        parts = name.split("/")
+        inner = next((above for n in range(1, len(parts)) if (above := "/".join(parts[:n])) in arrays), None)
+        if inner is not None:
+            raise ValueError(f"{where}: {inner} cannot be an array and hold {name} too; one of the two does not belong there")
+    return flax.traverse_util.unflatten_dict(dict(arrays), sep="/")
+
+
+def parse_json(text: str, where: str, kind: str = "value") -> Any:
+    """The value that a JSON text holds.
+
+    Args:
+      text: the JSON.
+      where: what was read; it opens the message.
+      kind: what it should have been, such as "file".
+
+    Raises:
+      ValueError: if it is no JSON, is nested too deeply or holds a number of too many digits.
+    """
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: not a JSON {kind}: {error}") from None
+    except (RecursionError, ValueError) as error:
+        raise ValueError(f"{where}: not a JSON {kind} that can be read: {error}") from None
 
 
 def load_bundled() -> tuple[dict[str, Any], dict[str, Any]]:

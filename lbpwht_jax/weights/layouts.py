@@ -36,6 +36,9 @@ def to_timm_layout(state: Mapping[str, np.ndarray]) -> tuple[str, State]:
 
     Returns:
       The layout's name and the state dict under timm's names; a state dict of no known layout is taken to be timm's already.
+
+    Raises:
+      ValueError, IndexError: if two tensors get the same name, or those that timm has as one cannot be joined.
     """
     for layout in LAYOUTS:
         if any(re.match(layout.sign, key) for key in state):
@@ -45,6 +48,8 @@ def to_timm_layout(state: Mapping[str, np.ndarray]) -> tuple[str, State]:
                     continue
                 for pattern, replacement in layout.renames:
                     key = re.sub(pattern, replacement, key)
+                if key in renamed:
+                    raise ValueError(f"in the {layout.name} layout two tensors are timm's {key}")
                 renamed[key] = value
             return layout.name, layout.finish(renamed)
     return "timm", dict(state)

@@ -17,8 +17,10 @@ from lbpwht_jax.adaptation.linen import AdaptedModule
 from lbpwht_jax.adaptation.resolution import Adaptation
 from lbpwht_jax.models import model_info
 from lbpwht_jax.models.info import Images, ModelInfo
+from lbpwht_jax.weights.bounded import open_regular
 from lbpwht_jax.weights.differences import check_same
-from lbpwht_jax.weights.files import read_safetensors
+from lbpwht_jax.weights.files import parse_json, read_safetensors
+from lbpwht_jax.weights.patterns import compile_pattern
 from lbpwht_jax.weights.timm_keys import describe, flat_to_timm, from_timm_array, timm_key
 
 TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -73,15 +75,12 @@ def load_adapter(
       Variables of ``adapted``; the arrays read are NumPy's, in the dtypes of ``variables`` (branches in their kernel's).
 
     Raises:
-      ValueError: if the name is unknown, a file is damaged, the branches' alphas are not ``adapted``'s, or tensors are
-        missing, unexpected or mis-shaped, with lists of them.
+      ValueError: if the name is unknown, a file is damaged or not an adapter's (the text names the place), the branches' alphas
+        are not ``adapted``'s, or tensors are missing, unexpected or mis-shaped, with lists of them.
       FileNotFoundError: if a file is missing.
     """
     info, folder = _info(model), Path(folder)
-    try:
-        config = json.loads((folder / CONFIG).read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{folder / CONFIG}: not a JSON file: {error}") from None
+    config = _read_config(folder / CONFIG)
     tensors, _ = read_safetensors(folder / TENSORS)
     flat: dict[tuple[str, ...], Any] = traverse_util.flatten_dict(dict(variables))
     for adaptation in _branches(adapted):
@@ -188,10 +187,45 @@ def _config(info: ModelInfo, adapted: AdaptedModule, tensors: Iterable[str]) -> 
     }
 
 
+def _read_config(path: Path) -> dict[str, Any]:
+    """The adapter's configuration, as far as it is used; raises ValueError naming the file and what is wrong in it."""
+    try:
+        with open_regular(path) as file:
+            text = file.read().decode()
+    except FileNotFoundError:
+        raise
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: cannot be read as text: {error}") from None
+    config = parse_json(text, f"{path}", "file")
+    if not isinstance(config, dict):
+        raise ValueError(f"{path}: must be a JSON object such as PEFT writes, got {_kind(config)}")
+    patterns, alpha = config.get("alpha_pattern") or {}, config.get("lora_alpha")
+    if not isinstance(patterns, dict):
+        raise ValueError(f"{path}: alpha_pattern must be an object of alphas by module, got {_kind(patterns)}")
+    for place, value in {"lora_alpha": alpha, **{f"alpha_pattern {key!r}": value for key, value in patterns.items()}}.items():
+        if not isinstance(value, int | float | None) or isinstance(value, bool):
+            raise ValueError(f"{path}: {place} must be a number, got {_kind(value)}")
+    return config
+
+
+def _kind(value: Any) -> str:
+    """What a JSON value is, for messages."""
+    names = {dict: "an object", list: "a list", str: "a text", bool: "true or false", type(None): "null"}
+    return names.get(type(value), "a number")
+
+
+def _ends_with(key: str, pattern: re.Pattern) -> bool:
+    """Whether a module's whole path, or what follows one of its dots, is what a pattern of PEFT's matches."""
+    starts = [0, *(i + 1 for i, character in enumerate(key) if character == ".")]
+    return any(pattern.fullmatch(key, start) for start in starts)
+
+
 def _check_scales(folder: Path, info: ModelInfo, adapted: AdaptedModule, config: Mapping[str, Any]) -> None:
+    patterns = {
+        pattern: compile_pattern(pattern, f"{folder / CONFIG}: alpha_pattern") for pattern in config.get("alpha_pattern") or {}
+    }
     for key, adaptation in _targets(info, adapted).items():
-        patterns = config.get("alpha_pattern") or {}
-        matching = (alpha for pattern, alpha in patterns.items() if re.match(rf"(.*\.)?({pattern})$", key))
+        matching = (config["alpha_pattern"][pattern] for pattern, compiled in patterns.items() if _ends_with(key, compiled))
         alpha = next(matching, config.get("lora_alpha"))
         if alpha != adaptation.alpha or config.get("use_rslora") or config.get("use_dora"):
             raise ValueError(

@@ -134,8 +134,14 @@ def number_of_classes(name: str, variables: Mapping[str, Any]) -> int:
 def _timm_state(info: ModelInfo, source: str | os.PathLike, offline: bool) -> dict[str, np.ndarray]:
     state = read_weights(source, offline=offline)
     if any(key.startswith("params/") for key in state):
-        return flat_to_timm(info, {tuple(key.split("/")): value for key, value in state.items()})
-    layout, state = to_timm_layout(state)
+        renamed = flat_to_timm(info, {tuple(key.split("/")): value for key, value in state.items()})
+        if len(renamed) < len(state):
+            raise ValueError(f"{os.fspath(source)}: {len(state)} tensors have only {len(renamed)} names in timm's layout")
+        return renamed
+    try:
+        layout, state = to_timm_layout(state)
+    except (ValueError, IndexError) as error:  # from NumPy: what must be joined or reshaped has shapes that do not fit
+        raise ValueError(f"{os.fspath(source)}: the tensors do not fit together: {error}") from None
     _LOG.info("%s: %s layout", source, layout)
     return {key: value for key, value in state.items() if not re.search(info.files.buffers, key)}
 
@@ -146,16 +152,20 @@ def _head_keys(one: list[Entry], two: list[Entry]) -> list[str]:
 
 
 def _classes(state: Mapping[str, np.ndarray], heads: list[str]) -> int | None:
-    return next((state[key].shape[0] for key in heads if key in state), None)
+    return next((state[key].shape[0] for key in heads if key in state and state[key].ndim), None)
 
 
 def _resampled(
     info: ModelInfo, module: nn.Module, wanted: list[Entry], state: dict[str, np.ndarray], where: str
 ) -> Mapping[str, np.ndarray]:
-    """The state at the module's image size; unchanged if its keys are not the model's, which ``check`` reports."""
-    if info.files.resample is None or {e.key for e in wanted} != state.keys():
+    """The state at the module's image size; unchanged if keys or numbers of axes are not the model's: ``check`` reports it."""
+    ndims = {e.key: len(e.shape) for e in wanted}
+    if info.files.resample is None or ndims != {key: value.ndim for key, value in state.items()}:
         return state
-    result = info.files.resample(state, module)
+    try:
+        result = info.files.resample(state, module)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
     for key in state:
         if result[key].shape != state[key].shape:
             _LOG.info("%s: resampled %s %s to %s", where, key, list(state[key].shape), list(result[key].shape))

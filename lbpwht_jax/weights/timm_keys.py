@@ -107,7 +107,7 @@ def flat_to_timm(info: ModelInfo, leaves: Mapping[Path, Any]) -> dict[str, np.nd
     """A timm state dict, without buffers, from variables by path as ``flax.traverse_util.flatten_dict`` returns them."""
     state = {}
     for path, leaf in leaves.items():
-        array = np.asarray(leaf)
+        array = np.asarray(leaf, order="C")
         if path[-1] == "kernel":
             array = array.transpose(_to_timm_axes(array.ndim)).copy()
         state[timm_key(info, path)] = array.reshape(_timm_shape(info, path, np.shape(leaf)))

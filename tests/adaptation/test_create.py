@@ -100,7 +100,15 @@ def test_rules_go_before_the_model_s_own_spec(variables):
         ({"spec": lp_l1(4), "layers": "mlp/fc3"}, ValueError, r"'mlp/fc3' matches no layer .* nearest paths: .*mlp/fc"),
         ({"spec": lp_l1(4), "layers": "head"}, ValueError, r"'head' matches no layer on a token grid"),
         ({"spec": lp_l1(4), "layers": "fc["}, ValueError, r"'fc\[' is no regular expression"),
+        ({"spec": lp_l1(4), "layers": "(" * 100_000}, ValueError, r"'\(+\.\.\.' is no regular expression: maximum recursion"),
+        ({"spec": lp_l1(4), "layers": "a{99999999999}"}, ValueError, r"is no regular expression: the repetition number"),
         ({"spec": 4}, TypeError, r"spec must be a LowRankSpec"),
+        ({"image_size": -28}, ValueError, rf"{NAME}: image_size must be from 1 to 8192, got -28"),
+        ({"image_size": 0}, ValueError, r"image_size must be from 1 to 8192, got 0"),
+        ({"image_size": 10**9, "spec": lp_l1(4)}, ValueError, r"image_size must be from 1 to 8192, got 1000000000"),
+        ({"image_size": 28.0}, TypeError, r"image_size must be an integer, got 28\.0"),
+        ({"num_classes": -1}, ValueError, r"num_classes must be positive, got -1"),
+        ({"num_classes": "x"}, TypeError, r"num_classes must be an integer, got 'x'"),
     ],
 )
 def test_errors(fields, error, message):

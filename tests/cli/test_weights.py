@@ -1,5 +1,7 @@
 """The commands about weights, called as the command line does."""
 
+import json
+
 import numpy as np
 import pytest
 import safetensors
@@ -10,6 +12,7 @@ from lbpwht_jax import create_model
 from lbpwht_jax.cli.models import Models, describe
 from lbpwht_jax.cli.weights import Convert, Export
 from lbpwht_jax.weights.pretrained import read_weights
+from lbpwht_jax.weights.sources import class_names
 from lbpwht_jax.weights.timm_keys import entries
 
 NAME = "vit_micro_patch4_28"
@@ -36,6 +39,20 @@ def test_there_and_back(timm_file, tmp_path, capsys):
         np.testing.assert_array_equal(written[key], value, strict=True, err_msg=key)
     with safetensors.safe_open(back, "np") as file:
         assert file.metadata() == {"format": "pt"}
+
+
+def test_class_names_are_kept_with_the_head(timm_file, tmp_path):
+    _, state = timm_file
+    source, output = tmp_path / "named.safetensors", tmp_path / "a.safetensors"
+    names = [f"class {i}" for i in range(10)]
+    safetensors.numpy.save_file(state, source, {"classes": json.dumps(names)})
+    for command, more, wanted in ((Convert, [], names), (Export, [], names), (Convert, ["--num-classes", "3"], None)):
+        tyro.cli(command, args=[NAME, str(source), str(output), *more]).prepare()
+        with safetensors.safe_open(output, "np") as file:
+            assert json.loads(file.metadata().get("classes", "null")) == wanted
+    safetensors.numpy.save_file(state, source, {"classes": '{"a": 1}'})
+    with pytest.raises(ValueError, match=r"named\.safetensors: the header's classes must be a list of names"):
+        class_names(source)
 
 
 def test_new_head_and_image_size(timm_file, tmp_path):

@@ -1,4 +1,6 @@
 import io
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -113,6 +115,39 @@ def test_what_is_no_image_of_8_or_16_bits():
     for data in (b"these are words", encoded(Image.fromarray(GREY.astype(np.float32)), "TIFF")):
         with pytest.raises(UnreadableImage, match=r"cannot identify image file|floating-point pixels have no agreed range"):
             decode(data, 3)
+
+
+def test_other_formats_are_not_tried():
+    """PostScript would start another program."""
+    postscript = encoded(Image.fromarray(RGB), "EPS")
+    with pytest.raises(UnreadableImage, match=r"^UnidentifiedImageError: cannot identify image file$"):
+        decode(postscript, 3)
+
+
+def declared(width, height):
+    """A PNG that declares a size."""
+    header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    small = encoded(Image.fromarray(GREY))
+    return small[:12] + header + struct.pack(">I", zlib.crc32(header)) + small[33:]
+
+
+def test_images_of_too_many_pixels_are_not_decoded(monkeypatch):
+    large, larger = declared(12_000, 12_000), declared(30_000, 30_000)
+    monkeypatch.setattr(Image.Image, "load", lambda image: pytest.fail("decoded"))
+    with pytest.warns(Image.DecompressionBombWarning), pytest.raises(UnreadableImage, match="12000 x 12000 pixels are more"):
+        decode(large, 3)
+    with pytest.raises(UnreadableImage, match="DecompressionBombError"):
+        decode(larger, 3)
+
+
+@pytest.mark.parametrize("turn", [False, True])
+def test_the_middle_of_a_strip_is_what_resizing_all_of_it_gives(turn):
+    image = Image.fromarray(RNG.integers(100, 150, (10, 170, 3)).astype(np.uint8))
+    image = image.transpose(Image.Transpose.TRANSPOSE) if turn else image
+    whole = image.resize((20, 340) if turn else (340, 20), Image.Resampling.BICUBIC)
+    wanted = whole.crop((2, 162, 18, 178) if turn else (162, 2, 178, 18))
+    # the corners of the cut-out are given to Pillow in float32
+    assert abs(resize_and_crop(image, 16, 0.8).astype(int) - np.asarray(wanted)).max() <= 1
 
 
 def test_squash_and_crop():

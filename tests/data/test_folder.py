@@ -200,6 +200,11 @@ def test_what_is_no_folder_and_no_zip(tmp_path):
             open_dataset(f"folder:{tmp_path}/half.zip")
 
 
+def test_a_home_folder_that_is_nobody_s():
+    with pytest.raises(ValueError, match=r"^folder:~nosuchuser/x: there is no user 'nosuchuser'"):
+        open_dataset("folder:~nosuchuser/x")
+
+
 @pytest.mark.parametrize("name", ["digit", "folder", "folder:", "tfds:", "mnist:1.0.0"])
 def test_unknown_names(name):
     with pytest.raises(

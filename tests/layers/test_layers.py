@@ -247,6 +247,9 @@ def test_errors_name_the_module():
         )
     with pytest.raises(ValueError, match=r"^LowRankLinear\(4, 6\): the grid is missing"):
         LowRankLinear(4, 6, rngs=nnx.Rngs(0))(jnp.zeros((2, 15, 4)))
+    for spec in (lp_l1(2), None):
+        with pytest.raises(ValueError, match=r"^LowRankDense \(top level\): the inputs must be .* got a scalar"):
+            LowRankDense(3, spec=spec).init(jax.random.key(0), 1.0)
     with pytest.raises(TypeError, match="dot_general is what the layer sets itself"):
         LowRankLinear(4, 6, rngs=nnx.Rngs(0), dot_general=jax.lax.dot_general)
 

@@ -66,6 +66,8 @@ def test_stand_ins_are_equal_by_value():
     [
         ({"bases": [(0, 0)], "block": 6}, r"block must be a power of two.*got 6"),
         ({"bases": [(0, 0)], "block": 0}, r"block must be a power of two.*got 0"),
+        ({"bases": [(0, 0)], "block": 2048}, r"block of 2048 tokens along each of 2 axes is too large"),
+        ({"bases": [(0, 0, 0)], "block": 64}, r"block of 64 tokens along each of 3 axes is too large.*65536 in all"),
         ({"bases": [(0, 8), (1, 1)]}, r"functions \[\(0, 8\)\] are outside the block.*0 to 7"),
         ({"bases": [(0, -1)]}, r"functions \[\(0, -1\)\] are outside the block"),
         ({"bases": []}, "selection is empty"),
@@ -102,3 +104,12 @@ def test_r_of_a_wrong_type_or_no_axes():
         lp_linf(2, ndim=0)
     with pytest.raises(ValueError, match=r"block must be a power of two.*got 6"):
         lp_l1(4, block=6)
+
+
+@pytest.mark.parametrize("make", [lp_l1, lp_linf])
+def test_large_blocks_are_refused_before_their_functions_are_listed(make):
+    for block, ndim in ((4096, 2), (512, 2), (2**40, 1), (2, 10**6)):
+        with pytest.raises(ValueError, match=rf"block of {block} tokens along each of {ndim} axes is too large"):
+            make(2, ndim, block=block)
+    # the largest: in time linear in the number of functions
+    assert make(256, block=256).rank == {lp_l1: 256 * 257 // 2, lp_linf: 256**2}[make]

@@ -55,6 +55,7 @@ def test_errors(arguments, message):
         ({"grid": 49}, "grid must be a tuple of integers.*got grid=49"),
         ({"grid": (7.0, 7)}, "grid must be a tuple of integers"),
         ({"grid": (7, 7), "dtype": jnp.int32}, "x must be of a floating-point dtype, got int32"),
+        ({"grid": (7, 7), "bias": [0, 1, 2, 3, 4]}, "bias must be of a floating-point dtype, got int32"),
     ],
 )
 def test_errors_of_type(arguments, message):
@@ -75,3 +76,13 @@ def test_what_fits_is_taken():
     chex.assert_shape(call(x=(2, 50, 6), grid=(7, 7), prefix_tokens=1), (2, 50, 5))
     chex.assert_shape(call(x=(2, 7, 7, 6)), (2, 7, 7, 5))
     chex.assert_shape(call(x=(7, 7, 6), grid=(7, 1)), (7, 7, 5))
+    chex.assert_trees_all_equal(call(grid=(7, 7), bias=[0.0, 1.0, 2.0, 3.0, 4.0])[1, 48], jnp.arange(5.0))
+
+
+@pytest.mark.parametrize("projection", ["fitted", "official"])
+@pytest.mark.parametrize("grid", [(7, 7), (16, 16), (33, 31)])
+def test_gradients_of_an_empty_batch_are_those_of_a_dense_layer(grid, projection):
+    x, kernel = jnp.zeros((0, np.prod(grid), 6)), jnp.ones((6, 5))
+    spec = lp_l1(4, projection=projection)
+    found = jax.grad(lambda *a: low_rank_matmul(*a, spec, grid).sum(), (0, 1))(x, kernel)
+    chex.assert_trees_all_equal(found, jax.grad(lambda x, k: (x @ k).sum(), (0, 1))(x, kernel))

@@ -71,3 +71,14 @@ def test_fast_transform_of_a_wrong_axis():
         fast_walsh_hadamard(jnp.zeros((4, 6)))
     with pytest.raises(ValueError, match=r"axis 2 is out of range.*\(4, 8\)"):
         fast_walsh_hadamard(jnp.zeros((4, 8)), axis=2)
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.uint32, np.int16, np.bool_])
+def test_sums_that_would_overflow_are_refused(dtype):
+    with pytest.raises(TypeError, match=rf"sums of {np.dtype(dtype)} overflow.*cast it to int32"):
+        fast_walsh_hadamard(np.full(8, 1, dtype))
+
+
+def test_integers_wide_enough_stay_what_they_are():
+    x = np.arange(8, dtype=np.int32)
+    chex.assert_trees_all_equal(fast_walsh_hadamard(x), walsh_matrix(8, np.int32) @ x)

@@ -1,11 +1,14 @@
+import json
+
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 
 from lbpwht_jax import create_model
-from lbpwht_jax.weights.files import BUNDLED, load_bundled, load_weights, replace_head, save_weights
+from lbpwht_jax.weights.files import BUNDLED, load_bundled, load_weights, read_safetensors, replace_head, save_weights
 
 
 def test_round_trip(tmp_path):
@@ -25,6 +28,55 @@ def test_damaged_files(tmp_path, keep):
     path.write_bytes(path.read_bytes()[:keep])
     with pytest.raises(ValueError, match=r"w\.safetensors: no complete safetensors file.*truncated"):
         load_weights(path)
+
+
+def test_transposed_views_are_written_as_what_they_are(tmp_path):
+    """safetensors alone writes the memory of a view as it lies."""
+    matrix = np.arange(6, dtype=np.float32).reshape(2, 3)
+    save_weights(tmp_path / "w.safetensors", {"params": {"a": matrix.T, "b": matrix[:, ::2], "c": np.float32(3)}}, {})
+    loaded, _ = load_weights(tmp_path / "w.safetensors")
+    np.testing.assert_equal(loaded, {"params": {"a": matrix.T, "b": matrix[:, ::2], "c": np.float32(3)}})
+
+
+def written(path, dtype, shape, size, header=None):
+    """A safetensors file, by hand."""
+    fields = {"a": {"dtype": dtype, "shape": shape, "data_offsets": [0, size]}, **({"__metadata__": header} if header else {})}
+    text = json.dumps(fields).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(size))
+    return path
+
+
+@pytest.mark.parametrize(("dtype", "size"), [("F8_E4M3", 4), ("F8_E5M2", 4), ("F8_E8M0", 4), ("F6_E2M3", 3), ("C64", 32)])
+def test_dtypes_that_are_not_read_are_named(tmp_path, dtype, size):
+    with pytest.raises(ValueError, match=rf"w\.safetensors: a is of dtype {dtype}, which is not read; convert the file to F32"):
+        read_safetensors(written(tmp_path / "w.safetensors", dtype, [4], size))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[" * 100_000, "x: not a JSON value that can be read"),
+        ("x", "x: not a JSON value"),
+        ("9" * 5000, "x: not a JSON value"),
+    ],
+)
+def test_headers_that_cannot_be_read(tmp_path, text, message):
+    with pytest.raises(ValueError, match=rf"w\.safetensors: {message}"):
+        load_weights(written(tmp_path / "w.safetensors", "F32", [1], 4, {"x": text}))
+
+
+def test_one_path_inside_another(tmp_path):
+    arrays = {"a/kernel": np.ones(2), "a/kernel/sub": np.ones(2), "a/kernels": np.ones(2)}
+    safetensors.numpy.save_file(arrays, tmp_path / "w.safetensors")
+    with pytest.raises(ValueError, match=r"w\.safetensors: a/kernel cannot be an array and hold a/kernel/sub too"):
+        load_weights(tmp_path / "w.safetensors")
+
+
+def test_what_is_no_regular_file(tmp_path):
+    with pytest.raises(ValueError, match="/dev/null: cannot be read: it is no regular file"):
+        read_safetensors("/dev/null")
+    with pytest.raises(FileNotFoundError):
+        read_safetensors(tmp_path / "none.safetensors")
 
 
 def test_the_bundled_model_knows_what_it_learned():

@@ -256,3 +256,36 @@ def test_hub_without_its_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(ImportError, match=r"pip install 'lbpwht_jax\[hub\]'"):
         load_pretrained(NAME, "timm/vit_micro")
+
+
+def test_heads_and_shapes_that_fit_nothing(tmp_path):
+    state = random_state()
+    for key, value in (
+        ("head.weight", np.float32(1)),
+        ("pos_embed", np.float32(1)),
+        ("pos_embed", np.ones(5, np.float32)),
+        ("blocks.0.attn.qkv.weight", np.ones((2, 2, 2), np.float32)),
+        ("head.weight", np.ones((10, 96), np.complex64).real.astype(np.int32)),
+    ):
+        path = save(tmp_path / "a.safetensors", {**state, key: np.asarray(value)})
+        with pytest.raises(ValueError, match=rf"the file does not fit the model(.|\n)*{key}"):
+            load_pretrained(NAME, path)
+    path = save(tmp_path / "a.safetensors", {**state, "pos_embed": np.ones((2, 26, 96), np.float32)})
+    with pytest.raises(ValueError, match=r"a\.safetensors"):
+        load_pretrained(NAME, path, image_size=32)
+
+
+def test_two_tensors_of_one_name(tmp_path):
+    ours = {"params/blocks_0/norm1/scale": np.ones(96, np.float32), "params/blocks.0/norm1/scale": np.ones(96, np.float32)}
+    with pytest.raises(ValueError, match="2 tensors have only 1 names in timm's layout"):
+        load_pretrained(NAME, save(tmp_path / "a.safetensors", ours))
+    theirs = {f"{prefix}embeddings.cls_token": np.ones((1, 1, 96), np.float32) for prefix in ("", "vit.")}
+    with pytest.raises(ValueError, match=r"a\.safetensors: .*in the transformers ViT or DeiT layout two tensors are timm's"):
+        load_pretrained(NAME, save(tmp_path / "a.safetensors", theirs))
+
+
+def test_parts_that_cannot_be_joined(tmp_path):
+    parts = {f"vit.encoder.layer.0.attention.attention.{part}.weight": np.float32(1) for part in ("query", "key", "value")}
+    parts["vit.embeddings.cls_token"] = np.float32(1)
+    with pytest.raises(ValueError, match=r"a\.safetensors: the tensors do not fit together"):
+        load_pretrained(NAME, save(tmp_path / "a.safetensors", {key: np.asarray(value) for key, value in parts.items()}))

@@ -1,0 +1,81 @@
+"""Adapter folders that others wrote or damaged; what ``save_adapter`` writes is tested with LoRA."""
+
+import json
+import shutil
+import time
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lbpwht_jax import LoRA, adapt
+from lbpwht_jax.weights.peft import load_adapter, save_adapter
+
+IMAGES = jnp.ones((3, 2))
+ADAPTED = adapt(nn.Dense(2, name="fc"), [LoRA("", rank=1, alpha=4)], IMAGES)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("adapter")
+    variables = ADAPTED.init(jax.random.key(0), IMAGES)
+    save_adapter(folder, ADAPTED, variables)
+    return folder, variables
+
+
+@pytest.fixture
+def edited(saved, tmp_path):
+    """Loads the adapter after its configuration was changed: fields, or the whole text."""
+    shutil.copytree(saved[0], tmp_path / "adapter")
+    path = tmp_path / "adapter" / "adapter_config.json"
+
+    def load(text=None, **fields):
+        path.write_text(json.dumps({**json.loads(path.read_text()), **fields}) if text is None else text)
+        return load_adapter(tmp_path / "adapter", ADAPTED, saved[1])
+
+    return load
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[]", "must be a JSON object such as PEFT writes, got a list"),
+        ("null", "must be a JSON object such as PEFT writes, got null"),
+        ("3", "must be a JSON object such as PEFT writes, got a number"),
+        ("", "not a JSON file: Expecting value"),
+        ("[" * 100_000, "not a JSON file that can be read: maximum recursion depth"),
+    ],
+)
+def test_configurations_that_are_none(edited, text, message):
+    with pytest.raises(ValueError, match=rf"adapter_config\.json: {message}"):
+        edited(text)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"alpha_pattern": [1]}, "alpha_pattern must be an object of alphas by module, got a list"),
+        ({"alpha_pattern": "fc"}, "alpha_pattern must be an object of alphas by module, got a text"),
+        ({"alpha_pattern": {"fc": "x"}}, "alpha_pattern 'fc' must be a number, got a text"),
+        ({"lora_alpha": [4]}, "lora_alpha must be a number, got a list"),
+        ({"lora_alpha": True}, "lora_alpha must be a number, got true or false"),
+        ({"lora_alpha": None}, ".* has alpha None"),
+        ({"alpha_pattern": {"(": 4}}, r"alpha_pattern: '\(' is no regular expression"),
+        ({"alpha_pattern": {"[" * 100_000: 4}}, "alpha_pattern: a pattern of 100000 characters is longer"),
+        ({"alpha_pattern": {"(.*)*x": 4}}, r"alpha_pattern: '\(\.\*\)\*x' may take for ever to match"),
+    ],
+)
+def test_fields_that_mean_nothing(edited, fields, message):
+    start = time.process_time()
+    with pytest.raises(ValueError, match=rf"adapter_config\.json: {message}"):
+        edited(**fields)
+    assert time.process_time() - start < 5
+
+
+def test_patterns_are_peft_s(edited, saved):
+    assert jax.tree.structure(edited(alpha_pattern=None)) == jax.tree.structure(saved[1])
+    with pytest.raises(ValueError, match="has alpha 5, "):
+        edited(alpha_pattern={".*": 5, "weight": 6})
+    np.testing.assert_equal(edited(alpha_pattern={"x.*": 5}), jax.tree.map(np.asarray, saved[1]))
