@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import tyro
-from rich.console import Console
 
 from lbpwht_jax.cli.commands import Command
+from lbpwht_jax.cli.output import console
 
 
 class Runnable(Protocol):
@@ -34,13 +34,17 @@ def load(command: Command) -> type[Runnable]:
 def execute(name: str, command: Command, arguments: Sequence[str]) -> int:
     """Runs a command; arguments, result and what is raised are those of ``main``."""
     parsed = tyro.cli(load(command), prog=f"lbpwht {name}", args=arguments)
-    # where a checkpoint cannot be read or written, the error is reported once; the other files' errors are not worth a trace
-    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    # where a checkpoint cannot be read or written, the error is reported once; what others log of it is not worth a trace
+    for library in ("asyncio", "absl"):
+        logging.getLogger(library).setLevel(logging.CRITICAL)
     try:
         run = parsed.prepare()
     except (TypeError, ValueError, FileNotFoundError, ImportError) as error:
         report(error)
         return 2
+    except OSError as error:
+        report(error)
+        return 1
     try:
         return 0 if run is None else run() or 0
     except (FloatingPointError, OSError, ValueError) as error:
@@ -50,4 +54,4 @@ def execute(name: str, command: Command, arguments: Sequence[str]) -> int:
 
 def report(error: Exception) -> None:
     """Shows an error on the standard error stream."""
-    Console(stderr=True).print(f"lbpwht: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+    console("stderr").print(f"lbpwht: {error}", style="red", markup=False, highlight=False, soft_wrap=True)

@@ -12,7 +12,8 @@ import flax.traverse_util
 import jax
 import numpy as np
 import safetensors
-import safetensors.numpy
+
+from lbpwht_jax.weights.write import write_safetensors
 
 BUNDLED = "vit_micro_patch4_28"
 
@@ -24,11 +25,14 @@ def save_weights(path: str | os.PathLike, variables: Mapping[str, Any], metadata
       path: the file; an existing one is replaced.
       variables: nested dictionaries of arrays.
       metadata: what a reader needs to rebuild the model, JSON values by name; written to the file's header.
+
+    Raises:
+      ValueError, OSError: as ``write_safetensors``.
     """
     flat = flax.traverse_util.flatten_dict(dict(variables), sep="/")
     arrays = {name: np.asarray(leaf) for name, leaf in flat.items()}
     header = {key: json.dumps(value) for key, value in metadata.items()}
-    safetensors.numpy.save_file(arrays, path, header)
+    write_safetensors(path, arrays, header)
 
 
 def read_safetensors(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], dict[str, str]]:

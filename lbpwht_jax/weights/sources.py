@@ -27,18 +27,7 @@ def read_weights(source: str | os.PathLike, *, offline: bool = False) -> dict[st
       FileNotFoundError: if the file or folder is missing, or the hub (or its cache, if offline) has no such weights.
       ImportError: if the source is a hub id and huggingface_hub is missing.
     """
-    path = Path(source)
-    if path.is_dir():
-        found = [path / name for name in _NAMES if (path / name).is_file()]
-        if not found:
-            raise FileNotFoundError(f"{source}: the folder has neither {' nor '.join(_NAMES)}")
-        path = found[0]
-    elif not path.is_file():
-        if path.suffix in _SUFFIXES or not _HUB.match(os.fspath(source)):
-            raise FileNotFoundError(
-                f"{source}: no such file or folder, nor a hub id such as timm/efficientformer_l1.snap_dist_in1k"
-            )
-        path = _download(os.fspath(source).removeprefix("hf-hub:"), offline)
+    path = local_file(source) or _download(os.fspath(source).removeprefix("hf-hub:"), offline)
     if path.suffix == ".safetensors":
         return read_safetensors(path)[0]
     if path.suffix in _SUFFIXES:
@@ -46,6 +35,27 @@ def read_weights(source: str | os.PathLike, *, offline: bool = False) -> dict[st
     raise ValueError(
         f"{path}: weights are read from files ending in {', '.join(_SUFFIXES)}, not in {path.suffix or 'nothing'!r}"
     )
+
+
+def local_file(source: str | os.PathLike) -> Path | None:
+    """The file on this machine that a source names; ``None`` if it is a hub id.
+
+    Raises:
+      FileNotFoundError: if it is neither, or a folder without weights.
+    """
+    path = Path(source)
+    if path.is_dir():
+        found = [path / name for name in _NAMES if (path / name).is_file()]
+        if not found:
+            raise FileNotFoundError(f"{source}: the folder has neither {' nor '.join(_NAMES)}")
+        return found[0]
+    if path.is_file():
+        return path
+    if path.suffix in _SUFFIXES or not _HUB.match(os.fspath(source)):
+        raise FileNotFoundError(
+            f"{source}: no such file or folder, nor a hub id such as timm/efficientformer_l1.snap_dist_in1k"
+        )
+    return None
 
 
 def _download(repository: str, offline: bool) -> Path:
