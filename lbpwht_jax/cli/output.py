@@ -1,5 +1,6 @@
 """Standard output and the standard error stream, which a run can lose without ending: a closed pipe, a full disk."""
 
+import contextlib
 import os
 import sys
 from typing import Any, Literal
@@ -36,13 +37,11 @@ class Lasting:
             self._lose()
 
     def _lose(self) -> None:
-        # Python flushes the stream again when it ends, which would fail again
-        lost, null = getattr(sys, self._name), open(os.devnull, "w")  # noqa: SIM115 - it stays open
-        setattr(sys, self._name, null)
-        try:
-            os.dup2(null.fileno(), lost.fileno())
-        except (OSError, ValueError, AttributeError):
-            return
+        # what is in the stream's buffer is written again when Python ends: to nowhere
+        null = os.open(os.devnull, os.O_WRONLY)
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            os.dup2(null, getattr(sys, self._name).fileno())
+        os.close(null)
 
 
 def console(stream: Literal["stdout", "stderr"] = "stdout", quiet: bool = False) -> Console:

@@ -1,20 +1,24 @@
 """What a run outlives: damaged files, a lost terminal, a full disk, hand-edited configurations."""
 
+import contextlib
 import json
 import os
+import re
 import resource
 import shutil
 
 import chex
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 
 import lbpwht_jax
 from lbpwht_jax.cli import main
+from lbpwht_jax.runs.finished import load_run
 from lbpwht_jax.runs.metrics import read_metrics
 from lbpwht_jax.train.checkpoint import FOLDER
-from lbpwht_jax.weights.files import load_weights
+from lbpwht_jax.weights.files import load_weights, save_weights
 
 OPTIONS = ["--method", "full", "--train", "head", "--epochs", "2", "--batch-size", "8", "--checkpoint-every", "1"]
 
@@ -134,29 +138,20 @@ def test_a_configuration_that_was_edited(change, message, run, capsys):
     assert code == 2 and message in error
 
 
-class Closed:
-    """Standard output whose reader has gone, or whose disk is full."""
-
-    def __init__(self, device):
-        self._file = open(device, "w") if device else self._pipe()
-
-    @staticmethod
-    def _pipe():
-        reading, writing = os.pipe()
+@contextlib.contextmanager
+def lost(device):
+    """A file that cannot be written to: a pipe whose reader has gone, or a device."""
+    if device is None:
+        reading, device = os.pipe()
         os.close(reading)
-        return open(writing, "w")
-
-    def __enter__(self):
-        return self._file
-
-    def __exit__(self, *_):
-        self._file.close()
+    with open(device, "w") as file:
+        yield file
 
 
 @pytest.mark.parametrize("device", [None, "/dev/full"])
 def test_a_run_outlives_its_output(device, whole, run, monkeypatch):
-    with Closed(device) as lost, monkeypatch.context() as patch:
-        patch.setattr("sys.stdout", lost)
+    with lost(device) as output, monkeypatch.context() as patch:
+        patch.setattr("sys.stdout", output)
         assert main(["finetune", "--resume", str(run), "--resume-step", "3"]) == 0
     same_end(run, whole)
 
@@ -177,12 +172,20 @@ def test_a_file_that_cannot_be_written(whole, run, capsys):
     same_end(run, whole)
 
 
-def test_a_state_that_is_not_finite_is_no_result(images, tmp_path, capsys):
-    options = [*OPTIONS[:2], *OPTIONS[4:], "--dataset", f"folder:{images}", "--lr", "1e30", "--output", tmp_path / "run"]
+def test_divergence_leaves_a_finite_state_and_evaluation_tells_one_that_is_not(images, run, tmp_path, capsys):
+    options = [*OPTIONS, "--dataset", f"folder:{images}", "--lr", "1e30", "--warmup-steps", "0", "--output", tmp_path / "high"]
     code, _, error = finetune(capsys, *options)
-    assert code == 1 and "lower the learning rate; the state after step" in error
-    code, out, error = lbpwht(capsys, "evaluate", tmp_path / "run", "--checkpoint", "last")
-    assert (code, out) == (1, "") and "not finite; use an earlier checkpoint, or train again" in error
+    assert code == 1 and re.search(
+        r"not finite at step \d; lower the learning rate; the state after step \d, all finite", error
+    )
+    last = load_run(tmp_path / "high", "last")
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(last.variables))
+    variables = jax.tree.map(np.array, last.variables)
+    variables["params"]["head"]["bias"][1] = np.nan
+    save_weights(run / "weights.safetensors", variables, {})
+    code, out, error = lbpwht(capsys, "evaluate", run)
+    assert (code, out) == (1, "")
+    assert "holds numbers that are not finite, in 1 arrays such as params/head/bias: the run diverged; use an earlier" in error
 
 
 def test_validation_images_choose_and_test_images_are_measured_once(images, tmp_path, capsys):

@@ -18,9 +18,7 @@ def test_the_first_signal_is_noted():
     assert signal.set_wakeup_fd(-1) == -1
 
 
-@pytest.mark.parametrize(
-    ("saved", "code", "text"), [(True, 3, "the last checkpoint is as it was"), (False, 1, "no checkpoint")]
-)
+@pytest.mark.parametrize(("saved", "code", "text"), [(True, 3, "last checkpoint is as it was"), (False, 1, "no checkpoint")])
 def test_a_second_signal_ends_the_process_at_once(saved, code, text):
     # the second one comes while the main thread is outside Python, as it is while XLA compiles
     program = (
