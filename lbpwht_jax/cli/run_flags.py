@@ -231,10 +231,10 @@ class RunFlags:
             model=model,
             pretrained=BUNDLED_WEIGHTS,
             image_size=info.images.size,
-            channels=info.images.channels,
+            channels=info.images.channels,  # pyright: ignore[reportArgumentType] - pydantic checks it
             mean=info.images.mean,
             std=info.images.std,
-            interpolation=info.images.interpolation,
+            interpolation=info.images.interpolation,  # pyright: ignore[reportArgumentType]
             crop=info.images.crop,
             dataset=dataset_name,
             data_dir=None if data_dir is None else str(data_dir),

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,7 +14,7 @@ from tensorboardX import SummaryWriter
 from lbpwht_jax.train import Epoch, Step
 
 METRICS, TENSORBOARD = "metrics.jsonl", "tensorboard"
-_KINDS = {"step": TypeAdapter(Step), "epoch": TypeAdapter(Epoch)}
+_KINDS: Mapping[str, TypeAdapter[Step] | TypeAdapter[Epoch]] = {"step": TypeAdapter(Step), "epoch": TypeAdapter(Epoch)}
 
 
 class Lines(NamedTuple):
@@ -107,7 +108,10 @@ def read_lines(run: Path) -> Lines:
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             lines.damage.append(f"line {number} is no step or epoch ({line[:40].decode(errors='replace')!r})")
             continue
-        (lines.steps if isinstance(event, Step) else lines.epochs).append(event)
+        if isinstance(event, Step):
+            lines.steps.append(event)
+        else:
+            lines.epochs.append(event)
     return lines
 
 
