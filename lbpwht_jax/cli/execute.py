@@ -1,8 +1,12 @@
 """Parsing one command's arguments and running it."""
 
+import atexit
 import importlib
 import logging
+import sys
+import threading
 from collections.abc import Callable, Sequence
+from types import TracebackType
 from typing import Protocol
 
 import tyro
@@ -37,6 +41,7 @@ def execute(name: str, command: Command, arguments: Sequence[str]) -> int:
     # where a checkpoint cannot be read or written, the error is reported once; what others log of it is not worth a trace
     for library in ("asyncio", "absl"):
         logging.getLogger(library).setLevel(logging.CRITICAL)
+    sys.excepthook = _excepthook
     try:
         run = parsed.prepare()
     except (TypeError, ValueError, FileNotFoundError, ImportError) as error:
@@ -49,7 +54,20 @@ def execute(name: str, command: Command, arguments: Sequence[str]) -> int:
         return 0 if run is None else run() or 0
     except (FloatingPointError, OSError, ValueError) as error:
         report(error)
+        if isinstance(error, OSError):
+            atexit.register(_end_quietly)
         return 1
+
+
+def _excepthook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Shows an exception, but for those that tensorstore's threads have after a save that failed, when its loop has ended."""
+    if not (kind is RuntimeError and str(error) == "Event loop is closed"):
+        sys.__excepthook__(kind, error, trace)
+
+
+def _end_quietly() -> None:
+    """Keeps other writers, such as TensorBoard's, from saying at the end what has been said: that a file cannot be written."""
+    sys.unraisablehook = threading.excepthook = lambda arguments: None
 
 
 def report(error: Exception) -> None:

@@ -63,9 +63,9 @@ class MetricsFile:
         return self
 
     def __exit__(self, *_: object) -> None:
-        with contextlib.suppress(OSError):  # ``write`` and ``sync`` report what cannot be written
-            self._file.close()
-        self._board.close()
+        for file in (self._file, self._board):
+            with contextlib.suppress(OSError):  # ``write`` and ``sync`` report what cannot be written
+                file.close()
 
     def write(self, event: Step | Epoch) -> None:
         """Adds one event: ``{"kind": "step" or "epoch", ...its fields}``; losses are means, times in seconds.
