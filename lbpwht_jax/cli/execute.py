@@ -6,7 +6,6 @@ import logging
 import sys
 import threading
 from collections.abc import Callable, Sequence
-from types import TracebackType
 from typing import Protocol
 
 import tyro
@@ -41,7 +40,6 @@ def execute(name: str, command: Command, arguments: Sequence[str]) -> int:
     # where a checkpoint cannot be read or written, the error is reported once; what others log of it is not worth a trace
     for library in ("asyncio", "absl"):
         logging.getLogger(library).setLevel(logging.CRITICAL)
-    sys.excepthook = _excepthook
     try:
         run = parsed.prepare()
     except (TypeError, ValueError, FileNotFoundError, ImportError) as error:
@@ -57,12 +55,6 @@ def execute(name: str, command: Command, arguments: Sequence[str]) -> int:
         if isinstance(error, OSError):
             atexit.register(_end_quietly)
         return 1
-
-
-def _excepthook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Shows an exception, but for those that tensorstore's threads have after a save that failed, when its loop has ended."""
-    if not (kind is RuntimeError and str(error) == "Event loop is closed"):
-        sys.__excepthook__(kind, error, trace)
 
 
 def _end_quietly() -> None:
