@@ -71,8 +71,8 @@ def main(
             case Step() if event.number % 50 == 0:
                 print(f"step {event.number}: loss {event.loss:.3f}, {batch_size / event.seconds:.0f} images/s", flush=True)
             case Epoch():
-                print(f"epoch {event.number}: test accuracy {event.test_accuracy:.4f}", flush=True)
-                accuracy = event.test_accuracy
+                print(f"epoch {event.number}: test accuracy {event.accuracy:.4f}", flush=True)
+                accuracy = event.accuracy
             case Snapshot() if event.state.step == trainer.steps:
                 metadata = {"model": BUNDLED, "classes": CLASSES, "test_accuracy": round(accuracy, 4)}
                 save_weights(output, {"params": event.state.params}, metadata)

@@ -96,7 +96,7 @@ def parse_method(method: str, **fields: Any) -> Method:
         return Method()
     found: dict[str, Any] = {}
     for part in method.split("+"):
-        match = re.fullmatch(r"(lp_l1|lp_linf|lora|lora_all)-(\d+)", part)
+        match = re.fullmatch(r"(lp_l1|lp_linf|lora|lora_all)-([0-9]{1,9})", part)
         if match is None:
             raise ValueError(f"unknown method {method!r}; {_HELP}")
         kind, rank = match[1], int(match[2])

@@ -3,6 +3,7 @@
 Without the packages of the extra ``train`` the command line only says how to get them, so this module imports none of them.
 """
 
+import contextlib
 import difflib
 import importlib.util
 import sys
@@ -10,6 +11,7 @@ from collections.abc import Sequence
 
 from lbpwht_jax import __version__
 from lbpwht_jax.cli.commands import COMMANDS
+from lbpwht_jax.cli.early import stopping_at_once
 
 NEEDED = (
     "PIL",
@@ -46,12 +48,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns:
       The exit code. 0: done. 1: what was asked for failed on the way. 2: the arguments are mistaken, or packages are missing.
-      3: a signal stopped training, and its state was saved. All but 0 come after a message on the standard error stream.
+      3: a signal stopped training, and its state was saved, or there was none yet. All but 0 come after a message on the
+      standard error stream.
 
     Raises:
       SystemExit: with code 0 after ``COMMAND --help``; with code 2 if the command's arguments cannot be parsed.
     """
     name, *rest = (sys.argv[1:] if arguments is None else arguments) or [""]
+    with stopping_at_once() if name == "finetune" else contextlib.nullcontext():
+        return _run(name, rest)
+
+
+def _run(name: str, rest: Sequence[str]) -> int:
     missing = [package for package in NEEDED if importlib.util.find_spec(package) is None]
     if missing:
         return _mistake(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal
@@ -10,7 +11,7 @@ import jax
 import tyro
 
 from lbpwht_jax.data import open_dataset
-from lbpwht_jax.runs.finished import FINAL, load_run
+from lbpwht_jax.runs.finished import FINAL, check_finite, load_run
 from lbpwht_jax.train import Evaluator, Placement, loading
 
 
@@ -24,7 +25,7 @@ class Evaluate:
     """Another data set of the same classes, named as for "lbpwht finetune"; by default the run's."""
     data_dir: Path | None = None
     """Folder of the TFDS data sets; by default the run's."""
-    split: Literal["test", "train"] = "test"
+    split: Literal["test", "train", "validation"] = "test"
     """Which images."""
     checkpoint: str = FINAL
     """final; or a checkpoint, also of a run that is not finished: last, best or the number of its step."""
@@ -47,8 +48,12 @@ class Evaluate:
         loaded = load_run(self.run, self.checkpoint)
         config = loaded.config
         data_dir = self.data_dir if self.data_dir or config.data_dir is None else Path(config.data_dir)
-        dataset = open_dataset(self.dataset or config.dataset, config.recipe.seed, data_dir)
+        share = config.validation if self.dataset in (None, config.dataset) else 0.0
+        dataset = open_dataset(self.dataset or config.dataset, config.recipe.seed, data_dir, share)
         config.check_classes(dataset)
+        split = getattr(dataset, self.split)
+        if split is None:
+            raise ValueError(f"{dataset.name} has no validation images; use --split test or train")
         placement = Placement(devices=jax.local_devices())
         batch_size = config.recipe.batch_size if self.batch_size is None else self.batch_size
         placement.check(batch_size, 1)
@@ -56,7 +61,14 @@ class Evaluate:
 
         def run() -> None:
             variables = placement.put(loaded.variables, jax.tree.map(lambda _: placement.replicated, loaded.variables))
-            found = evaluator(variables, getattr(dataset, self.split))
+            what = f"{self.run} (checkpoint {self.checkpoint})"
+            check_finite(loaded.variables, what)
+            found = evaluator(variables, split)
+            if not math.isfinite(found.loss):
+                raise FloatingPointError(
+                    f"{what}: its loss on {dataset.name}, {self.split}, is {found.loss}, which is not finite; use an earlier "
+                    "checkpoint, or train again with a lower learning rate"
+                )
             if self.json:
                 fields = {"run": str(self.run), "dataset": dataset.name, "split": self.split, "checkpoint": self.checkpoint}
                 print(json.dumps({**fields, **found._asdict()}, indent=2))

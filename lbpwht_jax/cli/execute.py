@@ -1,14 +1,17 @@
 """Parsing one command's arguments and running it."""
 
+import atexit
 import importlib
 import logging
+import sys
+import threading
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import tyro
-from rich.console import Console
 
 from lbpwht_jax.cli.commands import Command
+from lbpwht_jax.cli.output import console
 
 
 class Runnable(Protocol):
@@ -34,20 +37,31 @@ def load(command: Command) -> type[Runnable]:
 def execute(name: str, command: Command, arguments: Sequence[str]) -> int:
     """Runs a command; arguments, result and what is raised are those of ``main``."""
     parsed = tyro.cli(load(command), prog=f"lbpwht {name}", args=arguments)
-    # where a checkpoint cannot be read or written, the error is reported once; the other files' errors are not worth a trace
-    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    # where a checkpoint cannot be read or written, the error is reported once; what others log of it is not worth a trace
+    for library in ("asyncio", "absl"):
+        logging.getLogger(library).setLevel(logging.CRITICAL)
     try:
         run = parsed.prepare()
     except (TypeError, ValueError, FileNotFoundError, ImportError) as error:
         report(error)
         return 2
+    except OSError as error:
+        report(error)
+        return 1
     try:
         return 0 if run is None else run() or 0
     except (FloatingPointError, OSError, ValueError) as error:
         report(error)
+        if isinstance(error, OSError):
+            atexit.register(_end_quietly)
         return 1
+
+
+def _end_quietly() -> None:
+    """Keeps other writers, such as TensorBoard's, from saying at the end what has been said: that a file cannot be written."""
+    sys.unraisablehook = threading.excepthook = lambda arguments: None
 
 
 def report(error: Exception) -> None:
     """Shows an error on the standard error stream."""
-    Console(stderr=True).print(f"lbpwht: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+    console("stderr").print(f"lbpwht: {error}", style="red", markup=False, highlight=False, soft_wrap=True)

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import tyro
-from rich.console import Console
 
 from lbpwht_jax.cli.execute import report
+from lbpwht_jax.cli.output import console
 from lbpwht_jax.cli.resume import resumed_run
 from lbpwht_jax.cli.run_flags import RunFlags
 from lbpwht_jax.data.validation import plain_errors
@@ -19,9 +19,9 @@ from lbpwht_jax.runs.results import table
 from lbpwht_jax.runs.training import Stopped, TrainingRun
 from lbpwht_jax.train import Placement, Shard
 from lbpwht_jax.train.processes import connect, is_first
+from lbpwht_jax.train.stop import STOPPED
 
 _COMPARED = ("full", "lp_l1-2")
-_STOPPED = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,9 +37,10 @@ class Finetune:
     the plain model, LoRA's branches merged) and curves.png; with LoRA also adapter: only what was trained, in PEFT's layout.
     "lbpwht evaluate", "predict" and "export" take the folder and need no more.
 
-    SIGTERM or Ctrl-C lets the step end, saves and leaves with exit code 3; a second one leaves at once. "--resume" goes on bit
-    for bit. A run starts from the first of these that there is: the checkpoint that --resume names (by default the last one of
-    its run), --pretrained, the weights that come with the package.
+    SIGTERM or Ctrl-C lets the step end, saves and leaves with exit code 3; a second one leaves at once, and before training
+    begins the first one does. "--resume" goes on bit for bit. Standard output may be closed while a run goes on. A run starts
+    from the first of these that there is: the checkpoint that --resume names (by default the last one of its run),
+    --pretrained, the weights that come with the package.
 
     Exit codes: 0 done; 1 training failed (diverged, or the disk is full); 2 mistaken arguments; 3 stopped and saved.
 
@@ -103,15 +104,21 @@ class Finetune:
             held = locks.pop_all()
 
         def run() -> int | None:
-            console = Console(quiet=not is_first())
+            shown, results = console(quiet=not is_first()), []
             try:
                 with held:
-                    results = [each.train(self.checkpoint_every, console) for each in runs]
+                    for each in runs:
+                        result, stopping = each.train(self.checkpoint_every, shown)
+                        results.append(result)
+                        if stopping and len(results) < len(runs):
+                            raise Stopped(
+                                f"stopped by a signal after {len(results)} of {len(runs)} runs; the others have not begun"
+                            )
             except Stopped as stopped:
                 report(stopped)
-                return _STOPPED
-            console.print(table(results))
-            console.print(f"Run folder: {runs[0].folder}", soft_wrap=True)
+                return STOPPED
+            shown.print(table(results))
+            shown.print(f"Run folder: {runs[0].folder}", soft_wrap=True)
             return None
 
         return run

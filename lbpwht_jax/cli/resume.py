@@ -2,15 +2,13 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from lbpwht_jax.cli.run_flags import RunFlags
 from lbpwht_jax.data import open_dataset
 from lbpwht_jax.runs import folder as run_folder
 from lbpwht_jax.runs import training as training_run
-from lbpwht_jax.runs.config import RunConfig
+from lbpwht_jax.runs.config import RunConfig, differences
 from lbpwht_jax.runs.training import TrainingRun
 from lbpwht_jax.train import Placement
 from lbpwht_jax.train.checkpoint import last_step
@@ -50,7 +48,9 @@ def resumed_run(
         raise ValueError(f"{folder} is finished; there is nothing to resume")
     if data_dir is not None:
         config = dataclasses.replace(config, data_dir=str(data_dir))
-    dataset = open_dataset(config.dataset, config.recipe.seed, None if config.data_dir is None else Path(config.data_dir))
+    dataset = open_dataset(
+        config.dataset, config.recipe.seed, None if config.data_dir is None else Path(config.data_dir), config.validation
+    )
     return training_run.prepare(config, folder, dataset, placement, workers, last_step(folder) if step is None else step)
 
 
@@ -62,18 +62,9 @@ def check_agreement(flags: RunFlags, config: RunConfig, folder: Path) -> None:
     """
     if flags.recipe is not None:
         raise ValueError(f"--recipe does not go with --resume: the run in {folder} keeps its configuration; leave it out")
-    for name, wanted, recorded in _differences(flags.over(config), config):
+    for name, wanted, recorded in differences(flags.over(config), config):
+        flag = name.rpartition(".")[2].replace("_", "-")
         raise ValueError(
-            f"--{name.replace('_', '-')} {wanted}: the run in {folder} was started with {recorded}, and a resumed run keeps "
-            "its configuration; leave the flag out, or start a new run"
+            f"--{flag} {wanted}: the run in {folder} was started with {recorded}, and a resumed run keeps its configuration; "
+            "leave the flag out, or start a new run"
         )
-
-
-def _differences(wanted: Any, recorded: Any) -> Iterator[tuple[str, Any, Any]]:
-    """Fields that differ between two configurations, in order: name and both values, of nested ones too."""
-    for field in dataclasses.fields(wanted):
-        ours, theirs = getattr(wanted, field.name), getattr(recorded, field.name)
-        if dataclasses.is_dataclass(ours):
-            yield from _differences(ours, theirs)
-        elif ours != theirs:
-            yield field.name, ours, theirs

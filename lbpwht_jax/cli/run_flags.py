@@ -14,9 +14,10 @@ from lbpwht_jax.data import Augmentation, open_dataset
 from lbpwht_jax.data.recipes import paper_recipe
 from lbpwht_jax.data.split import Dataset
 from lbpwht_jax.models import model_info
-from lbpwht_jax.runs.config import BUNDLED_WEIGHTS, DType, Projection, RunConfig, When
+from lbpwht_jax.runs.config import BUNDLED_WEIGHTS, NO_WEIGHTS, DType, Projection, RunConfig, When
 from lbpwht_jax.train import Recipe
 from lbpwht_jax.weights import BUNDLED
+from lbpwht_jax.weights.sources import local_file
 
 _T = TypeVar("_T")
 
@@ -144,8 +145,8 @@ class RunFlags:
     """Height and width of the images, in pixels."""
 
     dataset: Annotated[str | None, _hint("digits", "STR")] = None
-    """digits; folder:PATH, images as PATH/{train,test}/CLASS/IMAGE or PATH/CLASS/IMAGE, or a zip file of them; tfds:NAME or
-    tfds:NAME:VERSION, prepared by "lbpwht prepare"."""
+    """digits; folder:PATH, images as PATH/{train,test}/CLASS/IMAGE (and PATH/val/CLASS/IMAGE) or PATH/CLASS/IMAGE, or a zip
+    file of them; tfds:NAME or tfds:NAME:VERSION, prepared by "lbpwht prepare"."""
 
     method: Annotated[str | None, _hint("lp_l1-4", "STR")] = None
     """How to adapt. full: exact backpropagation. lp_l1-R: low-rank, keeping the Walsh functions whose indices sum to less
@@ -157,6 +158,10 @@ class RunFlags:
     """What is trained: all, last_stage (the last stage, of plain vision transformers the last quarter of the blocks, and the
     head) or head (the head, and LoRA's branches where there are some). The rest is frozen and costs no backward pass that is
     not needed."""
+
+    validation: Annotated[float | None, _hint("0: none", "SHARE")] = None
+    """The share of the training images, such as 0.1, that is held out to choose the best epoch by; the test images are then
+    measured once, at the end. A data set's own validation images (a folder val beside test) are always used so."""
 
     projection: Annotated[Projection | None, _hint("fitted", "{fitted,official}")] = None
     """Blocks that the grid does not fill: fitted (orthogonal, exact when every function is kept) or official (reflected, as
@@ -195,6 +200,7 @@ class RunFlags:
             dtype=_or(self.dtype, base.dtype),
             remat=self.remat or base.remat,
             recipe=self.numbers.over(base.recipe),
+            validation=_or(self.validation, base.validation),
         )
 
     def new_run(self, data_dir: Path | None) -> tuple[RunConfig, Dataset]:
@@ -214,19 +220,21 @@ class RunFlags:
                 f"no weights of {model} come with this package; give --pretrained a file, a folder or a hub id, or none for "
                 "random weights"
             )
+        if self.pretrained not in (None, NO_WEIGHTS, BUNDLED_WEIGHTS):
+            local_file(self.pretrained)  # tells at once that it is not there
         recipe = Recipe(epochs=15)
         if self.recipe == "paper":
             recipe = dataclasses.replace(recipe, **paper_recipe(dataset_name))
         recipe = self.numbers.over(recipe)
-        dataset = open_dataset(dataset_name, recipe.seed, data_dir)
+        dataset = open_dataset(dataset_name, recipe.seed, data_dir, _or(self.validation, 0.0))
         defaults = RunConfig(
             model=model,
             pretrained=BUNDLED_WEIGHTS,
             image_size=info.images.size,
-            channels=info.images.channels,
+            channels=info.images.channels,  # pyright: ignore[reportArgumentType] - pydantic checks it
             mean=info.images.mean,
             std=info.images.std,
-            interpolation=info.images.interpolation,
+            interpolation=info.images.interpolation,  # pyright: ignore[reportArgumentType]
             crop=info.images.crop,
             dataset=dataset_name,
             data_dir=None if data_dir is None else str(data_dir),

@@ -12,6 +12,7 @@ from lbpwht_jax.runs.finished import FINAL, load_run
 from lbpwht_jax.weights import export_weights, load_pretrained
 from lbpwht_jax.weights.pretrained import number_of_classes
 from lbpwht_jax.weights.sources import class_names
+from lbpwht_jax.weights.write import check_output
 
 _Model = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
 _Source = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
@@ -36,7 +37,7 @@ class Convert:
     """Takes hub weights from the local cache alone, without the network."""
 
     def prepare(self) -> None:
-        """Writes the file; raises what ``load_pretrained`` raises."""
+        """Writes the file; raises what ``load_pretrained`` and ``export_weights`` raise."""
         _rewrite(self, self.source, self.output, "flax")
 
 
@@ -82,11 +83,14 @@ class Export:
             return
         if self.num_classes is not None or self.image_size is not None:
             raise ValueError("--num-classes and --image-size do not go with a run folder, which has its own")
-        run, output = load_run(Path(self.model), self.checkpoint), Path(self.source)
+        output = Path(self.source)
+        check_output(output)
+        run = load_run(Path(self.model), self.checkpoint)
         _write(run.config.model, run.module, run.variables, output, self.format, run.config.classes)
 
 
 def _rewrite(command: Convert | Export, source: str, output: Path, format: Literal["timm", "flax"]) -> None:
+    check_output(output)
     variables = load_pretrained(command.model, source, command.num_classes, command.image_size, offline=command.offline)
     classes = number_of_classes(command.model, variables)
     module = plain_model(command.model, num_classes=classes, image_size=command.image_size)

@@ -7,7 +7,7 @@ from typing import Annotated
 import jax
 import jax.numpy as jnp
 import pydantic.dataclasses
-from pydantic import AfterValidator, Field, NonNegativeFloat, NonNegativeInt, PositiveInt
+from pydantic import AfterValidator, Field, NonNegativeFloat, NonNegativeInt
 
 from lbpwht_jax.data.randaugment import randaugment
 from lbpwht_jax.data.validation import STRICT
@@ -23,6 +23,7 @@ def _rising(scale: tuple[float, float]) -> tuple[float, float]:
 
 
 _Area = Annotated[float, Field(gt=0, le=1)]
+_Operations = Annotated[int, Field(gt=0, le=100)]
 _Magnitude = Annotated[float, Field(ge=0, le=10)]
 
 
@@ -35,7 +36,7 @@ class Augmentation:
         width over its height, in the original's proportions, is drawn from 3/4 to 4/3. None takes the whole image, squashed.
       flip: whether half of the images are mirrored left to right.
       shift: largest number of pixels by which images are moved along both axes; their edges are repeated.
-      randaugment: number of operations per image, and their magnitude in [0, 10]; None for no operations.
+      randaugment: number of operations per image, at most 100, and their magnitude in [0, 10]; None for no operations.
       mixup: an image is blended with another, and the share that it keeps is drawn from a Beta distribution with this alpha;
         0 for no mixup.
       cutmix: a box of an image is replaced by another image's, and the share of the area that it keeps is drawn from a Beta
@@ -48,7 +49,7 @@ class Augmentation:
     crop_scale: Annotated[tuple[_Area, _Area], AfterValidator(_rising)] | None = None
     flip: bool = False
     shift: NonNegativeInt = 0
-    randaugment: tuple[PositiveInt, _Magnitude] | None = None
+    randaugment: tuple[_Operations, _Magnitude] | None = None
     mixup: NonNegativeFloat = 0.0
     cutmix: NonNegativeFloat = 0.0
 

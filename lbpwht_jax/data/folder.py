@@ -44,10 +44,10 @@ class FileSplit:
 def open_folder(name: str, path: Path, seed: int) -> Dataset:
     """Lists a folder or a zip file of images.
 
-    The files are ``train/CLASS/...`` and ``test/CLASS/...`` (or ``val`` or ``validation``, if there is no ``test``), or just
-    ``CLASS/...``; then a fifth of each class, drawn by the seed, is for testing. One more folder may surround them. Images are
-    recognised by their suffixes (``SUFFIXES``), in upper or lower case; other files and hidden ones are ignored. Links are
-    followed, but each image is listed once (``list_folder``).
+    The files are ``train/CLASS/...`` and ``test/CLASS/...`` (or ``val`` or ``validation``, if there is no ``test``; beside
+    ``test`` these are for validation), or just ``CLASS/...``; then a fifth of each class, drawn by the seed, is for testing.
+    One more folder may surround them. Images are recognised by their suffixes (``SUFFIXES``), in upper or lower case; other
+    files and hidden ones are ignored. Links are followed, but each image is listed once (``list_folder``).
 
     Args:
       name: the data set's name.
@@ -79,13 +79,19 @@ def open_folder(name: str, path: Path, seed: int) -> Dataset:
         return Dataset(name, train, tested, tuple(classes))
     classes, files, labels = _classify(path, f"{top}train/", paths, images)
     train = FileSplit(path, files, labels, read_bytes)
-    names, files, labels = _classify(path, f"{top}{test}/", paths, images)
-    unknown = [c for c in names if c not in classes]
-    if unknown:
-        shown = ", ".join(unknown[:5]) + (", ..." if len(unknown) > 5 else "")
-        raise ValueError(f"folder:{path}: of the classes in {test}, train lacks {len(unknown)}: {shown}")
-    tested = FileSplit(path, files, np.asarray([classes.index(c) for c in names], np.int32)[labels], read_bytes)
-    return Dataset(name, train, tested, tuple(classes))
+
+    def measured_on(part: str) -> FileSplit:
+        names, files, labels = _classify(path, f"{top}{part}/", paths, images)
+        unknown = [c for c in names if c not in classes]
+        if unknown:
+            shown = ", ".join(unknown[:5]) + (", ..." if len(unknown) > 5 else "")
+            raise ValueError(f"folder:{path}: of the classes in {part}, train lacks {len(unknown)}: {shown}")
+        return FileSplit(path, files, np.asarray([classes.index(c) for c in names], np.int32)[labels], read_bytes)
+
+    others = [part for part in TESTS if part in tops and part != test]
+    if len(others) > 1 or (test == "val" and others):
+        raise ValueError(f"folder:{path} has the folders val and validation; keep one of them, or name it test")
+    return Dataset(name, train, measured_on(test), tuple(classes), measured_on(others[0]) if others else None)
 
 
 def image_files(folder: Path) -> list[Path]:

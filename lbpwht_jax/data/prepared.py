@@ -85,7 +85,7 @@ def open_prepared(wanted: PreparedName, folder: Path) -> Dataset:
     """Opens a data set that ``lbpwht prepare`` has prepared.
 
     The split ``train`` is for training. The split ``test`` is for testing, or ``validation`` if there is no ``test`` or it has
-    no labels.
+    no labels; where both are there and labelled, ``validation`` is for validation.
 
     Args:
       wanted: the data set; without a version, the latest that is prepared.
@@ -120,7 +120,8 @@ def open_prepared(wanted: PreparedName, folder: Path) -> Dataset:
     test = next((part for part in tests if len(part) and part.read(0)[1] >= 0), None)
     if "train" not in info.splits or test is None:
         raise ValueError(f"{name} has no labelled splits train and test (or validation), but {', '.join(info.splits)}")
-    return Dataset(name, split("train"), test, tuple(features[label].names))
+    validation = tests[-1] if tests[-1] is not test and len(tests[-1]) and tests[-1].read(0)[1] >= 0 else None
+    return Dataset(name, split("train"), test, tuple(features[label].names), validation)
 
 
 def _version(wanted: PreparedName, folder: Path) -> str:

@@ -32,7 +32,8 @@ def _line(error: ErrorDetails) -> str:
     if error["type"] == "missing":
         return f"{name} is missing"
     if error["type"] == "value_error":
-        return f"{name}: {message.removeprefix('Value error, ')}"
+        text = message.removeprefix("Value error, ")
+        return f"{name}: {text}" if name else text
     if message.startswith("Input should "):
         return f"{name} must {message.removeprefix('Input should ')}, got {error['input']!r}"
     return f"{name}: {message}, got {error['input']!r}"

@@ -1,13 +1,16 @@
 """What a run is: the model and how it is adapted, the data, the recipe; all that ``config.json`` of its folder must hold."""
 
 import dataclasses
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import pydantic.dataclasses
-from pydantic import AfterValidator, ConfigDict, PositiveInt, TypeAdapter
+from pydantic import AfterValidator, ConfigDict, Field, PositiveFloat, PositiveInt, TypeAdapter, model_validator
 
 from lbpwht_jax.adaptation import AdaptedModule, Train, adapt, parse_method
 from lbpwht_jax.data import Dataset
@@ -53,6 +56,8 @@ class RunConfig:
       dtype: dtype of the computation; parameters are float32.
       remat: whether blocks are computed again in the backward pass.
       recipe: how to train.
+      validation: the share of the training images that is held out to choose the best epoch by; 0 for none. A data set that has
+        validation images of its own needs none.
 
     Raises:
       pydantic.ValidationError: (a ValueError) if a value has the wrong type, is out of range or is an unknown name.
@@ -61,14 +66,14 @@ class RunConfig:
     model: Annotated[str, AfterValidator(_known_model)]
     pretrained: str
     image_size: PositiveInt
-    channels: PositiveInt
+    channels: Literal[1, 3]
     mean: tuple[float, ...]
-    std: tuple[float, ...]
-    interpolation: str
-    crop: float
+    std: tuple[PositiveFloat, ...]
+    interpolation: Literal["bicubic", "bilinear"]
+    crop: Annotated[float, Field(gt=0, le=1)]
     dataset: str
     data_dir: str | None
-    classes: tuple[str, ...]
+    classes: Annotated[tuple[str, ...], Field(min_length=1)]
     method: Annotated[str, AfterValidator(_known_method)]
     train: Train
     projection: Projection
@@ -76,6 +81,14 @@ class RunConfig:
     dtype: DType
     remat: bool
     recipe: Recipe
+    validation: Annotated[float, Field(ge=0, lt=1)] = 0.0
+
+    @model_validator(mode="after")
+    def _one_per_channel(self) -> "RunConfig":
+        for name in ("mean", "std"):
+            if len(getattr(self, name)) != self.channels:
+                raise ValueError(f"{name} must have {self.channels} numbers, one per channel, got {getattr(self, name)}")
+        return self
 
     @property
     def info(self) -> ModelInfo:
@@ -152,7 +165,7 @@ class RunConfig:
         return _JSON.dump_python(self, mode="json")
 
     @classmethod
-    def from_json(cls, text: str, where: str = "") -> "RunConfig":
+    def from_json(cls, text: str | bytes, where: str = "") -> "RunConfig":
         """Reads what ``to_json`` returned, written as JSON; other values beside the run's fields are left out.
 
         Args:
@@ -168,6 +181,37 @@ class RunConfig:
     def images(self) -> jax.ShapeDtypeStruct:
         """Shape and dtype of a batch of one image."""
         return jax.ShapeDtypeStruct((1, self.image_size, self.image_size, self.channels), jnp.float32)
+
+
+def differences(ours: Any, theirs: Any, within: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Fields that differ between two configurations, in order: name, such as ``"recipe.lr"``, and both values."""
+    for field in dataclasses.fields(ours):
+        name, one, other = f"{within}{field.name}", getattr(ours, field.name), getattr(theirs, field.name)
+        if dataclasses.is_dataclass(one):
+            yield from differences(one, other, f"{name}.")
+        elif one != other:
+            yield name, one, other
+
+
+def check_unchanged(config: RunConfig, recorded: Mapping[str, Any], folder: Path, step: int) -> None:
+    """Checks that a run's ``config.json`` is still the configuration that a checkpoint was made with.
+
+    Args:
+      config: what the file says now.
+      recorded: the checkpoint's, JSON values by name.
+      folder: the run's folder.
+      step: the checkpoint's.
+
+    Raises:
+      ValueError: if they differ in more than where the data lies; names the field and both values.
+    """
+    was = RunConfig.from_json(json.dumps(recorded), f"checkpoint {step} of {folder}")
+    for name, now, then in differences(config, was):
+        if name != "data_dir":
+            raise ValueError(
+                f"{folder / 'config.json'}: {name} is {now!r}, but checkpoint {step} was made with {then!r}; put it back, or "
+                "start a new run"
+            )
 
 
 def _few(names: list[str]) -> str:

@@ -6,6 +6,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import numpy as np
 
 from lbpwht_jax.runs import folder as run_folder
 from lbpwht_jax.runs.config import RunConfig
@@ -37,7 +38,7 @@ def load_run(path: Path, which: str = FINAL) -> FinishedRun:
 
     Args:
       path: the folder.
-      which: ``"final"`` for what the run ended with; ``"last"``, ``"best"`` (highest test accuracy) or the number of a step for
+      which: ``"final"`` for what the run ended with; ``"last"``, ``"best"`` (of the best epoch) or the number of a step for
         a checkpoint, which also works for a run that is not finished.
 
     Raises:
@@ -55,6 +56,24 @@ def load_run(path: Path, which: str = FINAL) -> FinishedRun:
     wanted = jax.eval_shape(module.init, jax.random.key(0), config.images())
     check_same(describe_arrays(wanted), describe_arrays(variables), f"{file} does not fit {path / run_folder.CONFIG}")
     return FinishedRun(config, module, variables)
+
+
+def check_finite(variables: Any, what: str) -> None:
+    """Checks that all numbers of a model are finite, as those of a run that diverged may not be.
+
+    Raises:
+      FloatingPointError: if one is not; names arrays that have such numbers.
+    """
+    wrong = [
+        jax.tree_util.keystr(path, simple=True, separator="/")
+        for path, leaf in jax.tree.leaves_with_path(variables)
+        if not np.isfinite(np.asarray(leaf, np.float32)).all()
+    ]
+    if wrong:
+        raise FloatingPointError(
+            f"{what} holds numbers that are not finite, in {len(wrong)} arrays such as {wrong[0]}: the run diverged; use an "
+            "earlier checkpoint, or train again with a lower learning rate"
+        )
 
 
 def _from_checkpoint(path: Path, config: RunConfig, which: str) -> FinishedRun:

@@ -1,15 +1,17 @@
 """The folder of a training run: its lock, its configuration and its JSON files."""
 
+import contextlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import filelock
 
 from lbpwht_jax.runs.config import RunConfig
-from lbpwht_jax.runs.metrics import METRICS
+from lbpwht_jax.runs.metrics import METRICS, keep_copy
+from lbpwht_jax.train.checkpoint import fault, has_checkpoint
 
 CONFIG, RESULT, SKIPPED, LOCK = "config.json", "result.json", "skipped.json", ".lock"
 WEIGHTS, ADAPTER, PLOT = "weights.safetensors", "adapter", "curves.png"
@@ -41,6 +43,24 @@ def lock(path: Path, create: bool) -> filelock.BaseFileLock:
     return held
 
 
+@contextlib.contextmanager
+def writing(file: Path, run: Path) -> Iterator[None]:
+    """Says on one line which file of a run cannot be written, and what is safe.
+
+    Raises:
+      OSError: in place of one that is raised inside.
+    """
+    try:
+        yield
+    except OSError as error:
+        safe = (
+            f"the checkpoints are as they were; once it can be written, go on with lbpwht finetune --resume {run}"
+            if has_checkpoint(run)
+            else "there is no checkpoint yet"
+        )
+        raise OSError(f"cannot write {file}: {fault(error)}; {safe}") from None
+
+
 def read_config(path: Path) -> RunConfig:
     """Reads the configuration of a run.
 
@@ -48,7 +68,7 @@ def read_config(path: Path) -> RunConfig:
       ValueError: if the folder holds no run, or a field of its ``config.json`` is missing or wrong.
     """
     try:
-        text = (path / CONFIG).read_text()
+        text = (path / CONFIG).read_bytes()
     except OSError as error:
         raise ValueError(f"{path} is no run folder: cannot read {path / CONFIG} ({error.strerror})") from None
     return RunConfig.from_json(text, f"{path / CONFIG}: no configuration of this version's")
@@ -69,10 +89,15 @@ def add_skipped(path: Path, skipped: Mapping[str, str]) -> dict[str, str]:
       skipped: why each could not be read, by its name.
 
     Returns:
-      All that the file now holds.
+      All that the file now holds. A file that is damaged is kept under another name, and a new one begun.
     """
     file = path / SKIPPED
-    before = json.loads(file.read_text()) if file.exists() else {}
+    try:
+        before = dict(json.loads(file.read_bytes())) if file.exists() else {}
+    except (ValueError, TypeError, RecursionError):
+        keep_copy(file)
+        file.unlink()
+        before = {}
     if skipped.keys() - before.keys():
         write_json(file, before | dict(skipped))
     return before | dict(skipped)

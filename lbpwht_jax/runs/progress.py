@@ -52,7 +52,8 @@ class Reporter:
         """Shows what happened: a step or the end of an epoch."""
         if isinstance(event, Epoch):
             step = "" if self._step is None else f"loss {self._step.loss:.3f}, "
-            self._print(f"epoch {event.number}/{self._epochs}: {step}test accuracy {event.test_accuracy:.2%}, {self._rate()}")
+            on = "test" if event.validation_accuracy is None else "validation"
+            self._print(f"epoch {event.number}/{self._epochs}: {step}{on} accuracy {event.accuracy:.2%}, {self._rate()}")
             return
         if self._step is not None:  # the first step compiles
             self._pace = event.seconds if self._pace is None else _SMOOTHING * self._pace + (1 - _SMOOTHING) * event.seconds

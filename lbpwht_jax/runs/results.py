@@ -16,7 +16,7 @@ class Result:
       trainable_parameters: how many scalars were trained.
       backward_flops: FLOPs of the backward pass's matrix products, per image.
       saved_bytes: bytes kept for the backward pass, per image.
-      step_seconds: median over the run without its first step, which compiles.
+      step_seconds: median over the run without its first step, which compiles; ``None`` if the run's times are lost.
     """
 
     method: str
@@ -24,7 +24,7 @@ class Result:
     trainable_parameters: int
     backward_flops: int
     saved_bytes: int
-    step_seconds: float
+    step_seconds: float | None
 
 
 def table(results: Sequence[Result]) -> Table:
@@ -40,6 +40,6 @@ def table(results: Sequence[Result]) -> Table:
             f"{result.trainable_parameters:,}",
             f"{result.backward_flops / 1e6:.1f}",
             f"{result.saved_bytes / 1e3:,.0f}",
-            f"{result.step_seconds * 1e3:.0f} ms",
+            "lost" if result.step_seconds is None else f"{result.step_seconds * 1e3:.0f} ms",
         )
     return table

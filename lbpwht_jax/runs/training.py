@@ -3,25 +3,28 @@
 import dataclasses
 import platform
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import flax
 import jax
 from rich.console import Console
+from rich.markup import escape
 
+import lbpwht_jax
 from lbpwht_jax.adaptation import AdaptedModule
 from lbpwht_jax.cost import backward_flops, residual_bytes
 from lbpwht_jax.data import Dataset
 from lbpwht_jax.runs import folder as run_folder
-from lbpwht_jax.runs.config import RunConfig
-from lbpwht_jax.runs.metrics import MetricsFile, read_metrics
+from lbpwht_jax.runs.config import RunConfig, check_unchanged
+from lbpwht_jax.runs.folder import writing
+from lbpwht_jax.runs.metrics import METRICS, MetricsFile, read_metrics
 from lbpwht_jax.runs.plot import plot_curves
 from lbpwht_jax.runs.progress import Reporter
 from lbpwht_jax.runs.results import Result
-from lbpwht_jax.train import Diverged, Placement, Snapshot, Trainer, TrainState
-from lbpwht_jax.train.checkpoint import Checkpoints, Facts
+from lbpwht_jax.train import Diverged, Epoch, Placement, Snapshot, Trainer, TrainState
+from lbpwht_jax.train.checkpoint import Checkpoints, Facts, has_checkpoint
 from lbpwht_jax.train.processes import is_first
 from lbpwht_jax.train.stop import StopSignals
 from lbpwht_jax.weights import save_adapter, save_weights
@@ -42,6 +45,7 @@ class TrainingRun:
       trainer: what trains it.
       variables: what training starts from, unless it goes on from a checkpoint.
       restored: the state that training goes on from, and the checkpoint's facts.
+      damaged: what is wrong with other checkpoints of the run, a message for each.
     """
 
     config: RunConfig
@@ -50,17 +54,21 @@ class TrainingRun:
     trainer: Trainer
     variables: Mapping[str, Any] | None
     restored: tuple[TrainState, Facts] | None
+    damaged: Sequence[str] = ()
 
-    def train(self, save_every: int, console: Console) -> Result:
+    def train(self, save_every: int, console: Console) -> tuple[Result, bool]:
         """Trains to the end, saving as it goes, and writes weights, plot and result.
 
         Args:
           save_every: steps between checkpoints, beside those at the end of each epoch; 0 for no others.
           console: to show progress on.
 
+        Returns:
+          The result, and whether a signal came too late to stop the run.
+
         Raises:
           Stopped: after a signal, once the state is saved.
-          Diverged: if a loss or gradient is not finite, once the last good state is saved.
+          Diverged: if a loss, a gradient or an updated parameter is not finite, once the last good state is saved.
           ValueError: if training images cannot be read.
           OSError: if a checkpoint, or anything else, cannot be written.
         """
@@ -68,9 +76,10 @@ class TrainingRun:
             state = self._start(checkpoints)
             done = int(jax.device_get(state.step))
             self._announce(console, done)
-            state = self._follow(state, done, save_every, checkpoints, console)
-            checkpoints.wait()
-            return self._finish(state, console)
+            with StopSignals(self.folder, lambda: has_checkpoint(self.folder)) as stop:
+                state = self._follow(state, done, save_every, checkpoints, console, stop)
+                checkpoints.wait()
+                return self._finish(state, checkpoints.best, console), stop.received is not None
 
     def _start(self, checkpoints: Checkpoints) -> TrainState:
         placement = self.trainer.placement
@@ -81,37 +90,56 @@ class TrainingRun:
         state = self.trainer.initial_state(self.variables)
         checkpoints.begin(state, placement)
         if is_first():
-            made_by = {"jax": jax.__version__, "flax": flax.__version__, "python": platform.python_version()}
+            made_by = {"lbpwht_jax": lbpwht_jax.__version__, "jax": jax.__version__, "flax": flax.__version__}
+            made_by["python"] = platform.python_version()
             device = {"device": jax.devices()[0].device_kind, "devices": jax.device_count()}
             values = {**self.config.to_json(), "steps": self.trainer.steps, "versions": made_by, **device}
-            run_folder.write_json(self.folder / run_folder.CONFIG, values)
+            with writing(self.folder / run_folder.CONFIG, self.folder):
+                run_folder.write_json(self.folder / run_folder.CONFIG, values)
         return state
 
     def _announce(self, console: Console, done: int) -> None:
         config, dataset = self.config, self.trainer.dataset
+        validation = 0 if dataset.validation is None else len(dataset.validation)
         parameters = jax.eval_shape(self.model.init, jax.random.key(0), self.config.images())["params"]
         console.print(
-            f"[bold]{config.method}[/]: {config.model} ({_scalars(parameters):,} parameters) on {dataset.name} "
-            f"({len(dataset.train)} training and {len(dataset.test)} test images, {len(dataset.classes)} classes)"
-            + (f", going on after step {done}" if done else ""),
+            f"[bold]{config.method}[/]: {config.model} ({_scalars(parameters):,} parameters) on {escape(dataset.name)} "
+            f"({len(dataset.train)} training, {validation} validation and {len(dataset.test)} test images, "
+            f"{len(dataset.classes)} classes)" + (f", going on after step {done}" if done else ""),
             soft_wrap=True,
         )
+        console.print(
+            "Each epoch and the choice of the best one use the validation images alone; the test images are measured once, at "
+            "the end."
+            if validation
+            else "No validation images: each epoch measures the test images, and the best checkpoint is the last epoch's.",
+            soft_wrap=True,
+        )
+        for message in self.damaged:
+            console.print(message, style="yellow", soft_wrap=True, markup=False)
 
-    def _follow(self, state: TrainState, done: int, save_every: int, checkpoints: Checkpoints, console: Console) -> TrainState:
+    def _follow(
+        self, state: TrainState, done: int, save_every: int, checkpoints: Checkpoints, console: Console, stop: StopSignals
+    ) -> TrainState:
         """Trains, writing and showing all on the way; returns the state after the last step."""
-        file = MetricsFile(self.folder, self.config.recipe.batch_size, done, write=is_first())
-        with StopSignals() as stop, file as metrics, Reporter(console, self.trainer, done) as reporter:
+        with writing(self.folder / METRICS, self.folder):
+            file = MetricsFile(self.folder, self.config.recipe.batch_size, done, write=is_first())
+        for note in file.notes:
+            console.print(note, style="yellow", soft_wrap=True, markup=False)
+        with file as metrics, Reporter(console, self.trainer, done) as reporter:
             try:
                 for event in self.trainer.fit(state, save_every, stop):
+                    checkpoints.check()
                     if isinstance(event, Snapshot):
                         state = event.state
                         self._save(event, checkpoints, metrics)
                     else:
-                        metrics.write(event)
+                        with writing(self.folder / METRICS, self.folder):
+                            metrics.write(event)
                         reporter.show(event)
             except Diverged as error:
                 kept = self._keep(error.state, checkpoints)
-                raise Diverged(f"{error}; the state after step {kept} is in {self.folder}", error.state) from None
+                raise Diverged(f"{error}; the state after step {kept}, all finite, is in {self.folder}", error.state) from None
             step = int(jax.device_get(state.step))
             if stop.received is not None and step < self.trainer.steps:
                 checkpoints.wait()
@@ -122,9 +150,11 @@ class TrainingRun:
         return state
 
     def _save(self, snapshot: Snapshot, checkpoints: Checkpoints, metrics: MetricsFile) -> None:
-        metrics.sync()
+        with writing(self.folder / METRICS, self.folder):
+            metrics.sync()
         if is_first() and snapshot.skipped:
-            run_folder.add_skipped(self.folder, snapshot.skipped)
+            with writing(self.folder / run_folder.SKIPPED, self.folder):
+                run_folder.add_skipped(self.folder, snapshot.skipped)
         checkpoints.save(snapshot.state, snapshot.epoch)
 
     def _keep(self, state: TrainState, checkpoints: Checkpoints) -> int:
@@ -135,37 +165,54 @@ class TrainingRun:
             checkpoints.wait()
         return step
 
-    def _finish(self, state: TrainState, console: Console) -> Result:
-        config, folder, placement = self.config, self.folder, self.trainer.placement
-        variables = placement.gather(state.averaged)
+    def _finish(self, state: TrainState, best: Epoch | None, console: Console) -> Result:
+        config, folder = self.config, self.folder
+        variables = self.trainer.placement.gather(state.averaged)
         if is_first():
             metadata = {"model": config.model, "classes": config.classes}
-            save_weights(folder / run_folder.WEIGHTS, self.model.merge(variables), metadata)
+            with writing(folder / run_folder.WEIGHTS, folder):
+                save_weights(folder / run_folder.WEIGHTS, self.model.merge(variables), metadata)
             if "lora" in config.method:
-                save_adapter(folder / run_folder.ADAPTER, self.model, variables, config.model)
+                with writing(folder / run_folder.ADAPTER, folder):
+                    save_adapter(folder / run_folder.ADAPTER, self.model, variables, config.model)
         steps, epochs = read_metrics(folder)
         image = (config.image_size, config.image_size, config.channels)
         result = Result(
             config.method,
-            epochs[-1].test_accuracy,
+            self._test_accuracy(state, best),
             _scalars(state.params),
             backward_flops(self.model, variables, image),
             residual_bytes(self.model, variables, image),
-            statistics.median(step.seconds for step in steps[1:] or steps),
+            statistics.median(step.seconds for step in steps[1:] or steps) if steps else None,
         )
         if is_first():
-            plot_curves(folder / run_folder.PLOT, steps, epochs, f"{config.model} on {config.dataset}, {config.method}")
-            run_folder.write_json(folder / run_folder.RESULT, dataclasses.asdict(result))
-        skipped = run_folder.add_skipped(folder, {})
+            with writing(folder / run_folder.PLOT, folder):
+                plot_curves(folder / run_folder.PLOT, steps, epochs, f"{config.model} on {config.dataset}, {config.method}")
+            with writing(folder / run_folder.RESULT, folder):
+                run_folder.write_json(folder / run_folder.RESULT, dataclasses.asdict(result))
+        self._tell_skipped(console)
+        return result
+
+    def _test_accuracy(self, state: TrainState, best: Epoch | None) -> float:
+        """The accuracy of the last state on the test images; measured now, unless the last epoch measured it."""
+        if best is not None and best.step == self.trainer.steps and best.test_accuracy is not None:
+            return best.test_accuracy
+        found = self.trainer.evaluator(state.averaged, self.trainer.dataset.test)
+        if is_first() and found.skipped:
+            run_folder.add_skipped(self.folder, found.skipped)
+        return found.accuracy
+
+    def _tell_skipped(self, console: Console) -> None:
+        skipped = run_folder.add_skipped(self.folder, {})
         if skipped:
             name, reason = next(iter(skipped.items()))
             console.print(
-                f"images that could not be read and count nowhere: {len(skipped)}, listed in {folder / run_folder.SKIPPED}; "
-                f"the first is {name}: {reason}",
+                f"images that could not be read and count nowhere: {len(skipped)}, listed in "
+                f"{self.folder / run_folder.SKIPPED}; the first is {name}: {reason}",
                 style="yellow",
                 soft_wrap=True,
+                markup=False,
             )
-        return result
 
 
 def prepare(
@@ -192,8 +239,10 @@ def prepare(
     if resume_step is None:
         return TrainingRun(config, folder, model, trainer, config.start(model), None)
     with Checkpoints(folder, config.to_json(), write=False) as checkpoints:
+        check_unchanged(config, checkpoints.facts(resume_step).config, folder, resume_step)
         restored = checkpoints.restore(config.abstract_state(model, placement), placement, resume_step)
-    return TrainingRun(config, folder, model, trainer, None, restored)
+        damaged = checkpoints.damaged()
+    return TrainingRun(config, folder, model, trainer, None, restored, damaged)
 
 
 def finished(folder: Path) -> bool:

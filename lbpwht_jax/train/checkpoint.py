@@ -2,7 +2,10 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping
+import errno
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +20,8 @@ from lbpwht_jax.weights.differences import check_same, describe_arrays
 from lbpwht_jax.weights.files import load_weights, save_weights
 
 FOLDER, FROZEN = "checkpoints", "frozen.safetensors"
-_STATE, _FACTS, _ACCURACY = "state", "facts", "test_accuracy"
+_STATE, _FACTS, _METRICS = "state", "facts", "metrics"
+_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +30,7 @@ class Facts:
 
     Attributes:
       step: number of steps done. The next step's images and random numbers follow from it and the configuration's seed.
-      best: the epoch with the highest test accuracy so far; ``None`` before the first epoch has ended.
+      best: the epoch that did best so far, as ``better`` says; ``None`` before the first epoch has ended.
       config: the run's configuration, JSON values.
       fingerprints: a fingerprint of each array by name, frozen parameters included.
     """
@@ -38,7 +42,7 @@ class Facts:
 
 
 class Checkpoints:
-    """The checkpoints in a run folder: the last two, and the one with the highest test accuracy. A context manager.
+    """The checkpoints in a run folder: the last two, and the one of the best epoch. A context manager.
 
     A checkpoint holds what training changes: the trained parameters, their moving average, the model's other variables, the
     optimiser's state and the step. Frozen parameters are written once, to a file of their own.
@@ -54,19 +58,20 @@ class Checkpoints:
 
     def __init__(self, run: Path, config: Mapping[str, Any], *, write: bool = True):
         self._run, self._config = run, config
+        self._best: Epoch | None = None
+        self._frozen: dict[str, int] = {}
+        self._last: int | None = None
         policies = checkpoint_managers
-        keep = [policies.LatestN(2), policies.BestN(get_metric_fn=_accuracy, n=1)]
         options = ocp.CheckpointManagerOptions(
-            best_fn=_accuracy,
-            preservation_policy=policies.AnyPreservationPolicy(keep),
+            best_fn=_accuracy,  # only so that a checkpoint's metrics are written
+            preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(2), _Best(self)]),
             cleanup_tmp_directories=write,
             create=write,
+            lightweight_initialize=True,  # else one damaged checkpoint keeps all others from being read
         )
         handlers = {_STATE: ocp.StandardCheckpointHandler(), _FACTS: ocp.JsonCheckpointHandler()}
         with _failing_to_save(f"checkpoints in {run}"):
             self._manager = ocp.CheckpointManager((run / FOLDER).absolute(), options=options, item_handlers=handlers)
-        self._best: Epoch | None = None
-        self._frozen: dict[str, int] = {}
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -79,6 +84,11 @@ class Checkpoints:
     def steps(self) -> list[int]:
         """The steps that have a checkpoint, in rising order."""
         return sorted(self._manager.all_steps())
+
+    @property
+    def best(self) -> Epoch | None:
+        """The best epoch so far; ``None`` before the first epoch has ended."""
+        return self._best
 
     def begin(self, state: TrainState, placement: Placement, restored: Facts | None = None) -> None:
         """Prepares for saving: writes a new run's frozen parameters; removes the later checkpoints of a run that is resumed.
@@ -113,15 +123,17 @@ class Checkpoints:
         Raises:
           OSError: if this checkpoint or the one before cannot be written; older ones stay as they are.
         """
-        if epoch is not None and (self._best is None or epoch.test_accuracy >= self._best.test_accuracy):
+        if epoch is not None and better(epoch, self._best):
             self._best = epoch
         arrays, step = _arrays(state), int(jax.device_get(state.step))
         best = None if self._best is None else self._best._asdict()
         facts = {"step": step, "best": best, "config": self._config, "fingerprints": self._frozen | fingerprints(arrays)}
         items = ocp.args.Composite(**{_STATE: ocp.args.StandardSave(arrays), _FACTS: ocp.args.JsonSave(facts)})
-        metrics = {} if epoch is None else {_ACCURACY: epoch.test_accuracy}
+        metrics = {} if epoch is None else epoch.measured
+        self.wait()  # so that the failure of the one before is not taken for this one's
         with _failing_to_save(f"checkpoint {step} of {self._run}"):
             self._manager.save(step, args=items, metrics=metrics)
+        self._last = step
 
     def wait(self) -> None:
         """Waits until the checkpoint that ``save`` started is written.
@@ -129,8 +141,27 @@ class Checkpoints:
         Raises:
           OSError: if it cannot be written.
         """
-        with _failing_to_save(f"the last checkpoint of {self._run}"):
+        with _failing_to_save(f"checkpoint {self._last} of {self._run}"):
             self._manager.wait_until_finished()
+
+    def check(self) -> None:
+        """Tells whether a checkpoint that is being written has failed, without waiting for it.
+
+        Raises:
+          OSError: if it has.
+        """
+        with _failing_to_save(f"checkpoint {self._last} of {self._run}"):
+            self._manager.check_for_errors()
+
+    def damaged(self) -> list[str]:
+        """What is wrong with the checkpoints whose facts cannot be read, a message for each."""
+        messages = []
+        for step in self.steps:
+            try:
+                self.facts(step)
+            except ValueError as error:
+                messages.append(str(error))
+        return messages
 
     def facts(self, step: int) -> Facts:
         """What a checkpoint holds beside its arrays.
@@ -143,6 +174,9 @@ class Checkpoints:
             raise ValueError(f"{self._run} has no checkpoint of step {step}; there are: {there}")
         with self._reading(step):
             values = self._manager.restore(step, args=ocp.args.Composite(**{_FACTS: ocp.args.JsonRestore()}))[_FACTS]
+            metrics = self._run / FOLDER / str(step) / _METRICS / _METRICS
+            if metrics.exists():  # nothing uses it, but a file that changed tells of damage
+                json.loads(metrics.read_text())
             best = None if values["best"] is None else Epoch(**values["best"])
             return Facts(values["step"], best, values["config"], values["fingerprints"])
 
@@ -189,14 +223,39 @@ class Checkpoints:
         try:
             yield
         except Exception as error:  # tensorstore and orbax raise errors of many types
-            raise ValueError(self._damaged(step, str(error).splitlines()[0][:200])) from error
+            raise ValueError(self._damaged(step, _first_line(error))) from error
 
     def _damaged(self, step: int, reason: str) -> str:
-        older = [other for other in self.steps if other < step]
-        advice = (
-            f"an older one can be used by naming its step: {', '.join(map(str, older))}" if older else "there is no older one"
+        others = [other for other in self.steps if other != step]
+        if not others:
+            return f"checkpoint {step} of {self._run} is damaged ({reason}); there is no other"
+        use = max((other for other in others if other < step), default=others[0])
+        return (
+            f"checkpoint {step} of {self._run} is damaged ({reason}); the others, {', '.join(map(str, others))}, can be used: "
+            f"lbpwht finetune --resume {self._run} --resume-step {use}, or --checkpoint {use} to evaluate, predict or export"
         )
-        return f"checkpoint {step} of {self._run} is damaged ({reason}); {advice}"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Best:
+    """Keeps the checkpoint of the best epoch."""
+
+    checkpoints: Checkpoints
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        best = self.checkpoints.best
+        return [best is not None and each.step == best.step for each in checkpoints]
+
+
+def better(epoch: Epoch, best: Epoch | None) -> bool:
+    """Whether an epoch is now the best one.
+
+    It is if its accuracy on validation images is as high as the best one's. Without validation images the last epoch is always
+    the best: choosing by test accuracy would tell too much of the test images.
+    """
+    if best is None or epoch.validation_accuracy is None or best.validation_accuracy is None:
+        return True
+    return epoch.validation_accuracy >= best.validation_accuracy
 
 
 def last_step(run: Path) -> int | None:
@@ -205,8 +264,28 @@ def last_step(run: Path) -> int | None:
         return max(checkpoints.steps, default=None)
 
 
+def has_checkpoint(run: Path) -> bool:
+    """Whether a run folder holds a checkpoint that was written to its end; reads nothing but names."""
+    return any(path.name.isdecimal() for path in (run / FOLDER).glob("*"))
+
+
 def _accuracy(metrics: Mapping[str, float]) -> float:
-    return metrics.get(_ACCURACY, -1.0)
+    return metrics.get("validation_accuracy", -1.0)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+
+
+def fault(error: BaseException) -> str:
+    """What went wrong with a file: what the system says, where the error, or one that it came from, tells; else its text."""
+    chain, text = [error], str(error)
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
+        chain.append(cause)
+    for each in chain:
+        if isinstance(each, OSError) and each.strerror:
+            return each.strerror
+    return next((os.strerror(code) for code in _FAULTS if os.strerror(code) in text), _first_line(error))
 
 
 @contextlib.contextmanager
@@ -214,8 +293,7 @@ def _failing_to_save(what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # tensorstore and orbax raise errors of many types
-        reason = str(error).splitlines()[0][:300]
-        raise OSError(f"cannot save {what}: {reason}; the checkpoints before it are as they were") from error
+        raise OSError(f"cannot save {what}: {fault(error)}; the checkpoints before it are as they were") from error
 
 
 def _arrays(state: TrainState) -> dict[str, Any]:

@@ -48,7 +48,7 @@ class Recipe:
     ema: _BelowOne = 0.0
     accumulate: PositiveInt = 1
     augmentation: Augmentation = dataclasses.field(default_factory=Augmentation)
-    seed: NonNegativeInt = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
 
     def optimizer(self, steps: int) -> optax.GradientTransformation:
         """Clips gradients, then applies AdamW with linear warm-up and a cosine.

@@ -19,7 +19,8 @@ class TrainState(NamedTuple):
       optimizer: the optimiser's state, for ``params`` only.
       ema: the moving average of ``params``; ``None`` without one.
       step: number of steps done, int32.
-      diverged: whether a loss or gradient was not finite; the rest is then the state before that step, and no longer changes.
+      diverged: whether a loss, gradient or updated number was not finite; the rest is then the state before that step, and no
+        longer changes.
     """
 
     params: Any

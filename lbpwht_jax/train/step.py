@@ -1,5 +1,6 @@
 """One training step and one evaluation step: pure functions, to be compiled by ``jax.jit`` or ``jax.pmap``."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -15,11 +16,19 @@ from lbpwht_jax.train.state import TrainState
 
 
 class Metrics(NamedTuple):
-    """A training step's metrics: mean loss, accuracy in [0, 1], global norm of the gradients before clipping."""
+    """A training step's metrics.
+
+    Attributes:
+      loss: mean over the batch.
+      accuracy: in [0, 1].
+      gradient_norm: global norm of the gradients before clipping.
+      finite: whether every number of the updated state is finite, bool.
+    """
 
     loss: jax.Array
     accuracy: jax.Array
     gradient_norm: jax.Array
+    finite: jax.Array
 
 
 class Sums(NamedTuple):
@@ -42,8 +51,8 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """Makes the training step, which computes no gradients for frozen parameters.
 
-    If the loss or the gradients are not finite, the step returns the state as it was, with ``diverged`` set; no later step
-    changes that state.
+    If the loss, the gradients or the updated state are not finite, the step returns the state as it was, with ``diverged`` set;
+    no later step changes that state.
 
     Args:
       model: called as ``model.apply(variables, images, train=True)``: a Linen module, or an adapted one.
@@ -93,9 +102,10 @@ def make_train_step(
         params = optax.apply_updates(state.params, updates)
         ema = None if state.ema is None else optax.incremental_update(params, state.ema, 1 - recipe.ema)
         new = TrainState(params, state.frozen, others, opt_state, ema, state.step + 1, state.diverged)
-        good = jnp.isfinite(loss) & jnp.isfinite(norm) & ~state.diverged
+        finite = _all_finite((params, others, opt_state, ema))
+        good = jnp.isfinite(loss) & jnp.isfinite(norm) & finite & ~state.diverged
         kept = jax.tree.map(lambda new, old: jnp.where(good, new, old), new._replace(frozen=None), state._replace(frozen=None))
-        return kept._replace(frozen=state.frozen, diverged=~good), Metrics(loss, accuracy, norm)
+        return kept._replace(frozen=state.frozen, diverged=~good), Metrics(loss, accuracy, norm, finite)
 
     return step
 
@@ -108,6 +118,11 @@ def placed_step(step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]],
         return jax.lax.with_sharding_constraint(state, placement.of_state(state)), metrics
 
     return jax.jit(placed, donate_argnums=0)
+
+
+def _all_finite(tree: Any) -> jax.Array:
+    leaves = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    return functools.reduce(jnp.logical_and, [jnp.isfinite(leaf).all() for leaf in leaves])
 
 
 def _accumulated(gradients: Callable, parts: int, others: Any, key: jax.Array, *arrays: jax.Array, average_over: str | None):

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from lbpwht_jax.data import Dataset, Loading, steps_per_epoch, training_batches
 from lbpwht_jax.models.info import ModelInfo
@@ -37,12 +38,32 @@ class Step(NamedTuple):
 
 
 class Epoch(NamedTuple):
-    """What an epoch reports: its number from 1, its last step, test accuracy in [0, 1] and test loss."""
+    """What an epoch reports: measured on the validation images or, where there are none, on the test images.
+
+    Attributes:
+      number: from 1.
+      step: its last step.
+      test_accuracy, test_loss: in [0, 1], and the mean; ``None`` where there are validation images.
+      validation_accuracy, validation_loss: alike; ``None`` where there are no validation images.
+    """
 
     number: int
     step: int
-    test_accuracy: float
-    test_loss: float
+    test_accuracy: float | None = None
+    test_loss: float | None = None
+    validation_accuracy: float | None = None
+    validation_loss: float | None = None
+
+    @property
+    def measured(self) -> dict[str, float]:
+        """Accuracy and loss by name, those that were measured."""
+        names = ("test_accuracy", "test_loss", "validation_accuracy", "validation_loss")
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
+
+    @property
+    def accuracy(self) -> float:
+        """The accuracy that was measured, in [0, 1]."""
+        return next(value for name, value in self.measured.items() if name.endswith("accuracy"))
 
 
 class Snapshot(NamedTuple):
@@ -60,7 +81,7 @@ class Snapshot(NamedTuple):
 
 
 class Diverged(FloatingPointError):
-    """A loss or gradient that is not finite.
+    """A loss, a gradient or an updated parameter that is not finite.
 
     Attributes:
       state: the last good state, with ``diverged`` cleared.
@@ -83,7 +104,7 @@ class Trainer:
     Attributes:
       model: called as ``model.apply(variables, images, train=...)``: a Linen module, or an adapted one.
       info: how its images are normalised, cropped and resized.
-      dataset: to train on, and to evaluate on after every epoch.
+      dataset: to train on, and to evaluate on after every epoch: on its validation images or, without any, on its test images.
       recipe: how to train.
       image_size: height and width of the images the model takes, in pixels.
       trainable: tells whether the parameter at a path is trained, such as ``AdaptedModule.trainable``.
@@ -91,7 +112,8 @@ class Trainer:
       workers: threads that load images; by default as many as there are cores, up to 16.
 
     Raises:
-      ValueError: if there are fewer training images than one batch, or the devices cannot share a batch equally.
+      ValueError: if there are fewer training images than one batch, or the devices cannot share a batch equally; if there is
+        one class alone, or a label that is no index of a class; if an image size or a number of workers is not positive.
     """
 
     model: Any
@@ -106,6 +128,14 @@ class Trainer:
     def __post_init__(self):
         self.placement.check(self.recipe.batch_size, self.recipe.accumulate)
         steps_per_epoch(self.dataset, self.recipe.batch_size)
+        self._load(None)
+        classes = len(self.dataset.classes)
+        if classes < 2:
+            raise ValueError(f"{self.dataset.name} has {classes} class alone, which leaves nothing to learn; two are needed")
+        for part in ("train", "validation", "test"):
+            labels = getattr(getattr(self.dataset, part), "labels", None)
+            if labels is not None:
+                check_labels(np.asarray(labels), classes, f"the {part} images of {self.dataset.name}")
 
     @property
     def steps_per_epoch(self) -> int:
@@ -140,9 +170,12 @@ class Trainer:
     @functools.cached_property
     def loading(self) -> Loading:
         """How this process loads its share of the images; random crops are cut from images of one and a half times the size."""
-        share = loading(self.info, self.image_size, self.recipe.batch_size, self.recipe.seed, self.workers)
         crops = self.recipe.augmentation.crop_scale is not None
-        return dataclasses.replace(share, canvas=round(1.5 * self.image_size)) if crops else share
+        return self._load(round(1.5 * self.image_size) if crops else None)
+
+    def _load(self, canvas: int | None) -> Loading:
+        share = loading(self.info, self.image_size, self.recipe.batch_size, self.recipe.seed, self.workers)
+        return dataclasses.replace(share, canvas=canvas)
 
     @functools.cached_property
     def evaluator(self) -> Evaluator:
@@ -167,16 +200,17 @@ class Trainer:
           is also the last item.
 
         Raises:
-          Diverged: if a loss or gradient is not finite; the message names the step.
-          ValueError: if training images cannot be read.
+          Diverged: if a loss, a gradient or an updated parameter is not finite; the message names the step.
+          ValueError: if training images cannot be read, or a label is no index of a class.
         """
-        number = int(jax.device_get(state.step))
+        number, classes = int(jax.device_get(state.step)), len(self.dataset.classes)
         with training_batches(self.dataset, self.loading, number) as batches:
             pending: Metrics | None = None
             mark = time.perf_counter()
             while number < self.steps:
-                batch = self.placement.put_batch(next(batches))
-                state, metrics = self.train_step(state, batch)
+                batch = next(batches)
+                check_labels(batch.labels, classes, f"the training images of {self.dataset.name}")
+                state, metrics = self.train_step(state, self.placement.put_batch(batch))
                 number += 1
                 if pending is not None:
                     mark, step = self._report(state, number - 1, pending, mark)
@@ -189,8 +223,11 @@ class Trainer:
                 yield step
                 pending, epoch, skipped = None, None, dict(batches.skipped)
                 if ends:
-                    found = self.evaluator(state.averaged, self.dataset.test)
-                    epoch = Epoch(number // self.steps_per_epoch, number, found.accuracy, found.loss)
+                    split = self.dataset.validation or self.dataset.test
+                    found = self.evaluator(state.averaged, split)
+                    measured = (found.accuracy, found.loss)
+                    measured = measured if split is self.dataset.test else (None, None, *measured)
+                    epoch = Epoch(number // self.steps_per_epoch, number, *measured)
                     skipped |= found.skipped
                     yield epoch
                 yield Snapshot(state, epoch, skipped)
@@ -199,10 +236,27 @@ class Trainer:
                 mark = time.perf_counter()
 
     def _report(self, state: TrainState, number: int, metrics: Metrics, mark: float) -> tuple[float, Step]:
-        loss, accuracy, norm = (float(value) for value in jax.device_get(metrics))
+        loss, accuracy, norm, finite = (value.item() for value in jax.device_get(metrics))
         now = time.perf_counter()
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            what = f"the gradients' norm is {norm}" if math.isfinite(loss) else f"the loss is {loss}"
+        if not (finite and math.isfinite(loss) and math.isfinite(norm)):
+            what = "the updated parameters are not finite"
+            if not math.isfinite(norm):
+                what = f"the gradients' norm is {norm}"
+            if not math.isfinite(loss):
+                what = f"the loss is {loss}"
             last = state._replace(diverged=self.placement.put(False, self.placement.replicated))
             raise Diverged(f"{what} at step {number}; lower the learning rate", last)
         return now, Step(number, loss, accuracy, norm, now - mark)
+
+
+def check_labels(labels: np.ndarray, classes: int, where: str) -> None:
+    """Checks that every label is the index of a class.
+
+    Raises:
+      ValueError: if one is not.
+    """
+    wrong = labels[(labels < 0) | (labels >= classes)]
+    if wrong.size:
+        raise ValueError(
+            f"{where} have the label {wrong[0]}; labels must be from 0 to {classes - 1}, indices of {classes} classes"
+        )

@@ -12,9 +12,9 @@ import flax.traverse_util
 import jax
 import numpy as np
 import safetensors
-import safetensors.numpy
 
 from lbpwht_jax.weights.bounded import open_regular
+from lbpwht_jax.weights.write import write_safetensors
 
 _DTYPES = ("F32", "BF16", "F16", "F64", "I8", "I16", "I32", "I64", "U8", "U16", "U32", "U64", "BOOL")
 
@@ -28,12 +28,15 @@ def save_weights(path: str | os.PathLike, variables: Mapping[str, Any], metadata
       path: the file; an existing one is replaced.
       variables: nested dictionaries of arrays.
       metadata: what a reader needs to rebuild the model, JSON values by name; written to the file's header.
+
+    Raises:
+      ValueError, OSError: as ``write_safetensors``.
     """
     flat = flax.traverse_util.flatten_dict(dict(variables), sep="/")
     # safetensors writes an array's memory as it lies: transposed views must be copied first
     arrays = {name: np.asarray(leaf, order="C") for name, leaf in flat.items()}
     header = {key: json.dumps(value) for key, value in metadata.items()}
-    safetensors.numpy.save_file(arrays, path, header)
+    write_safetensors(path, arrays, header)
 
 
 def read_safetensors(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], dict[str, str]]:

@@ -9,7 +9,6 @@ from typing import Any
 
 import flax.linen as nn
 import numpy as np
-import safetensors.numpy
 from flax import traverse_util
 
 from lbpwht_jax.adaptation import lora
@@ -22,6 +21,7 @@ from lbpwht_jax.weights.differences import check_same
 from lbpwht_jax.weights.files import parse_json, read_safetensors
 from lbpwht_jax.weights.patterns import compile_pattern
 from lbpwht_jax.weights.timm_keys import describe, flat_to_timm, from_timm_array, timm_key
+from lbpwht_jax.weights.write import write_safetensors
 
 TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _PREFIX = "base_model.model."
@@ -56,7 +56,7 @@ def save_adapter(folder: str | Path, adapted: AdaptedModule, variables: Mapping[
     tensors = {key: np.array(_to_file(info, adapted, path, flat[path]), order="C") for path, key in keys.items()}
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    safetensors.numpy.save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
+    write_safetensors(folder / TENSORS, tensors, {"format": "pt"})
     (folder / CONFIG).write_text(json.dumps(_config(info, adapted, tensors), indent=2) + "\n")
 
 

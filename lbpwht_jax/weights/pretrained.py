@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 import flax.linen as nn
 import numpy as np
-import safetensors.numpy
 from flax import traverse_util
 
 from lbpwht_jax.models import ModelInfo, model_info, plain_model
@@ -18,6 +17,7 @@ from lbpwht_jax.weights.files import save_weights
 from lbpwht_jax.weights.layouts import to_timm_layout
 from lbpwht_jax.weights.sources import read_weights
 from lbpwht_jax.weights.timm_keys import Entry, assemble, check, entries, flat_to_timm, from_timm, to_timm
+from lbpwht_jax.weights.write import write_safetensors
 
 __all__ = ["export_weights", "from_timm", "load_pretrained", "number_of_classes", "read_weights", "to_timm"]
 
@@ -100,7 +100,8 @@ def export_weights(
 
     Raises:
       ValueError: if the name or format is unknown, the variables are not the module's, or there are not as many classes as
-        outputs.
+        outputs; if the path is that of no file, or its folder is not there.
+      OSError: if the file cannot be written; one that was there is as it was.
     """
     if format not in ("timm", "flax"):
         raise ValueError(f"export_weights: format must be 'timm' or 'flax', got {format!r}")
@@ -113,7 +114,7 @@ def export_weights(
         save_weights(path, variables, {"model": name, **known})
     else:
         header = {"format": "pt"} | {key: json.dumps(value) for key, value in known.items()}
-        safetensors.numpy.save_file(tensors, path, metadata=header)
+        write_safetensors(path, tensors, header)
 
 
 def number_of_classes(name: str, variables: Mapping[str, Any]) -> int:

@@ -1,6 +1,8 @@
 """The commands about weights, called as the command line does."""
 
 import json
+import os
+import stat
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ import safetensors.numpy
 import tyro
 
 from lbpwht_jax import create_model
+from lbpwht_jax.cli import main
 from lbpwht_jax.cli.models import Models, describe
 from lbpwht_jax.cli.weights import Convert, Export
 from lbpwht_jax.weights.pretrained import read_weights
@@ -61,6 +64,25 @@ def test_new_head_and_image_size(timm_file, tmp_path):
     written = read_weights(tmp_path / "a.safetensors")
     assert written["params/head/kernel"].shape == (96, 3)
     assert written["params/pos_embed"].shape == (1, 101, 96)
+
+
+def test_outputs_that_cannot_be(timm_file, tmp_path, capsys):
+    source, _ = timm_file
+    for output, code, message in (
+        (tmp_path / "none" / "a.safetensors", 2, f"there is no folder {tmp_path / 'none'}; make it first"),
+        ("/dev/full", 2, "cannot write /dev/full: it is there and is no regular file; name another"),
+        (tmp_path, 2, f"cannot write {tmp_path}: it is there and is no regular file"),
+        ("/proc/a.safetensors", 1, "cannot write /proc/a.safetensors: "),
+    ):
+        for command in (["convert", NAME], ["export", NAME]):
+            assert main([*command, str(source), str(output)]) == code
+            error = capsys.readouterr().err
+            assert message in error and len(error.splitlines()) == 1
+    assert stat.S_ISCHR(os.stat("/dev/full").st_mode)
+    (tmp_path / "old.safetensors").write_bytes(source.read_bytes())
+    (tmp_path / "link.safetensors").symlink_to(tmp_path / "old.safetensors")
+    assert main(["convert", NAME, str(source), str(tmp_path / "link.safetensors")]) == 0
+    assert "params/blocks_5/mlp/fc2/kernel" in read_weights(tmp_path / "old.safetensors")
 
 
 def test_table(capsys):

@@ -87,6 +87,17 @@ def test_train_and_test(layout):
     np.testing.assert_array_equal(batch.valid, [True, True, True, False])
 
 
+def test_validation_beside_a_test_split(tmp_path):
+    root = write(tmp_path, "train/c0/1.png", "train/c1/2.png", "val/c0/3.png", "test/c1/4.png")
+    dataset = open_dataset(f"folder:{root}")
+    assert listed(dataset.test) == [("test/c1/4.png", 1)] and listed(dataset.validation) == [("val/c0/3.png", 0)]
+    with pytest.raises(ValueError, match="validation images of its own; leave --validation out"):
+        open_dataset(f"folder:{root}", validation=0.5)
+    write(tmp_path, "validation/c0/5.png")
+    with pytest.raises(ValueError, match="has the folders val and validation; keep one of them"):
+        open_dataset(f"folder:{root}")
+
+
 def test_validation_stands_in_for_a_test_split(tmp_path):
     root = write(tmp_path, "train/c0/1.png", "train/c1/2.png", "val/c0/3.png")
     assert listed(open_dataset(f"folder:{root}").test) == [("val/c0/3.png", 0)]

@@ -55,7 +55,7 @@ def test_there_and_back(tmp_path):
     config = read_config(folder(tmp_path, WRITTEN))
     values = config.to_json()
     assert values["recipe"]["augmentation"]["crop_scale"] == [0.08, 1.0] and values["classes"] == ["zero", "one"]
-    assert list(values) == [key for key in WRITTEN if key not in ("steps", "versions", "device")]
+    assert list(values) == [*(key for key in WRITTEN if key not in ("steps", "versions", "device")), "validation"]
     assert RunConfig.from_json(json.dumps(values)) == config
 
 
@@ -71,6 +71,20 @@ def test_there_and_back(tmp_path):
         ("method", "lp_l2-3", "method: unknown method 'lp_l2-3'; write full, "),
         ("recipe.lr", "fast", "recipe.lr must be a valid number, got 'fast'"),
         ("recipe.epochs", 0, "recipe.epochs must be greater than 0, got 0"),
+        ("recipe.epochs", 2.0, "recipe.epochs must be a valid integer, got 2.0"),
+        ("recipe.seed", 2**64, "recipe.seed must be less than 4294967296, got 18446744073709551616"),
+        ("recipe.augmentation.randaugment", [10**6, 5], "recipe.augmentation.randaugment.0 must be less than or equal to 100"),
+        ("recipe.augmentation.mixup", float("inf"), "recipe.augmentation.mixup must be a finite number, got inf"),
+        ("mean", "abc", "mean must be a valid "),
+        ("mean", [0.5, 0.5], "mean must have 1 numbers, one per channel, got (0.5, 0.5)"),
+        ("std", [0], "std.0 must be greater than 0, got 0"),
+        ("crop", 0, "crop must be greater than 0, got 0"),
+        ("interpolation", "nearest", "interpolation must be 'bicubic' or 'bilinear', got 'nearest'"),
+        ("channels", 2, "channels must be 1 or 3, got 2"),
+        ("classes", [], "classes: Tuple should have at least 1 item after validation, not 0, got []"),
+        ("method", 5, "method must be a valid string, got 5"),
+        ("method", "lp_l1-\uff14", "method: unknown method 'lp_l1-\uff14'; write full, "),
+        ("validation", 1, "validation must be less than 1, got 1"),
         ("recipe.rate", 0.1, "recipe.rate: Unexpected keyword argument, got 0.1"),
         ("recipe.augmentation.crop_scale", [0.5], "recipe.augmentation.crop_scale.1 is missing"),
     ],
@@ -90,6 +104,7 @@ def test_what_is_wrong_is_named_with_its_file(field, value, message, tmp_path):
 def test_a_field_is_missing_or_the_file_is_cut_short(tmp_path):
     with pytest.raises(ValueError, match=r"config\.json: .*: method is missing$"):
         read_config(folder(tmp_path, {key: value for key, value in WRITTEN.items() if key != "method"}))
-    (tmp_path / "config.json").write_text('{"model": "vit')
-    with pytest.raises(ValueError, match=r"config\.json: .*Invalid JSON"):
-        read_config(tmp_path)
+    for text in (b'{"model": "vit', b"[" * 100_000, b'{"model": ' * 5000, b"\xff\xfe{}", b""):
+        (tmp_path / "config.json").write_bytes(text)
+        with pytest.raises(ValueError, match=r"config\.json: .*Invalid JSON"):
+            read_config(tmp_path)

@@ -11,6 +11,7 @@ import pytest
 
 from lbpwht_jax import LowRankDense, lp_l1
 from lbpwht_jax.data import ArraySplit, Augmentation, Batch, Dataset, training_batches
+from lbpwht_jax.data.split import hold_out
 from lbpwht_jax.models.info import Images, ModelInfo
 from lbpwht_jax.train import (
     Diverged,
@@ -200,6 +201,58 @@ def test_divergence_names_the_step_and_keeps_the_last_good_state(broken):
     chex.assert_trees_all_equal(caught.value.state, state)
 
 
+@pytest.mark.parametrize(("lr", "step"), [(1e30, 2), (1e37, 1)])
+def test_the_last_good_state_is_finite(lr, step):
+    """Its loss is finite where the update that follows from it is not: the update is looked at, too."""
+    recipe = dataclasses.replace(RECIPE, lr=lr, warmup_steps=0, clip=0.0, weight_decay=lr)
+    training = trainer(recipe, PLAIN)
+    with pytest.raises(Diverged, match=r"(the updated parameters are not finite|is nan|is inf) at step \d") as caught:
+        list(training.fit(training.initial_state(PLAIN_VARIABLES)))
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(caught.value.state._replace(diverged=None)))
+    assert int(caught.value.state.step) <= step and not caught.value.state.diverged
+
+
+def test_labels_must_be_indices_of_classes():
+    for bad in (-1, 2):
+        wrong = ArraySplit(DATA.test.images, np.where(np.arange(21) == 20, bad, DATA.test.labels))
+        with pytest.raises(ValueError, match=f"the test images of stripes have the label {bad}; labels must be from 0 to 1"):
+            Trainer(PLAIN, INFO, dataclasses.replace(DATA, test=wrong), RECIPE, 4, placement=ONE)
+
+        class Unlabelled:  # a split whose labels are not known before its images are read
+            def __len__(self):
+                return 44
+
+            def read(self, index, bad=bad):
+                return DATA.train.read(index)[0], bad
+
+            def where(self, index):
+                return f"image {index}"
+
+        training = Trainer(PLAIN, INFO, dataclasses.replace(DATA, train=Unlabelled()), RECIPE, 4, placement=ONE)
+        with pytest.raises(ValueError, match=f"the training images of stripes have the label {bad}"):
+            list(training.fit(training.initial_state(PLAIN_VARIABLES)))
+    with pytest.raises(ValueError, match="stripes has 1 class alone, which leaves nothing to learn"):
+        Trainer(PLAIN, INFO, dataclasses.replace(DATA, classes=("bright",)), RECIPE, 4, placement=ONE)
+    with pytest.raises(ValueError, match="workers must be positive, got 0"):
+        Trainer(PLAIN, INFO, DATA, RECIPE, 4, placement=ONE, workers=0)
+
+
+def test_epochs_are_measured_on_validation_images_where_there_are_some():
+    held = hold_out(DATA, 0.25, seed=0)
+    assert len(held.validation) + len(held.train) == 44 and not set(held.validation.indices) & set(held.train.indices)
+    for label in (0, 1):
+        count = np.sum(DATA.train.labels == label)
+        assert np.sum(held.validation.labels == label) == round(count / 4)
+    np.testing.assert_array_equal(hold_out(DATA, 0.25, seed=0).validation.indices, held.validation.indices)
+    training = Trainer(PLAIN, INFO, held, dataclasses.replace(RECIPE, epochs=1), 4, placement=ONE)
+    *_, epoch, snapshot = training.fit(training.initial_state(PLAIN_VARIABLES))
+    found = training.evaluator(snapshot.state.averaged, held.validation)
+    assert epoch == Epoch(1, 4, None, None, found.accuracy, found.loss) and found.images == len(held.validation)
+    assert epoch.measured == {"validation_accuracy": found.accuracy, "validation_loss": found.loss}
+    with pytest.raises(ValueError, match=r"stripes has \d+ validation images of its own; leave --validation out"):
+        hold_out(held, 0.25, seed=0)
+
+
 def test_one_compilation_for_all_steps(caplog):
     with jax.log_compiles():
         run(placement=Placement("params"))
@@ -286,5 +339,5 @@ def test_batches_that_cannot_be(fields, placement, message):
 
 @pytest.mark.parametrize(("name", "value"), [("epochs", 0), ("lr", -1.0), ("ema", 1.0), ("clip", -1.0), ("accumulate", 0)])
 def test_numbers_out_of_range(name, value):
-    with pytest.raises(ValueError, match=f"{name} must .*got {value}"):
+    with pytest.raises(ValueError, match=rf"{name}\n  Input should be .*input_value={value}"):
         dataclasses.replace(RECIPE, **{name: value})
