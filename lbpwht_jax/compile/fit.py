@@ -42,10 +42,20 @@ def _next(known: dict[int, Row], low: int, high: int | None, chips: int, memory:
         guess = high - max(chips, high // (2 * _PRECISION))
     elif guess <= low:
         guess = low + max(chips, low // _PRECISION)
-    size = int(guess) // chips * chips
-    if high is not None and not low < size < high:
-        size = (low + high) // 2 // chips * chips
-    return max(size, low + chips)
+    for unit in (_unit(guess, chips), chips):
+        size = int(guess) // unit * unit
+        if low < size and (high is None or size < high):
+            return size
+    return low + chips if high is None else (low + high) // 2 // chips * chips
+
+
+def _unit(size: float, chips: int) -> int:
+    """The largest of ``chips``, twice as many, four times as many ... that is no more than a 64th of a batch: round batches
+    compile faster, and are what one would train with."""
+    unit = chips
+    while 2 * unit * _PRECISION <= size:
+        unit *= 2
+    return unit
 
 
 def _foretold(known: dict[int, Row], memory: int) -> float | None:
