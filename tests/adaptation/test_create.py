@@ -56,7 +56,7 @@ def test_recomputation_and_narrow_types(variables):
 
 
 def test_transformations(variables):
-    apply = jax.jit(chex.assert_max_traces(FC1.apply, n=1))
+    apply = jax.jit(chex.assert_max_traces(lambda variables, images: FC1.apply(variables, images), n=1))
     logits = [apply(variables, IMAGES) for _ in range(2)][1]
     one_by_one = jax.vmap(lambda image: FC1.apply(variables, image[None])[0])(jnp.asarray(IMAGES))
     chex.assert_trees_all_close(one_by_one, logits, rtol=1e-4, atol=1e-5)

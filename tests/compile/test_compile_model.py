@@ -1,5 +1,6 @@
 """``lbpwht compile`` where no compiler but the CPU's is needed."""
 
+import importlib.util
 import json
 import sys
 
@@ -28,9 +29,9 @@ def test_arguments_and_outputs_by_hand(row):
     # in the step asks whether an image is real, or how wide it was
     state = 3 * 4 * parameters + 3 * 4 + 1
     assert row.argument_bytes == state + 8 * (28 * 28 + 4)
-    # the new state, and loss, accuracy and norm; a result is a pointer to each of its arrays on a CPU
-    leaves = 3 * len(jax.tree.leaves(shapes)) + 4 + 3
-    assert row.output_bytes - 8 * leaves == state + 3 * 4
+    # the new state; loss, accuracy, norm and whether all is finite; a result is a pointer to each of its arrays on a CPU
+    leaves = 3 * len(jax.tree.leaves(shapes)) + 4 + 4
+    assert row.output_bytes - 8 * leaves == state + 3 * 4 + 1
     assert row.alias_bytes <= state
 
 
@@ -114,7 +115,8 @@ def test_an_unknown_model(capsys):
 
 @pytest.mark.parametrize("target, package", [("v5e:1x1", "libtpu"), ("h100", "jax_cuda13_plugin")])
 def test_the_extra_is_missing(target, package, monkeypatch, capsys):
-    monkeypatch.setattr("lbpwht_jax.compile.targets.importlib.util.find_spec", lambda name: None)
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == package else find(name))
     assert main(["compile", MODEL, "--target", target]) == 2
     message = capsys.readouterr().err
     assert package in message and "pip install 'lbpwht_jax[compile]'" in message
