@@ -29,7 +29,16 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 # Files that take longest, in the order in which workers should take them: with the short ones last, no worker waits long for
 # another at the end.
-LONGEST = ("test_finetune", "test_notebooks", "test_transfer", "test_processes", "test_checkpoint", "test_cost_tables")
+LONGEST = (
+    "test_finetune",
+    "test_accelerator",
+    "test_notebooks",
+    "test_transfer",
+    "test_processes",
+    "test_checkpoint",
+    "test_swin_v2",
+    "test_efficientformer",
+)
 
 
 def pytest_configure(config):

@@ -100,7 +100,7 @@ def loaded(code):
 
 
 def test_importing_loads_little():
-    core = loaded("import jax, numpy")
+    core = loaded("import jax, jax.experimental.pallas.tpu, jax.experimental.pallas.triton, numpy")
     assert loaded("import lbpwht_jax.ops") - core - sys.stdlib_module_names == {"lbpwht_jax"}
     assert not loaded("import lbpwht_jax") & {"jax", "flax", "numpy", "optax", "safetensors"}
     names = "import lbpwht_jax; [getattr(lbpwht_jax, name) for name in lbpwht_jax.__all__]"

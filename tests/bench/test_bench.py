@@ -97,6 +97,7 @@ def test_bench_layers_writes_what_it_shows(tmp_path, capsys):
     assert "448->1792" in capsys.readouterr().out
 
 
+@pytest.mark.heavy
 def test_bench_step_writes_what_it_shows(tmp_path, capsys):
     arguments = ["--models", "vit_micro_patch4_28", "--methods", "full", "lp_l1-2", "lora_all-8", "full+remat"]
     assert main(["bench", "step", *arguments, "--batch-size", "2", "--rounds", "1", "--output", str(tmp_path)]) == 0

@@ -13,7 +13,7 @@ from lbpwht_jax import LoRA, LowRankDense, adapt, lp_l1
 from lbpwht_jax.cost.layers import matmul_flops, saved_elements
 from lbpwht_jax.cost.paper import paper_flops
 from lbpwht_jax.cost.trace import Elementwise, Product, layer_records
-from lbpwht_jax.models.blocks import gelu
+from lbpwht_jax.ops.gelu import gelu
 
 
 class Single(nn.Module):

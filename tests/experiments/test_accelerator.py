@@ -23,6 +23,8 @@ from PIL import Image
 
 from lbpwht_jax.bench import Layer, ModelSteps, machine
 
+pytestmark = pytest.mark.heavy
+
 # JAX's reader of profiles, on Python 3.12 and later
 pytestmark = pytest.mark.filterwarnings("ignore:builtin type event_stats has no __module__:DeprecationWarning")
 

@@ -6,6 +6,8 @@ import pytest
 
 from lbpwht_jax.cost.trace import Product
 
+pytestmark = pytest.mark.heavy
+
 
 @pytest.fixture(scope="module")
 def compared():

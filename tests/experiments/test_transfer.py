@@ -80,6 +80,7 @@ def test_the_same_images_are_taken_each_time(archive):
     assert images.images[images.labels == 0].mean() > 150 > images.images[images.labels == 1].mean()
 
 
+@pytest.mark.heavy
 def test_a_sweep_goes_on_where_it_stopped(archive, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(transfer_backbone, "DEPTHS", (1, 1))  # compiles sooner
     info, weights, output = backbone_info(), tmp_path / "backbone.safetensors", tmp_path / "sweep.json"
@@ -114,6 +115,7 @@ def test_the_papers_tables_have_their_runs_and_say_what_is_missing(tmp_path, cap
     assert "lbpwht prepare tfds:places365_small" in printed and "timm/efficientformer_l1" in printed
 
 
+@pytest.mark.heavy
 def test_the_papers_tables_go_on_where_they_stopped(archive, tmp_path, capsys, monkeypatch):
     model, weights, runs = "vit_micro_patch4_28", tmp_path / "weights", tmp_path / "runs"
     chosen = [paper_tables.Run(model, "cifar10", method, "last_stage") for method in ("full", "lp_l1-2")]
