@@ -195,7 +195,7 @@ def test_layers_see_windows_and_maps():
 
 
 def test_a_spec_for_another_number_of_axes_is_refused():
-    with pytest.raises(ValueError, match="adapt: layers_0/blocks_0/attn/proj: the spec.s functions have 1 axes"):
+    with pytest.raises(ValueError, match=r"adapt: layers_0/blocks_0/attn/proj: the spec.s functions have 1 axes"):
         adapt(tiny(), [LowRank(LAYERS, lp_l1(2, ndim=1))], images())
 
 
