@@ -23,10 +23,11 @@ from PIL import Image
 
 from lbpwht_jax.bench import Layer, ModelSteps, machine
 
-pytestmark = pytest.mark.heavy
-
-# JAX's reader of profiles, on Python 3.12 and later
-pytestmark = pytest.mark.filterwarnings("ignore:builtin type event_stats has no __module__:DeprecationWarning")
+pytestmark = [
+    pytest.mark.heavy,
+    # JAX's reader of profiles, on Python 3.12 and later
+    pytest.mark.filterwarnings("ignore:builtin type event_stats has no __module__:DeprecationWarning"),
+]
 
 MODEL = "vit_micro_patch4_28"
 STEPS = {"model", "method", "train", "batch", "seconds", "images_per_second", "speedup", "backward_flops", "saved_bytes"}
