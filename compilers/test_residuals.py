@@ -19,6 +19,7 @@ SPEC, GRID = lp_l1(2), (14, 14)
 def environment():
     """A TPU's compiler need not ask a cloud, and may run beside others."""
     os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+    jax.config.update("jax_platforms", "cpu")  # the plugins' compilers are asked, their devices are not there
 
 
 def temporaries(target, product, dtype):
@@ -45,7 +46,7 @@ def test_coefficients_replace_x(name, dtype):
     x = BATCH * 196 * CHANNELS * jnp.dtype(dtype).itemsize
     exact = temporaries(target, jnp.matmul, dtype)
     low_rank = temporaries(target, lambda x, kernel: low_rank_matmul(x, kernel, SPEC, GRID), dtype)
-    # of the x kept a TPU may hold some in its 128 MiB on the chip, which are no temporaries
-    assert exact > LAYERS / 2 * x
+    # a TPU keeps float32 operands as bfloat16, half of x, and may hold some in its 128 MiB on the chip
+    assert exact > LAYERS / 3 * x
     # coefficients are 12 of 196; a few arrays of x's size pass through, and 32 MiB are cuBLAS's own
     assert low_rank < exact / 2

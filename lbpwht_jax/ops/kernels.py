@@ -22,12 +22,13 @@ from jax.custom_batching import custom_vmap
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import NamedSharding, PartitionSpec
 
-from lbpwht_jax.ops import kernels_gpu, kernels_tpu
+from lbpwht_jax.ops import kernels_gpu
 from lbpwht_jax.ops.basis import coefficient_count
 from lbpwht_jax.ops.sharding import explicit_sharding
 from lbpwht_jax.ops.spec_fields import Grid, SpecFields
 
-_BACKENDS: dict[str, Any] = {"cuda": kernels_gpu, "tpu": kernels_tpu}
+# TPUs have none: their compiler does not split such calls over several chips.
+_BACKENDS: dict[str, Any] = {"cuda": kernels_gpu}
 
 # The second axis of operands and of results: n tokens, r coefficients.
 _AXES = {
@@ -38,7 +39,7 @@ _AXES = {
 
 
 def kernel_forms(kind: str, x: jax.Array, spec: SpecFields, grid: Grid, prefix_tokens: int) -> dict[str, Callable[..., Any]]:
-    """The kernels for operands like x, by platform (``"cuda"``, ``"tpu"``), where there are any.
+    """The kernels for operands like x, by platform (``"cuda"``), where there are any.
 
     Args:
       kind: which one.
@@ -71,7 +72,7 @@ def kernel(
     """A kernel as a function that can be mapped (``vmap``), and sharded along batch and channels.
 
     Args:
-      platform: ``"cuda"`` or ``"tpu"``.
+      platform: ``"cuda"``.
       kind: which one.
       spec: the functions and the kind of projection.
       grid: tokens along each axis.
