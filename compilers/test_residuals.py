@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from lbpwht_jax.compile.targets import parse_target
 
 from lbpwht_jax import low_rank_matmul, lp_l1
+from lbpwht_jax.compile.targets import parse_target
 
 LAYERS, BATCH, CHANNELS = 12, 128, 1024
 SPEC, GRID = lp_l1(2), (14, 14)
