@@ -19,7 +19,6 @@ SPEC, GRID = lp_l1(2), (14, 14)
 def environment():
     """A TPU's compiler need not ask a cloud, and may run beside others."""
     os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
-    jax.config.update("jax_platforms", "cpu")  # the plugins' compilers are asked, their devices are not there
 
 
 def temporaries(target, product, dtype):
