@@ -12,6 +12,7 @@ from lbpwht_jax.adaptation.linen import LowRankModel, find_layers
 from lbpwht_jax.adaptation.resolution import resolve_rules
 from lbpwht_jax.adaptation.rules import LowRank
 from lbpwht_jax.models import model_info, plain_model
+from lbpwht_jax.ops.residuals import Residuals
 from lbpwht_jax.ops.spec import LowRankSpec
 
 
@@ -24,6 +25,7 @@ def create_model(
     drop_path: float = 0.0,
     remat: bool = False,
     frozen_batch_norm: bool = False,
+    residuals: str | Residuals = "plain",
     spec: LowRankSpec | None = None,
     layers: str | None = None,
 ) -> nn.Module:
@@ -37,6 +39,8 @@ def create_model(
       drop_path: probability of dropping the last block's residual branches while training, rising linearly to it.
       remat: recomputes each block in the backward pass instead of keeping its activations.
       frozen_batch_norm: keeps batch normalisation on its running statistics while training.
+      residuals: what norms, activations, attention and convolutions keep for the backward pass: ``"plain"``, what JAX keeps
+        of itself; ``"exact"``, less, without rounding; ``"lean"``, 8 bits; ``"tiny"``, 2 to 4 bits; or a ``Residuals``.
       spec: low-rank backprop for the layers that ``layers`` matches; ``None`` backpropagates exactly. With a spec the model
         is traced once, on shapes alone.
       layers: regular expression searched in the paths of the layers on token grids, such as ``"mlp/fc[12]$"``; by default
@@ -54,7 +58,7 @@ def create_model(
     """
     info = model_info(name)
     fields: dict[str, Any] = {"num_classes": num_classes, "image_size": image_size, "dtype": dtype, "drop_path": drop_path}
-    model = plain_model(name, **fields, remat=remat, frozen_batch_norm=frozen_batch_norm)
+    model = plain_model(name, **fields, remat=remat, frozen_batch_norm=frozen_batch_norm, residuals=residuals)
     if spec is None:
         if layers is not None:
             raise ValueError(f"create_model({name!r}): layers={layers!r} needs a spec to apply, such as spec=lp_l1(4)")

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
 
-from lbpwht_jax.ops.gelu import gelu
+from lbpwht_jax.ops.gelu import coded_gelu
 from lbpwht_jax.ops.matmul import low_rank_matmul
 from lbpwht_jax.ops.spec import Grid, LowRankSpec, lp_l1
 
@@ -34,6 +34,7 @@ class LowRankDense(nn.Module):
       preferred_element_type: dtype of the product, as for ``jax.lax.dot_general``.
       dot_general: function with the signature of ``jax.lax.dot_general`` that makes the product; ``spec`` is then not used.
       activation: ``"gelu"`` applies the exact GELU to the inputs first, as for ``low_rank_matmul``.
+      slope_bits: in how many bits its slope is kept, 2, 3, 4 or 8; ``None`` keeps it as it is.
     """
 
     features: int
@@ -50,6 +51,7 @@ class LowRankDense(nn.Module):
     preferred_element_type: Any = None
     dot_general: Any = None
     activation: Literal["gelu"] | None = None
+    slope_bits: int | None = None
 
     @nn.compact
     def __call__(self, inputs: jax.Array) -> jax.Array:
@@ -81,9 +83,10 @@ class LowRankDense(nn.Module):
                 preferred_element_type=self.preferred_element_type,
                 bias=bias,
                 activation=self.activation,
+                slope_bits=self.slope_bits,
                 name=self._name,
             )
-        inputs = inputs if self.activation is None else gelu(inputs)
+        inputs = inputs if self.activation is None else coded_gelu(inputs, self.slope_bits)
         y = (self.dot_general or jax.lax.dot_general)(
             inputs,
             kernel,

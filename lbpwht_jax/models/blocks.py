@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from lbpwht_jax.layers.linen import LowRankDense
+from lbpwht_jax.ops.residuals import Residuals
 from lbpwht_jax.ops.spec import Grid
 
 
@@ -19,10 +20,17 @@ class Settings:
       dtype: dtype of the computation; ``None`` for that of the images. Parameters are float32; norms and softmax compute in
         at least float32.
       frozen_batch_norm: keeps batch normalisation, where the family has any, on its running statistics while training.
+      residuals: what is kept for the backward pass besides what dense layers keep; ``None`` for what JAX keeps of itself.
     """
 
     dtype: Any = None
     frozen_batch_norm: bool = False
+    residuals: Residuals | None = None
+
+    @property
+    def slope_bits(self) -> int | None:
+        """Bits of the activations' slopes."""
+        return None if self.residuals is None else self.residuals.slope_bits
 
 
 class Part(nn.Module, kw_only=True):
@@ -49,7 +57,8 @@ def dense(
       **arguments: further fields of ``LowRankDense``.
     """
     tokens = {"grid": grid, "prefix_tokens": prefix_tokens}
-    return LowRankDense(features, spec=None, **tokens, dtype=parent.settings.dtype, name=name, **arguments)
+    settings = {"dtype": parent.settings.dtype, "slope_bits": parent.settings.slope_bits}
+    return LowRankDense(features, spec=None, **tokens, **settings, name=name, **arguments)
 
 
 def check_images(module: Any, images: jax.Array, multiple: int) -> None:

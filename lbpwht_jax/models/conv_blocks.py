@@ -1,5 +1,6 @@
 """What the EfficientFormer families share: batch normalisation, layer scale, attention biases of a map and their files."""
 
+import dataclasses
 import functools
 import math
 import re
@@ -14,40 +15,9 @@ from flax.traverse_util import flatten_dict
 from jax import lax
 
 from lbpwht_jax.models.blocks import Part, dense
-from lbpwht_jax.ops.dtypes import accumulation_dtype
-
-
-def batch_norm(parent: Part, name: str, x: jax.Array, train: bool) -> jax.Array:
-    """Batch normalisation within ``parent``, on running statistics unless training unfrozen.
-
-    Epsilon and momentum are the reference's. While training unfrozen, running variances gather the batch's biased
-    variance, as Flax does, where torch gathers the unbiased one.
-
-    Args:
-      parent: the module under construction.
-      name: the new layer's name.
-      x: ``[..., channels]``.
-      train: whether the model is training.
-
-    Returns:
-      Array of ``x``'s shape, normalised in at least float32, in the settings' dtype.
-    """
-    running = not train or parent.settings.frozen_batch_norm
-    return _normalised(parent, nn.BatchNorm(running, momentum=0.9, epsilon=1e-5, name=name), x)
-
-
-def layer_norm(parent: Part, name: str, x: jax.Array) -> jax.Array:
-    """Layer normalisation of the last axis within ``parent``; arguments and result as for ``batch_norm``."""
-    return _normalised(parent, nn.LayerNorm(epsilon=1e-5, name=name), x)
-
-
-def _normalised(parent: Part, norm: nn.Module, x: jax.Array) -> jax.Array:
-    return norm(widen(x)).astype(x.dtype if parent.settings.dtype is None else parent.settings.dtype)
-
-
-def widen(x: jax.Array) -> jax.Array:
-    """``x`` in at least float32, for sums."""
-    return x.astype(accumulation_dtype(x.dtype))
+from lbpwht_jax.models.norms import batch_norm, widen
+from lbpwht_jax.ops.bilinear import bilinear
+from lbpwht_jax.ops.norms import Activation
 
 
 def conv3x3(parent: Part, name: str, features: int, stride: int = 1, *, depthwise: bool = False) -> nn.Conv:
@@ -61,19 +31,32 @@ def conv3x3(parent: Part, name: str, features: int, stride: int = 1, *, depthwis
       depthwise: one kernel per channel; ``features`` must be the input's channels.
     """
     groups = features if depthwise else 1
-    fields = {"feature_group_count": groups, "dtype": parent.settings.dtype, "name": name, "conv_general_dilated": _convolve}
+    residuals = parent.settings.residuals
+    product = _Convolution(None if residuals is None else residuals.norm_bits)
+    fields = {"feature_group_count": groups, "dtype": parent.settings.dtype, "name": name, "conv_general_dilated": product}
     return nn.Conv(features, (3, 3), stride, padding=1, **fields)
 
 
-def _convolve(images: jax.Array, kernel: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
+@dataclasses.dataclass(frozen=True)
+class _Convolution:
     """``lax.conv_general_dilated`` on channels-last maps; colour images get a fourth channel of zeros.
 
     XLA's CPU backend convolves four channels 4 to 5 times faster than three, and GPUs want a multiple of four too.
+
+    Attributes:
+      bits: in how many bits the map is kept for the backward pass; ``None`` for all of it.
     """
-    if kernel.shape[2] == 3:
-        images = jnp.pad(images, ((0, 0), (0, 0), (0, 0), (0, 1)))
-        kernel = jnp.pad(kernel, ((0, 0), (0, 0), (0, 1), (0, 0)))
-    return lax.conv_general_dilated(images, kernel, *args, **kwargs)
+
+    bits: int | None
+
+    def __call__(self, images: jax.Array, kernel: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
+        def product(images: jax.Array, kernel: jax.Array) -> jax.Array:
+            if kernel.shape[2] == 3:
+                images = jnp.pad(images, ((0, 0), (0, 0), (0, 0), (0, 1)))
+                kernel = jnp.pad(kernel, ((0, 0), (0, 0), (0, 1), (0, 0)))
+            return lax.conv_general_dilated(images, kernel, *args, **kwargs)
+
+        return bilinear(product, images, kernel, bits=self.bits)
 
 
 class AveragePool(nn.Module):
@@ -83,7 +66,7 @@ class AveragePool(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """``[batch, height, width, channels]`` to the same shape; sums are taken in at least float32."""
         rows, columns = (np.add(1, np.arange(n) > 0) + (np.arange(n) < n - 1) for n in x.shape[1:3])
-        share = jnp.asarray(1 / np.outer(rows, columns), accumulation_dtype(x.dtype))
+        share = jnp.asarray(1 / np.outer(rows, columns), widen(x).dtype)
         return (_neighbour_sums(widen(x)) * share.reshape(1, *share.shape, 1)).astype(x.dtype)
 
 
@@ -109,17 +92,19 @@ class ConvNorm(Part):
       features: output channels.
       stride: stride along both axes.
       depthwise: one kernel per channel.
+      activation: after the normalisation, ``"gelu"``, ``"relu"`` or ``None``.
     """
 
     features: int
     stride: int = 1
     depthwise: bool = False
+    activation: Activation = None
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         """``[batch, height, width, channels]`` to ``[batch, ceil(height / stride), ceil(width / stride), features]``."""
         x = conv3x3(self, "conv", self.features, self.stride, depthwise=self.depthwise)(x)
-        return batch_norm(self, "bn", x, train)
+        return batch_norm(self, "bn", x, train, self.activation)
 
 
 class DenseNorm(Part):
@@ -127,24 +112,16 @@ class DenseNorm(Part):
 
     Attributes:
       features: output channels.
+      activation: after the normalisation, ``"gelu"``, ``"relu"`` or ``None``.
     """
 
     features: int
+    activation: Activation = None
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         """``[batch, height, width, channels]`` to ``[batch, height, width, features]``."""
-        return batch_norm(self, "bn", dense(self, "conv", self.features)(x), train)
-
-
-class LayerScale(nn.Module):
-    """Multiplies every channel by a learned factor, ``gamma``, which starts at ``1e-5``."""
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """``x`` of shape ``[..., channels]``; the result has the same shape and dtype."""
-        gamma = self.param("gamma", nn.initializers.constant(1e-5), x.shape[-1:])
-        return x * gamma.astype(x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
+        return batch_norm(self, "bn", dense(self, "conv", self.features)(x), train, self.activation)
 
 
 def softmax(x: jax.Array, axis: int) -> jax.Array:

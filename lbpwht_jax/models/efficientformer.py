@@ -13,17 +13,16 @@ import numpy as np
 from lbpwht_jax.models.blocks import DropPath, Mlp, Part, check_images, dense, drop_path_rates
 from lbpwht_jax.models.conv_blocks import (
     AveragePool,
-    LayerScale,
     attention_biases,
     batch_counters,
-    batch_norm,
     conv3x3,
-    layer_norm,
     offset_index,
     resample_attention_biases,
     softmax,
 )
 from lbpwht_jax.models.info import Images, Layers, ModelInfo, TimmFiles
+from lbpwht_jax.models.norms import batch_norm, layer_norm, layer_scale
+from lbpwht_jax.ops.attention import kept_attention
 
 
 class Stem(Part):
@@ -39,9 +38,9 @@ class Stem(Part):
     def __call__(self, images: jax.Array, train: bool) -> jax.Array:
         """``[batch, height, width, channels]`` to a map of a quarter of the height and width, rounded up."""
         x = conv3x3(self, "conv1", self.features // 2, 2)(images)
-        x = nn.relu(batch_norm(self, "norm1", x, train))
+        x = batch_norm(self, "norm1", x, train, "relu")
         x = conv3x3(self, "conv2", self.features, 2)(x)
-        return nn.relu(batch_norm(self, "norm2", x, train))
+        return batch_norm(self, "norm2", x, train, "relu")
 
 
 class Downsample(Part):
@@ -73,8 +72,12 @@ class ConvMlp(Part):
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         """``x`` of shape ``[batch, height, width, channels]``; the result has the same shape."""
         channels = x.shape[-1]
-        x = batch_norm(self, "norm1", dense(self, "fc1", self.hidden)(x), train)
-        return batch_norm(self, "norm2", dense(self, "fc2", channels, activation="gelu")(x), train)
+        x = dense(self, "fc1", self.hidden)(x)
+        if self.settings.residuals is None:
+            x = dense(self, "fc2", channels, activation="gelu")(batch_norm(self, "norm1", x, train))
+        else:  # the slope is derived from what the norm keeps
+            x = dense(self, "fc2", channels)(batch_norm(self, "norm1", x, train, "gelu"))
+        return batch_norm(self, "norm2", x, train)
 
 
 class Attention(Part):
@@ -94,10 +97,15 @@ class Attention(Part):
         batch, height, width, channels = x.shape
         qkv = dense(self, "qkv", 6 * self.heads * self.key_dim)(x).reshape(batch, height * width, self.heads, -1)
         query, key, value = jnp.split(qkv, [self.key_dim, 2 * self.key_dim], axis=-1)
-        logits = jnp.einsum("bqhc,bkhc->bqkh", query, key) * self.key_dim**-0.5
-        weights = softmax(logits + attention_biases(self, self.heads, height, width).astype(logits.dtype), axis=2)
-        x = jnp.einsum("bqkh,bkhc->bqhc", weights, value)
+        biases = attention_biases(self, self.heads, height, width)
+        x = kept_attention(_attend, self.settings.residuals, (query, key, value), biases)
         return dense(self, "proj", channels)(x.reshape(batch, height, width, -1))
+
+
+def _attend(query: jax.Array, key: jax.Array, value: jax.Array, biases: jax.Array) -> jax.Array:
+    logits = jnp.einsum("bqhc,bkhc->bqkh", query, key) * query.shape[-1] ** -0.5
+    weights = softmax(logits + biases.astype(logits.dtype), axis=2)
+    return jnp.einsum("bqkh,bkhc->bqhc", weights, value)
 
 
 class PoolBlock(Part):
@@ -115,9 +123,9 @@ class PoolBlock(Part):
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         """``x`` of shape ``[batch, height, width, channels]``; the result has the same shape."""
         y = AveragePool()(x) - x
-        x = x + DropPath(self.drop_path)(LayerScale(name="ls1")(y), train)
+        x = x + DropPath(self.drop_path)(layer_scale(self, "ls1", y), train)
         mlp = ConvMlp(self.mlp_ratio * x.shape[-1], settings=self.settings, name="mlp")
-        return x + DropPath(self.drop_path)(LayerScale(name="ls2")(mlp(x, train)), train)
+        return x + DropPath(self.drop_path)(layer_scale(self, "ls2", mlp(x, train)), train)
 
 
 class AttentionBlock(Part):
@@ -135,9 +143,9 @@ class AttentionBlock(Part):
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         """``x`` of shape ``[batch, height, width, channels]``; the result has the same shape."""
         y = Attention(settings=self.settings, name="token_mixer")(layer_norm(self, "norm1", x))
-        x = x + DropPath(self.drop_path)(LayerScale(name="ls1")(y), train)
+        x = x + DropPath(self.drop_path)(layer_scale(self, "ls1", y), train)
         y = Mlp(self.mlp_ratio * x.shape[-1], grid=None, settings=self.settings, name="mlp")(layer_norm(self, "norm2", x))
-        return x + DropPath(self.drop_path)(LayerScale(name="ls2")(y), train)
+        return x + DropPath(self.drop_path)(layer_scale(self, "ls2", y), train)
 
 
 class Stage(Part):

@@ -12,14 +12,12 @@ from lbpwht_jax.models.blocks import DropPath, Part, check_images, drop_path_rat
 from lbpwht_jax.models.conv_blocks import (
     ConvNorm,
     DenseNorm,
-    LayerScale,
     batch_counters,
-    batch_norm,
     resample_attention_biases,
 )
 from lbpwht_jax.models.efficientformer_v2_attention import Attention, AttentionDownsample
 from lbpwht_jax.models.info import Images, Layers, ModelInfo, TimmFiles
-from lbpwht_jax.ops.gelu import gelu
+from lbpwht_jax.models.norms import batch_norm, layer_scale
 
 
 class Stem(Part):
@@ -34,8 +32,9 @@ class Stem(Part):
     @nn.compact
     def __call__(self, images: jax.Array, train: bool) -> jax.Array:
         """``[batch, height, width, channels]`` to a map of a quarter of the height and width, rounded up."""
-        x = gelu(ConvNorm(self.features // 2, 2, settings=self.settings, name="conv1")(images, train))
-        return gelu(ConvNorm(self.features, 2, settings=self.settings, name="conv2")(x, train))
+        fields = {"activation": "gelu", "settings": self.settings}
+        x = ConvNorm(self.features // 2, 2, **fields, name="conv1")(images, train)
+        return ConvNorm(self.features, 2, **fields, name="conv2")(x, train)
 
 
 class ConvMlp(Part):
@@ -51,8 +50,9 @@ class ConvMlp(Part):
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         """``x`` of shape ``[batch, height, width, channels]``; the result has the same shape."""
         channels = x.shape[-1]
-        x = gelu(DenseNorm(self.hidden, settings=self.settings, name="fc1")(x, train))
-        x = gelu(ConvNorm(self.hidden, depthwise=True, settings=self.settings, name="mid")(x, train))
+        fields = {"activation": "gelu", "settings": self.settings}
+        x = DenseNorm(self.hidden, **fields, name="fc1")(x, train)
+        x = ConvNorm(self.hidden, depthwise=True, **fields, name="mid")(x, train)
         return DenseNorm(channels, settings=self.settings, name="fc2")(x, train)
 
 
@@ -92,9 +92,9 @@ class Block(Part):
         """``x`` of shape ``[batch, height, width, channels]``; the result has the same shape."""
         if self.attention_stride is not None:
             y = Attention(self.attention_stride, settings=self.settings, name="token_mixer")(x, train)
-            x = x + DropPath(self.drop_path)(LayerScale(name="ls1")(y), train)
+            x = x + DropPath(self.drop_path)(layer_scale(self, "ls1", y), train)
         y = ConvMlp(self.mlp_ratio * x.shape[-1], settings=self.settings, name="mlp")(x, train)
-        return x + DropPath(self.drop_path)(LayerScale(name="ls2")(y), train)
+        return x + DropPath(self.drop_path)(layer_scale(self, "ls2", y), train)
 
 
 class Stage(Part):

@@ -6,7 +6,8 @@ import jax.numpy as jnp
 
 from lbpwht_jax.models.blocks import Part, dense
 from lbpwht_jax.models.conv_blocks import ConvNorm, DenseNorm, attention_biases, conv3x3, softmax
-from lbpwht_jax.ops.gelu import gelu
+from lbpwht_jax.ops.attention import kept_attention
+from lbpwht_jax.ops.gelu import coded_gelu
 
 _HEADS = 8
 
@@ -21,6 +22,11 @@ def _products(query: jax.Array, key: jax.Array) -> jax.Array:
 
 def _sums(weights: jax.Array, value: jax.Array) -> jax.Array:
     return jnp.einsum("bqkh,bkhc->bqhc", weights, _heads(value))
+
+
+def _attend(query: jax.Array, key: jax.Array, value: jax.Array, biases: jax.Array) -> jax.Array:
+    logits = _products(query, key) * (query.shape[-1] // _HEADS) ** -0.5
+    return _sums(softmax(logits + biases.astype(logits.dtype), axis=2), value)
 
 
 class Attention(Part):
@@ -42,20 +48,26 @@ class Attention(Part):
         shape, channels = x.shape, x.shape[-1]
         if self.stride > 1:
             x = ConvNorm(channels, self.stride, depthwise=True, settings=self.settings, name="stride_conv")(x, train)
-        batch, height, width, _ = x.shape
         keys, values = _HEADS * self.key_dim, 4 * _HEADS * self.key_dim
         query, key, value = (
             DenseNorm(features, settings=self.settings, name=name)(x, train)
             for name, features in (("q", keys), ("k", keys), ("v", values))
         )
         local = ConvNorm(values, depthwise=True, settings=self.settings, name="v_local")(value, train)
-        logits = _products(query, key) * self.key_dim**-0.5
-        logits = logits + attention_biases(self, _HEADS, height, width).astype(logits.dtype)
-        weights = softmax(dense(self, "talking_head1", _HEADS)(logits), axis=2)
-        x = _sums(dense(self, "talking_head2", _HEADS)(weights), value).reshape(batch, height, width, values) + local
+        attend = Attention._attend
+        if self.settings.residuals is not None and self.settings.residuals.recompute_scores:
+            attend = nn.remat(attend)
+        x = attend(self, query, key, value) + local
         if self.stride > 1:
             x = jax.image.resize(x, (*shape[:3], values), "bilinear")
-        return DenseNorm(channels, settings=self.settings, name="proj")(gelu(x), train)
+        return DenseNorm(channels, settings=self.settings, name="proj")(coded_gelu(x, self.settings.slope_bits), train)
+
+    def _attend(self, query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+        """The attended values, a map like ``value``."""
+        logits = _products(query, key) * self.key_dim**-0.5
+        logits = logits + attention_biases(self, _HEADS, *query.shape[1:3]).astype(logits.dtype)
+        weights = softmax(dense(self, "talking_head1", _HEADS)(logits), axis=2)
+        return _sums(dense(self, "talking_head2", _HEADS)(weights), value).reshape(value.shape)
 
 
 class StridedQuery(Part):
@@ -93,7 +105,6 @@ class AttentionDownsample(Part):
         key = DenseNorm(keys, settings=self.settings, name="k")(x, train)
         value = DenseNorm(values, settings=self.settings, name="v")(x, train)
         local = ConvNorm(values, 2, depthwise=True, settings=self.settings, name="v_local")(value, train)
-        logits = _products(query, key) * self.key_dim**-0.5
-        biases = attention_biases(self, _HEADS, *x.shape[1:3], stride=2).astype(logits.dtype)
-        x = _sums(softmax(logits + biases, axis=2), value).reshape(local.shape) + local
-        return DenseNorm(self.features, settings=self.settings, name="proj")(gelu(x), train)
+        biases = attention_biases(self, _HEADS, *x.shape[1:3], stride=2)
+        x = kept_attention(_attend, self.settings.residuals, (query, key, value), biases).reshape(local.shape) + local
+        return DenseNorm(self.features, settings=self.settings, name="proj")(coded_gelu(x, self.settings.slope_bits), train)

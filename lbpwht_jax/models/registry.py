@@ -10,6 +10,7 @@ import flax.linen as nn
 from lbpwht_jax.models import efficientformer, efficientformer_v2, swin_v2, vit
 from lbpwht_jax.models.blocks import Settings
 from lbpwht_jax.models.info import ModelInfo
+from lbpwht_jax.ops.residuals import Residuals, named_residuals
 
 _LARGEST_IMAGE = 8192
 
@@ -44,6 +45,7 @@ def plain_model(
     drop_path: float = 0.0,
     remat: bool = False,
     frozen_batch_norm: bool = False,
+    residuals: str | Residuals = "plain",
 ) -> nn.Module:
     """A model of the registry with exact backpropagation; arguments and result as for ``lbpwht_jax.create_model``."""
     info = model_info(name)
@@ -52,7 +54,7 @@ def plain_model(
         image_size=_within(name, "image_size", info.images.size if image_size is None else image_size, _LARGEST_IMAGE),
         drop_path=drop_path,
         remat=remat,
-        settings=Settings(dtype, frozen_batch_norm),
+        settings=Settings(dtype, frozen_batch_norm, named_residuals(residuals, name)),
         **info.arguments,
     )
 

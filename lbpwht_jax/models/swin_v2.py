@@ -15,7 +15,9 @@ import numpy as np
 
 from lbpwht_jax.models.blocks import DropPath, Mlp, Part, check_images, dense, drop_path_rates
 from lbpwht_jax.models.info import Images, Layers, ModelInfo, TimmFiles
+from lbpwht_jax.models.norms import layer_norm
 from lbpwht_jax.models.windows import from_windows, relative_coordinates, relative_index, shift_mask, to_windows
+from lbpwht_jax.ops.attention import kept_attention
 from lbpwht_jax.ops.dtypes import accumulation_dtype
 from lbpwht_jax.ops.spec import Grid
 
@@ -23,8 +25,6 @@ _PATCH_SIZE = 4
 _MLP_RATIO = 4
 _POSITION_HIDDEN = 512
 _LARGEST_SCALE = 100.0
-
-_norm = functools.partial(nn.LayerNorm, epsilon=1e-5)
 
 
 def _normalize(x: jax.Array) -> jax.Array:
@@ -37,6 +37,14 @@ def _normalize(x: jax.Array) -> jax.Array:
     square = jnp.sum(x * x, axis=-1, keepdims=True)
     positive = square > 1e-24
     return jnp.where(positive, x * jax.lax.rsqrt(jnp.where(positive, square, 1)), 0)
+
+
+def _cosine_attention(query: jax.Array, key: jax.Array, value: jax.Array, scale: jax.Array, position: jax.Array) -> jax.Array:
+    query = _normalize(query)
+    query = (query * scale.reshape(1, 1, 1, -1, 1).astype(query.dtype)).astype(value.dtype)
+    key = _normalize(key).astype(value.dtype)
+    attention = functools.partial(jax.nn.dot_product_attention, scale=1.0)
+    return jax.vmap(attention, in_axes=(0, 0, 0, None))(query, key, value, position)
 
 
 class WindowAttention(Part):
@@ -70,14 +78,10 @@ class WindowAttention(Part):
 
         scale = self.param("logit_scale", nn.initializers.constant(math.log(10)), (self.heads, 1, 1))
         scale = jnp.exp(jnp.minimum(scale, math.log(_LARGEST_SCALE)))
-        query = _normalize(query)
-        query = (query * scale.reshape(1, 1, 1, self.heads, 1).astype(query.dtype)).astype(value.dtype)
-        key = _normalize(key).astype(value.dtype)
         position = self._position_bias()[None]
         if mask is not None:
             position = position + jnp.asarray(mask, position.dtype)[:, None]
-        attention = functools.partial(jax.nn.dot_product_attention, scale=1.0)
-        x = jax.vmap(attention, in_axes=(0, 0, 0, None))(query, key, value, position)
+        x = kept_attention(_cosine_attention, self.settings.residuals, (query, key, value), scale, position)
         return dense(self, "proj", channels, grid=self.window)(x.reshape(batch, windows, tokens, channels))
 
     def _position_bias(self) -> jax.Array:
@@ -106,11 +110,11 @@ class Block(Part):
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         """``x`` of shape ``[batch, height, width, channels]``; the result has the same shape."""
         # Zero norms make every block the identity before training.
-        norm = functools.partial(_norm, dtype=self.settings.dtype, scale_init=nn.initializers.zeros_init())
-        y = norm(name="norm1")(self._attend(x))
+        norm = functools.partial(layer_norm, self, scale_init=nn.initializers.zeros_init())
+        y = norm("norm1", self._attend(x))
         x = x + DropPath(self.drop_path)(y, train)
         y = Mlp(_MLP_RATIO * x.shape[-1], grid=None, settings=self.settings, name="mlp")(x)
-        return x + DropPath(self.drop_path)(norm(name="norm2")(y), train)
+        return x + DropPath(self.drop_path)(norm("norm2", y), train)
 
     def _attend(self, x: jax.Array) -> jax.Array:
         _, height, width, _ = x.shape
@@ -137,7 +141,7 @@ class PatchMerging(Part):
         height, width = x.shape[1] // 2, x.shape[2] // 2
         x = x.reshape(batch, height, 2, width, 2, channels).transpose(0, 1, 3, 4, 2, 5)
         x = dense(self, "reduction", 2 * channels, use_bias=False)(x.reshape(batch, height, width, 4 * channels))
-        return _norm(dtype=self.settings.dtype, name="norm")(x)
+        return layer_norm(self, "norm", x)
 
 
 class Stage(Part):
@@ -182,7 +186,7 @@ class PatchEmbed(Part):
         """``[batch, height, width, channels]`` to ``[batch, height / 4, width / 4, dim]``."""
         size = (_PATCH_SIZE, _PATCH_SIZE)
         x = nn.Conv(self.dim, size, size, "VALID", dtype=self.settings.dtype, name="proj")(images)
-        return _norm(dtype=self.settings.dtype, name="norm")(x)
+        return layer_norm(self, "norm", x)
 
 
 class Head(Part):
@@ -244,7 +248,7 @@ class SwinTransformerV2(Part):
         for i, (depth, heads) in enumerate(zip(self.depths, self.heads, strict=True)):
             own, rates = tuple(rates[:depth]), rates[depth:]
             x = Stage(i > 0, heads, self.window, own, **common, name=f"layers_{i}")(x, train)
-        x = _norm(dtype=self.settings.dtype, name="norm")(x)
+        x = layer_norm(self, "norm", x)
         return Head(self.num_classes, settings=self.settings, name="head")(x)
 
 

@@ -10,14 +10,11 @@ import numpy as np
 
 from lbpwht_jax.models.blocks import DropPath, Mlp, Part, check_images, dense, drop_path_rates
 from lbpwht_jax.models.info import Images, Layers, ModelInfo, TimmFiles
-from lbpwht_jax.ops.attention import attention
+from lbpwht_jax.models.norms import layer_norm
+from lbpwht_jax.ops.attention import attention, kept_attention
 from lbpwht_jax.ops.spec import Grid
 
-
-def _norm(parent: Part, name: str, x: jax.Array) -> jax.Array:
-    """Layer normalisation in float32, returned in the settings' dtype."""
-    x = nn.LayerNorm(epsilon=1e-6, name=name)(x.astype(jnp.float32))
-    return x if parent.settings.dtype is None else x.astype(parent.settings.dtype)
+_EPSILON = 1e-6
 
 
 class PatchEmbed(Part):
@@ -58,7 +55,7 @@ class Attention(Part):
         batch, length, channels = x.shape
         qkv = dense(self, "qkv", 3 * channels, **tokens)(x)
         query, key, value = jnp.moveaxis(qkv.reshape(batch, length, 3, self.heads, channels // self.heads), 2, 0)
-        x = attention(query, key, value)
+        x = kept_attention(attention, self.settings.residuals, (query, key, value))
         return dense(self, "proj", channels, **tokens)(x.reshape(batch, length, channels))
 
 
@@ -83,9 +80,9 @@ class Block(Part):
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         """``x`` of shape ``[batch, prefix_tokens + tokens, channels]``; the result has the same shape."""
         common = {"grid": self.grid, "prefix_tokens": self.prefix_tokens, "settings": self.settings}
-        y = Attention(self.heads, **common, name="attn")(_norm(self, "norm1", x))
+        y = Attention(self.heads, **common, name="attn")(layer_norm(self, "norm1", x, epsilon=_EPSILON))
         x = x + DropPath(self.drop_path)(y, train)
-        y = Mlp(self.mlp_ratio * x.shape[-1], **common, name="mlp")(_norm(self, "norm2", x))
+        y = Mlp(self.mlp_ratio * x.shape[-1], **common, name="mlp")(layer_norm(self, "norm2", x, epsilon=_EPSILON))
         return x + DropPath(self.drop_path)(y, train)
 
 
@@ -150,7 +147,7 @@ class VisionTransformer(Part):
                 settings=self.settings,
                 name=f"blocks_{i}",
             )(x, train)
-        x = _norm(self, "norm", x)
+        x = layer_norm(self, "norm", x, epsilon=_EPSILON)
         logits = nn.Dense(self.num_classes, dtype=self.settings.dtype, name="head")(x[:, 0])
         if self.distilled:
             logits = (logits + nn.Dense(self.num_classes, dtype=self.settings.dtype, name="head_dist")(x[:, 1])) / 2

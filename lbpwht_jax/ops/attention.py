@@ -1,6 +1,7 @@
 """Attention in the form that suits the machine."""
 
 import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -8,6 +9,8 @@ import jax.numpy as jnp
 
 from lbpwht_jax.ops.dtypes import accumulation_dtype
 from lbpwht_jax.ops.platforms import by_platform, is_narrow
+from lbpwht_jax.ops.recompute import recomputed
+from lbpwht_jax.ops.residuals import Residuals
 from lbpwht_jax.ops.sharding import explicit_sharding
 
 # cuDNN's attention gets its tokens padded to a multiple of this, and their number.
@@ -38,6 +41,26 @@ def attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
     if narrow and _cudnn_takes(query.shape, query.dtype):
         return by_platform(_plain, query, key, value, cuda=_cudnn)
     return _plain(query, key, value)
+
+
+def kept_attention(
+    function: Callable[..., jax.Array], residuals: Residuals | None, operands: Sequence[jax.Array], *others: jax.Array
+) -> jax.Array:
+    """``function(*operands, *others)``, keeping for the backward pass what the setting says.
+
+    Args:
+      function: attention, a pure function of arrays; hashable.
+      residuals: the setting; ``None`` for what JAX keeps of itself.
+      operands: queries, keys and values, ``[batch, ..., channels]``.
+      *others: what is small, such as tables of biases, and kept whole.
+
+    Returns:
+      What ``function`` returns.
+    """
+    if residuals is None or not residuals.recompute_scores:
+        return function(*operands, *others)
+    bits = (residuals.attention_bits,) * len(operands) + (None,) * len(others)
+    return recomputed(function, *operands, *others, bits=bits)
 
 
 def _plain(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:

@@ -1,12 +1,16 @@
 """The exact GELU (by erf), its slope, and forms of both for kernels."""
 
+import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from lbpwht_jax.ops.coders import Slopes
 from lbpwht_jax.ops.dtypes import accumulation_dtype
+from lbpwht_jax.ops.platforms import apart
 
 
 def _normal_cdf(x: jax.Array) -> jax.Array:
@@ -32,6 +36,37 @@ def gelu_slope(x: jax.Array) -> jax.Array:
     wide = x.astype(accumulation_dtype(x.dtype))
     density = jnp.exp(-0.5 * wide * wide) / math.sqrt(2 * math.pi)
     return (_normal_cdf(wide) + wide * density).astype(x.dtype)
+
+
+def coded_gelu(x: jax.Array, bits: int | None) -> jax.Array:
+    """``gelu(x)``, keeping its slope in 2, 3, 4 or 8 bits for the backward pass; as ``gelu`` does for ``None``."""
+    return gelu(x) if bits is None else _coded_gelu(x, bits)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _coded_gelu(x: jax.Array, bits: int) -> jax.Array:
+    return gelu(x)
+
+
+def _coded_gelu_backward(bits: int, slope: Slopes, g: jax.Array) -> tuple[jax.Array]:
+    slope, g = apart((slope, g))
+    return (g * slope.decoded(),)
+
+
+_coded_gelu.defvjp(lambda x, bits: gelu_and_slope(x, bits), _coded_gelu_backward)
+
+
+def gelu_and_slope(x: jax.Array, bits: int | None) -> tuple[jax.Array, Any]:
+    """``gelu(x)``, and its slope, in so many bits or whole, computed before anything that uses the first."""
+    if bits is None:
+        return gelu(x), gelu_slope(x)
+    slope, x = apart((Slopes.of(gelu_slope(x), bits), x))
+    return gelu(x), slope
+
+
+def decoded_slope(slope: Any) -> jax.Array:
+    """The slope that ``gelu_and_slope`` gave."""
+    return slope.decoded() if isinstance(slope, Slopes) else slope
 
 
 def kernel_gelu(x: jax.Array) -> jax.Array:

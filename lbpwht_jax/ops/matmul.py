@@ -22,10 +22,10 @@ from jax.custom_derivatives import SymbolicZero
 
 from lbpwht_jax.ops.basis import coefficient_count, holds_token_sum, token_sum_weights
 from lbpwht_jax.ops.dtypes import accumulation_dtype
-from lbpwht_jax.ops.gelu import gelu, gelu_slope
+from lbpwht_jax.ops.gelu import coded_gelu, decoded_slope, gelu, gelu_and_slope, gelu_slope
 from lbpwht_jax.ops.heuristic import chosen
 from lbpwht_jax.ops.kernels import kernel_forms
-from lbpwht_jax.ops.platforms import by_platform, is_narrow, kept_instead
+from lbpwht_jax.ops.platforms import apart, by_platform, is_narrow
 from lbpwht_jax.ops.projection import expand, project
 from lbpwht_jax.ops.sharding import explicit_sharding, is_explicit, vary_alike, with_whole_tokens
 from lbpwht_jax.ops.spec_fields import Grid, SpecFields
@@ -56,6 +56,7 @@ class _Static:
       accumulate: dtype in which products accumulate.
       y, x, kernel, bias: what the result and the operands' cotangents must be like.
       gelu: whether x goes through GELU first.
+      slope_bits: in how many bits GELU's slope is kept; ``None`` for all of it.
     """
 
     spec: SpecFields
@@ -68,6 +69,7 @@ class _Static:
     kernel: _Like
     bias: _Like
     gelu: bool
+    slope_bits: int | None
 
     def project(self, x: jax.Array) -> jax.Array:
         return project(x, self.spec, self.grid, self.prefix_tokens, self.precision)
@@ -84,8 +86,8 @@ class _Residuals:
     Attributes:
       x: the coefficients of x, or all of x where ``dw`` is exact, for the kernel's cotangent; ``None`` if that is not wanted.
       kernel: for the cotangent of x; ``None`` if that is not wanted.
-      gelu: for the cotangent of x: GELU's slope at x, or x itself where a kernel computes the slope; ``None`` if that is not
-        wanted or there is no GELU.
+      gelu: for the cotangent of x: GELU's slope at x, or its ``Slopes`` in few bits, or x itself where a kernel computes the
+        slope; ``None`` if that is not wanted or there is no GELU.
       wants_dx, wants_dw, wants_db: which operands are differentiated.
     """
 
@@ -131,13 +133,13 @@ def _matmul(x: jax.Array, kernel: jax.Array, bias: jax.Array | None, static: _St
 def _forward(x: Any, kernel: Any, bias: Any, static: _Static) -> tuple[jax.Array, _Residuals]:
     wants_dx, wants_dw = x.perturbed, kernel.perturbed
     x, kept_x, kept_gelu = x.value, None, None
-    if static.gelu and wants_dx and wants_dw:
+    if static.gelu and wants_dx and wants_dw and static.slope_bits is None:
         x, kept_x, kept_gelu = _gelu_forward(x, static)
     else:
         if static.gelu:
-            x, kept_gelu = gelu(x), gelu_slope(x) if wants_dx else None
+            x, kept_gelu = gelu_and_slope(x, static.slope_bits) if wants_dx else (gelu(x), None)
         if wants_dw:
-            kept_x, x = kept_instead(static.project(x), x) if static.spec.dw == "low_rank" else (x, x)
+            kept_x, x = apart((static.project(x), x)) if static.spec.dw == "low_rank" else (x, x)
     y: Any = _matmul(x, kernel.value, None if bias is None else bias.value, dataclasses.replace(static, gelu=False))
     wants_db = bias is not None and bias.perturbed
     return y, _Residuals(kept_x, kernel.value if wants_dx else None, kept_gelu, wants_dx, wants_dw, wants_db)
@@ -153,10 +155,11 @@ def _backward(static: _Static, kept: _Residuals, g: jax.Array | SymbolicZero) ->
     kept_x = kept.x
     if kept.wants_dx:
         dx = _dx(coefficients if low_dx else g, kept.kernel, static)
-        if static.gelu and kept.wants_dw:
+        if static.gelu and kept.wants_dw and static.slope_bits is None:
             dx, kept_x = _gelu_backward(dx, kept.gelu, kept_x, static)
         elif low_dx:
-            dx = static.expand(dx) if kept.gelu is None else static.expand(dx) * kept.gelu
+            dx = static.expand(dx)
+            dx = dx if kept.gelu is None else dx * decoded_slope(kept.gelu)
     if kept.wants_dw:
         dw = _dw(kept_x, coefficients if low_dw else g, static)
     if kept.wants_db:
@@ -244,6 +247,7 @@ def low_rank_matmul(
     out_sharding: Any = None,
     bias: jax.Array | None = None,
     activation: Literal["gelu"] | None = None,
+    slope_bits: int | None = None,
     name: str = "low_rank_matmul",
 ) -> jax.Array:
     """``x @ kernel``, or ``x @ kernel + bias``, exact, with a low-rank backward pass along the token grid (LBP-WHT, section 3).
@@ -264,6 +268,7 @@ def low_rank_matmul(
       out_sharding: sharding of the result on a mesh with explicit axes, as for ``jax.lax.dot_general``.
       bias: ``[out]``, of the result's dtype. Its cotangent is exact, and taken from the coefficients where they hold it.
       activation: ``"gelu"`` applies the exact GELU to ``x`` first, which kernels for GPUs do in passing.
+      slope_bits: keeps the activation's slope in 2, 3, 4 or 8 bits; ``None`` keeps it as it is.
       name: where the operation is used; it opens the error messages.
 
     Returns:
@@ -291,9 +296,10 @@ def low_rank_matmul(
     tokens = x if grid is not None else x.reshape(*x.shape[: -1 - spec.ndim], math.prod(token_grid), x.shape[-1])
     chosen_spec = chosen(spec, token_grid, prefix_tokens, *kernel.shape)
     low_rank = (chosen_spec.dx, chosen_spec.dw) == ("low_rank", "low_rank")
-    fuses = low_rank and kernel_forms("gelu_backward", tokens, chosen_spec, token_grid, prefix_tokens) != {}
+    has_kernels = kernel_forms("gelu_backward", tokens, chosen_spec, token_grid, prefix_tokens) != {}
+    fuses = low_rank and (has_kernels or slope_bits is not None)
     if activation is not None and not fuses:
-        tokens = gelu(tokens)
+        tokens = coded_gelu(tokens, slope_bits)
     dtype = jnp.result_type(x, kernel) if preferred_element_type is None else jnp.dtype(preferred_element_type)
     static = _Static(
         spec=chosen_spec,
@@ -306,6 +312,7 @@ def low_rank_matmul(
         kernel=_Like.of(kernel),
         bias=_Like(dtype if folded is None else folded.dtype),
         gelu=activation is not None and fuses,
+        slope_bits=slope_bits,
     )
     y: Any = _matmul(tokens, kernel, folded, static)
     y = y if grid is not None else y.reshape(*x.shape[:-1], kernel.shape[1])

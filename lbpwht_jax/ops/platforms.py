@@ -18,16 +18,18 @@ def by_platform(plain: Callable[..., Any], *operands: jax.Array, **forms: Callab
     return lax.platform_dependent(*operands, default=plain, **forms)
 
 
-def kept_instead(kept: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """``(kept, x)``, such that accelerators compute ``kept`` before anything that uses the ``x`` returned.
+def apart(arrays: Any) -> Any:
+    """The same tree of arrays, all computed, on accelerators, before anything that uses the ones returned.
 
-    Their compilers would otherwise put off computing ``kept``, which only the backward pass uses, until then, and keep x in
-    memory as well. XLA's CPU backend drops such barriers before it schedules.
+    Their compilers would otherwise put off what only the backward pass uses until then, and keep what it is made of as well;
+    and they would take what is computed again there for what they have. XLA's CPU backend drops such barriers before it
+    schedules, so CPUs get none.
     """
-    if explicit_sharding(x) is not None:
-        return lax.optimization_barrier((kept, x))
-    barrier: Callable[..., Any] = lambda *operands: lax.optimization_barrier(operands)  # noqa: E731
-    return by_platform(lambda *operands: operands, kept, x, cuda=barrier, tpu=barrier)
+    leaves, tree = jax.tree.flatten(arrays)
+    if any(explicit_sharding(leaf) is not None for leaf in leaves):
+        return lax.optimization_barrier(arrays)
+    barrier: Callable[..., Any] = lambda *leaves: lax.optimization_barrier(leaves)  # noqa: E731
+    return jax.tree.unflatten(tree, by_platform(lambda *leaves: leaves, *leaves, cuda=barrier, tpu=barrier))
 
 
 def is_narrow(*dtypes: Any) -> bool:

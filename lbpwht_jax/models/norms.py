@@ -1,0 +1,145 @@
+"""Norms, layer scale and convolutions of the model families, keeping for the backward pass what the settings say."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from lbpwht_jax.models.blocks import Part
+from lbpwht_jax.ops import norms
+from lbpwht_jax.ops.bilinear import bilinear
+from lbpwht_jax.ops.dtypes import accumulation_dtype
+from lbpwht_jax.ops.gelu import gelu
+
+_ACTIVATIONS = {None: lambda x: x, "gelu": gelu, "relu": nn.relu}
+_MOMENTUM = 0.9
+_BATCH_EPSILON = 1e-5
+
+
+def widen(x: jax.Array) -> jax.Array:
+    """``x`` in at least float32, for sums."""
+    return x.astype(accumulation_dtype(x.dtype))
+
+
+def layer_norm(parent: Part, name: str, x: jax.Array, *, epsilon: float = 1e-5, scale_init: Any = None) -> jax.Array:
+    """Layer normalisation of the last axis within ``parent``.
+
+    Args:
+      parent: the module under construction.
+      name: the new layer's name.
+      x: ``[..., channels]``.
+      epsilon: added to the variance.
+      scale_init: initializer of the scale; ones by default.
+
+    Returns:
+      Array of ``x``'s shape, normalised in at least float32, in the settings' dtype.
+    """
+    fields = {"epsilon": epsilon, "scale_init": nn.initializers.ones_init() if scale_init is None else scale_init, "name": name}
+    if parent.settings.residuals is None:
+        return nn.LayerNorm(**fields)(widen(x)).astype(_dtype(parent, x))
+    return LeanLayerNorm(**fields, bits=parent.settings.residuals.norm_bits, dtype=_dtype(parent, x))(x)
+
+
+def batch_norm(parent: Part, name: str, x: jax.Array, train: bool, activation: norms.Activation = None) -> jax.Array:
+    """Batch normalisation within ``parent``, on running statistics unless training unfrozen, and an activation.
+
+    Epsilon and momentum are the reference's. While training unfrozen, running variances gather the batch's biased
+    variance, as Flax does, where torch gathers the unbiased one.
+
+    Args:
+      parent: the module under construction.
+      name: the new layer's name.
+      x: ``[..., channels]``.
+      train: whether the model is training.
+      activation: ``"gelu"``, ``"relu"`` or ``None``.
+
+    Returns:
+      Array of ``x``'s shape, normalised in at least float32, in the settings' dtype.
+    """
+    running = not train or parent.settings.frozen_batch_norm
+    if parent.settings.residuals is None:
+        norm = nn.BatchNorm(running, momentum=_MOMENTUM, epsilon=_BATCH_EPSILON, name=name)
+        return _ACTIVATIONS[activation](norm(widen(x)).astype(_dtype(parent, x)))
+    norm = LeanBatchNorm(running, activation, parent.settings.residuals.norm_bits, _dtype(parent, x), name=name)
+    return norm(x)
+
+
+def _dtype(parent: Part, x: jax.Array) -> Any:
+    return x.dtype if parent.settings.dtype is None else parent.settings.dtype
+
+
+class LeanLayerNorm(nn.Module):
+    """``nn.LayerNorm`` of the last axis, keeping one array; the same parameters.
+
+    Attributes:
+      epsilon: added to the variance.
+      scale_init: initializer of the scale.
+      bits: in how many bits the normalised input is kept; ``None`` keeps the input.
+      dtype: the result's.
+    """
+
+    epsilon: float
+    scale_init: Any
+    bits: int | None
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """``x`` of shape ``[..., channels]``; the result has the same shape."""
+        scale = self.param("scale", self.scale_init, x.shape[-1:])
+        bias = self.param("bias", nn.initializers.zeros_init(), x.shape[-1:])
+        return norms.layer_norm(x, scale, bias, self.epsilon, self.bits, self.dtype)
+
+
+class LeanBatchNorm(nn.Module):
+    """``nn.BatchNorm`` and an activation, keeping one array; the same parameters and statistics.
+
+    Attributes:
+      running: normalises by the running statistics, and leaves them as they are.
+      activation: ``"gelu"``, ``"relu"`` or ``None``.
+      bits: in how many bits the normalised input is kept; ``None`` keeps the input.
+      dtype: the result's.
+    """
+
+    running: bool
+    activation: norms.Activation
+    bits: int | None
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """``x`` of shape ``[..., channels]``; the result has the same shape."""
+        shape = x.shape[-1:]
+        mean = self.variable("batch_stats", "mean", lambda: jnp.zeros(shape, jnp.float32))
+        variance = self.variable("batch_stats", "var", lambda: jnp.ones(shape, jnp.float32))
+        scale = self.param("scale", nn.initializers.ones_init(), shape)
+        bias = self.param("bias", nn.initializers.zeros_init(), shape)
+        statistics = (mean.value, variance.value) if self.running else None
+        y, found = norms.batch_norm(x, statistics, scale, bias, _BATCH_EPSILON, self.bits, self.dtype, self.activation)
+        if not self.running and not self.is_initializing():
+            for variable, new in zip((mean, variance), found, strict=True):
+                variable.value = _MOMENTUM * variable.value + (1 - _MOMENTUM) * new
+        return y
+
+
+class LayerScale(nn.Module):
+    """Multiplies every channel by a learned factor, ``gamma``, which starts at ``1e-5``.
+
+    Attributes:
+      bits: in how many bits the input is kept; ``None`` for all of it.
+    """
+
+    bits: int | None = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """``x`` of shape ``[..., channels]``; the result has the same shape and dtype."""
+        gamma = self.param("gamma", nn.initializers.constant(1e-5), x.shape[-1:])
+        return bilinear(jnp.multiply, x, gamma.astype(x.dtype).reshape((1,) * (x.ndim - 1) + (-1,)), bits=self.bits)
+
+
+def layer_scale(parent: Part, name: str, x: jax.Array) -> jax.Array:
+    """``LayerScale`` within ``parent``."""
+    residuals = parent.settings.residuals
+    return LayerScale(None if residuals is None else residuals.norm_bits, name=name)(x)

@@ -1,0 +1,149 @@
+"""Few-bit codes of what the backward pass keeps, packed in bytes: slopes of activations, and rows with a scale each."""
+
+import dataclasses
+import functools
+import itertools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+# Least and largest slope of the exact GELU, at x = -sqrt(2) and sqrt(2).
+_LARGEST_SLOPE = 0.5 * (1 + math.erf(1)) + math.exp(-1) / math.sqrt(math.pi)
+_LEAST_SLOPE = 1 - _LARGEST_SLOPE
+
+
+@functools.cache
+def slope_levels(bits: int) -> tuple[float, ...]:
+    """The ``2 ** bits`` levels nearest to the GELU's slope in the least squares, its input being standard normal.
+
+    Lloyd's iteration: each border lies halfway between two levels, each level is the mean slope between two borders.
+    """
+    x = np.linspace(-8, 8, 16001)
+    density = np.exp(-x * x / 2)
+    cdf = 0.5 * (1 + np.vectorize(math.erf)(x / math.sqrt(2)))
+    slopes = cdf + x * density / math.sqrt(2 * math.pi)
+    order = np.argsort(slopes)
+    slopes, weights = slopes[order], density[order]
+    sums = [np.concatenate([[0], np.cumsum(values)]) for values in (weights, weights * slopes)]
+    levels = np.linspace(slopes[0], slopes[-1], 2 ** (bits + 1) + 1)[1::2]
+    for _ in range(2000):
+        ends = [0, *np.searchsorted(slopes, (levels[1:] + levels[:-1]) / 2), len(slopes)]
+        mass, total = (np.diff(values[ends]) for values in sums)
+        levels = np.where(mass > 0, total / np.where(mass > 0, mass, 1), levels)
+    return tuple(levels.tolist())
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """Rows in few bits: equal steps from minus a row's largest magnitude to the same above zero.
+
+    A row that holds NaN or an infinity decodes to no finite number.
+
+    Attributes:
+      codes: uint8 ``[..., channels * bits / 8]``, rounded up.
+      steps: float32 ``[..., 1]``, a step for each row.
+      bits: 4 or 8.
+      channels: of the rows.
+      dtype: theirs.
+    """
+
+    codes: jax.Array
+    steps: jax.Array
+    bits: int = dataclasses.field(metadata={"static": True})
+    channels: int = dataclasses.field(metadata={"static": True})
+    dtype: Any = dataclasses.field(metadata={"static": True})
+
+    @classmethod
+    def of(cls, x: jax.Array, bits: int) -> "Rows":
+        """The codes of ``x``, ``[..., channels]``, floating point."""
+        wide, most = x.astype(jnp.float32), 2 ** (bits - 1) - 1
+        largest = jnp.max(jnp.abs(wide), axis=-1, keepdims=True)
+        inverse = jnp.where(largest > 0, most / largest, 0)
+        codes = jnp.clip(jnp.round(wide * inverse), -most, most) + most
+        return cls(_pack(codes.astype(jnp.uint8), bits), largest / most, bits, x.shape[-1], x.dtype)
+
+    def decoded(self) -> jax.Array:
+        """``[..., channels]``."""
+        codes = _unpack(self.codes, self.bits, self.channels).astype(jnp.float32)
+        return ((codes - (2 ** (self.bits - 1) - 1)) * self.steps).astype(self.dtype)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Slopes:
+    """Slopes of the GELU in few bits. What lies outside them is taken for the nearest one, NaN for any level.
+
+    Attributes:
+      codes: uint8 ``[..., channels * bits / 8]``, rounded up.
+      bits: 2, 3, 4 or 8.
+      channels: of the slopes.
+      dtype: theirs.
+    """
+
+    codes: jax.Array
+    bits: int = dataclasses.field(metadata={"static": True})
+    channels: int = dataclasses.field(metadata={"static": True})
+    dtype: Any = dataclasses.field(metadata={"static": True})
+
+    @classmethod
+    def of(cls, slopes: jax.Array, bits: int) -> "Slopes":
+        """The codes of ``slopes``, ``[..., channels]``, floating point."""
+        wide = slopes.astype(jnp.float32)
+        if bits == 8:
+            codes = jnp.clip(jnp.round((wide - _LEAST_SLOPE) * (255 / (_LARGEST_SLOPE - _LEAST_SLOPE))), 0, 255)
+        else:
+            levels = slope_levels(bits)
+            borders = [(low + high) / 2 for low, high in itertools.pairwise(levels)]
+            codes = functools.reduce(jnp.add, [(wide > border).astype(jnp.uint8) for border in borders])
+        return cls(_pack(codes.astype(jnp.uint8), bits), bits, slopes.shape[-1], slopes.dtype)
+
+    def decoded(self) -> jax.Array:
+        """``[..., channels]``."""
+        codes = _unpack(self.codes, self.bits, self.channels)
+        if self.bits == 8:
+            step = (_LARGEST_SLOPE - _LEAST_SLOPE) / 255
+            return (codes.astype(jnp.float32) * step + _LEAST_SLOPE).astype(self.dtype)
+        levels = slope_levels(self.bits)
+        steps = [jnp.where(codes > k, high - low, 0.0) for k, (low, high) in enumerate(itertools.pairwise(levels))]
+        return functools.reduce(jnp.add, steps, jnp.float32(levels[0])).astype(self.dtype)
+
+
+def _widths(bits: int) -> list[int]:
+    """The widths of the parts in which codes are packed, each of which divides a byte: 3 bits are 2 and 1."""
+    return [2, 1] if bits == 3 else [bits]
+
+
+def _pack(codes: jax.Array, bits: int) -> jax.Array:
+    """uint8 codes ``[..., channels]`` to bytes; a byte holds channels that lie ``channels / (8 / width)`` apart."""
+    if bits == 8:
+        return codes
+    parts, shift = [], 0
+    for width in _widths(bits):
+        count = 8 // width
+        part = lax.shift_right_logical(codes, jnp.uint8(shift)) & jnp.uint8(2**width - 1)
+        part = jnp.pad(part, [(0, 0)] * (part.ndim - 1) + [(0, -part.shape[-1] % count)])
+        pieces = jnp.split(part, count, axis=-1)
+        shifted = [lax.shift_left(piece, jnp.uint8(k * width)) for k, piece in enumerate(pieces)]
+        parts.append(functools.reduce(jnp.bitwise_or, shifted))
+        shift += width
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=-1)
+
+
+def _unpack(packed: jax.Array, bits: int, channels: int) -> jax.Array:
+    if bits == 8:
+        return packed
+    codes, start, shift = None, 0, 0
+    for width in _widths(bits):
+        count = 8 // width
+        length = -(-channels // count)
+        part = packed[..., start : start + length]
+        pieces = [lax.shift_right_logical(part, jnp.uint8(k * width)) & jnp.uint8(2**width - 1) for k in range(count)]
+        values = lax.shift_left(jnp.concatenate(pieces, axis=-1)[..., :channels], jnp.uint8(shift))
+        codes = values if codes is None else codes | values
+        start, shift = start + length, shift + width
+    return codes
