@@ -26,7 +26,7 @@ class StepRow:
 
     Attributes:
       model: the model's name.
-      method: the method's short name, with "+remat" if each block is computed again in the backward pass.
+      method: the method's short name, with options at the end as for ``split_method``.
       train: what is trained.
       batch: images per step.
       seconds: time of a step: forward pass, backward pass and optimiser.
@@ -98,7 +98,7 @@ class ModelSteps:
         """The model under a method's rules.
 
         Args:
-          method: its short name; "+remat" at the end computes each block again in the backward pass.
+          method: its short name, with options at the end as for ``split_method``.
 
         Raises:
           ValueError: if the model or the method is unknown.

@@ -12,6 +12,7 @@ from lbpwht_jax.adaptation.presets import Train, adapted_model
 from lbpwht_jax.data import Batch
 from lbpwht_jax.models import model_info
 from lbpwht_jax.models.info import ModelInfo
+from lbpwht_jax.ops.residuals import RESIDUALS
 from lbpwht_jax.train import Placement, Recipe, TrainState, initial_state, make_train_step, placed_step
 
 DType = Literal["float32", "bfloat16"]
@@ -76,14 +77,34 @@ def measured_model(
     num_classes: int = 1000,
     dtype: DType = "float32",
     when: Literal["always", "faster"] = "faster",
+    residuals: str = "plain",
 ) -> AdaptedModule:
-    """A model under a method, which may end in ``"+remat"``: each block is then computed again in the backward pass.
+    """A model under a method with options: ``residuals`` is what holds where the method says nothing of them.
 
     Raises:
-      ValueError: if the model or the method is unknown.
+      ValueError: if the model, the method or the residuals are unknown.
     """
-    fields = {"dtype": None if dtype == "float32" else jnp.dtype(dtype), "remat": method.endswith("+remat")}
-    return adapted_model(name, method.removesuffix("+remat"), train, num_classes, when=when, **fields)
+    method, options = split_method(method)
+    fields = {"dtype": None if dtype == "float32" else jnp.dtype(dtype), "residuals": residuals, **options}
+    return adapted_model(name, method, train, num_classes, when=when, **fields)
+
+
+def split_method(method: str) -> tuple[str, dict[str, Any]]:
+    """A method's own name, and the fields of the model that the options at its end stand for.
+
+    ``"+remat"`` computes each block again in the backward pass; ``"+plain"``, ``"+exact"``, ``"+lean"`` and ``"+tiny"`` say
+    what is kept for it, as in ``create_model``.
+    """
+    fields: dict[str, Any] = {}
+    while True:
+        shorter, _, option = method.rpartition("+")
+        if option == "remat" and "remat" not in fields:
+            fields["remat"] = True
+        elif option in RESIDUALS and "residuals" not in fields:
+            fields["residuals"] = option
+        else:
+            return method, fields
+        method = shorter
 
 
 def step_program(name: str, model: AdaptedModule, batch_size: int, num_classes: int, placement: Placement) -> StepProgram:

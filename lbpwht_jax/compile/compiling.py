@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lbpwht_jax.adaptation.presets import Train, parse_method
-from lbpwht_jax.bench.program import DType
+from lbpwht_jax.bench.program import DType, split_method
 from lbpwht_jax.compile.fit import largest_batch
 from lbpwht_jax.compile.request import Request, Row
 from lbpwht_jax.compile.targets import parse_target
@@ -71,7 +71,8 @@ def compile_model(
 
     Args:
       model: its name.
-      methods: as for ``lbpwht finetune``; "+remat" at the end computes each block again in the backward pass.
+      methods: as for ``lbpwht finetune``; options at the end as for ``split_method``, such as
+        ``"full+remat"`` or ``"lp_l1-4+lean"``.
       target: the machine, such as "h100", "v5e:2x2" or "cpu:1".
       batch_size: images of all chips.
       dtype: of the computation; parameters and the optimiser's state are float32.
@@ -133,7 +134,7 @@ def check(
         raise ValueError(f"target {target!r} has no memory of a known size for a batch to fit; leave out --fit")
     info = model_info(model)
     for method in methods:
-        parse_method(method.removesuffix("+remat"), when=when).rules(info, train)
+        parse_method(split_method(method)[0], when=when).rules(info, train)
     machine.check_installed()
     return [Request(model, m, target, batch_size, dtype, train, num_classes, when, shard, kernels) for m in methods]
 

@@ -14,7 +14,7 @@ class Request:
 
     Attributes:
       model: its name.
-      method: its short name, which may end in "+remat".
+      method: its short name, with options at the end as for ``split_method``.
       target: as ``parse_target`` takes it.
       batch_size: images of all chips.
       dtype: of the computation.

@@ -16,13 +16,36 @@ _LARGEST_SLOPE = 0.5 * (1 + math.erf(1)) + math.exp(-1) / math.sqrt(math.pi)
 _LEAST_SLOPE = 1 - _LARGEST_SLOPE
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Mask:
+    """Truth values, eight to a byte.
+
+    Attributes:
+      codes: uint8 ``[..., channels / 8]``, rounded up.
+      channels: of the mask.
+    """
+
+    codes: jax.Array
+    channels: int = dataclasses.field(metadata={"static": True})
+
+    @classmethod
+    def of(cls, mask: jax.Array) -> "Mask":
+        """The codes of ``mask``, bool ``[..., channels]``."""
+        return cls(_pack(mask.astype(jnp.uint8), 1), mask.shape[-1])
+
+    def decoded(self) -> jax.Array:
+        """bool ``[..., channels]``."""
+        return _unpack(self.codes, 1, self.channels) > 0
+
+
 @functools.cache
 def slope_levels(bits: int) -> tuple[float, ...]:
     """The ``2 ** bits`` levels nearest to the GELU's slope in the least squares, its input being standard normal.
 
     Lloyd's iteration: each border lies halfway between two levels, each level is the mean slope between two borders.
     """
-    x = np.linspace(-8, 8, 16001)
+    x = np.linspace(-8, 8, 160001)
     density = np.exp(-x * x / 2)
     cdf = 0.5 * (1 + np.vectorize(math.erf)(x / math.sqrt(2)))
     slopes = cdf + x * density / math.sqrt(2 * math.pi)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
-from lbpwht_jax.ops.coders import Rows
+from lbpwht_jax.ops.coders import Mask, Rows
 from lbpwht_jax.ops.dtypes import accumulation_dtype
 from lbpwht_jax.ops.gelu import gelu, gelu_slope
 from lbpwht_jax.ops.platforms import apart
@@ -70,8 +70,8 @@ def batch_norm(
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     """Batch normalisation of the last axis (Ioffe and Szegedy, 2015), computed in at least float32, and an activation.
 
-    For the backward pass it keeps x with ``bits=None``, or else the normalised x in few bits, from which the activation's slope
-    is derived.
+    For the backward pass it keeps x with ``bits=None``, or else the normalised x in few bits, from which GELU's slope is
+    derived, and where ReLU's slope is one.
 
     Args:
       x: ``[..., channels]``, floating point.
@@ -129,18 +129,21 @@ def _normalise(x: Any, mean: Any, inverse: Any, scale: Any, bias: Any, static: _
 def _forward(x: Any, mean: Any, inverse: Any, scale: Any, bias: Any, static: _Static) -> tuple[jax.Array, tuple]:
     wants_parameters = scale.perturbed or bias.perturbed
     x, mean, inverse, scale, bias = (operand.value for operand in (x, mean, inverse, scale, bias))
-    kept = None
+    kept = mask = None
     if wants_parameters or static.axes or static.activation:
         kept = x
         if static.bits is not None:
-            kept, x = apart((Rows.of(_normalised(x, mean, inverse), static.bits), x))
-    return _normalise(x, mean, inverse, scale, bias, static), (kept, mean, inverse, scale, bias)
+            normalised = _normalised(x, mean, inverse)
+            if static.activation == "relu":  # rounding would turn slopes near zero over
+                mask = Mask.of(_apply(normalised, scale, bias) > 0)
+            kept, mask, x = apart((Rows.of(normalised, static.bits), mask, x))
+    return _normalise(x, mean, inverse, scale, bias, static), (kept, mask, mean, inverse, scale, bias)
 
 
 def _backward(static: _Static, residuals: tuple, g: jax.Array | SymbolicZero) -> tuple:
     if isinstance(g, SymbolicZero):
         return (None,) * 5
-    (kept, mean, inverse, scale, bias), g = apart((residuals, g))
+    (kept, mask, mean, inverse, scale, bias), g = apart((residuals, g))
     g = g.astype(inverse.dtype)
     rows, factor = tuple(range(g.ndim - 1)), scale.reshape((1,) * (g.ndim - 1) + (-1,)).astype(g.dtype)
     if kept is None:
@@ -149,7 +152,7 @@ def _backward(static: _Static, residuals: tuple, g: jax.Array | SymbolicZero) ->
     if static.activation == "gelu":
         g = g * gelu_slope(_apply(normalised, scale, bias))
     if static.activation == "relu":
-        g = jnp.where(_apply(normalised, scale, bias) > 0, g, 0)
+        g = jnp.where(_apply(normalised, scale, bias) > 0 if mask is None else mask.decoded(), g, 0)
     dscale, dbias = jnp.sum(g * normalised, rows), jnp.sum(g, rows)
     dx = g * factor
     if static.axes:

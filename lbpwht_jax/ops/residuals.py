@@ -52,7 +52,7 @@ RESIDUALS: Mapping[str, Residuals | None] = {
     "plain": None,
     "exact": Residuals(),
     "lean": Residuals(slope_bits=8, norm_bits=8, attention_bits=8),
-    "tiny": Residuals(slope_bits=2, norm_bits=4, attention_bits=4),
+    "tiny": Residuals(slope_bits=2, norm_bits=4, attention_bits=8),
 }
 
 
