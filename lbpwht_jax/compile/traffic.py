@@ -1,7 +1,8 @@
 """Bytes that one instruction of a compiled program reads and writes in the chip's memory.
 
 Each distinct operand is read once and each result written once. Who takes a slice of an operand reads the slice; who updates a
-slice in place writes the slice; scratch memory of cuBLAS and cuDNN is left out.
+slice in place writes the slice; scratch memory of cuBLAS and cuDNN is left out. So is what a TPU keeps on the chip: a copy to
+there reads, one from there writes.
 """
 
 from collections.abc import Mapping
