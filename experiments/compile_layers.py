@@ -22,7 +22,7 @@ from lbpwht_jax.bench import TABLE_8, Layer
 from lbpwht_jax.bench.layer import backward_pass
 from lbpwht_jax.compile.lowered import compile_traced
 from lbpwht_jax.compile.targets import Target, parse_target
-from lbpwht_jax.ops.heuristic import chosen, choosing_for
+from lbpwht_jax.ops.heuristic import choosing_for, chosen
 from lbpwht_jax.ops.spec import LowRankSpec
 from lbpwht_jax.runs.folder import write_json
 

@@ -1,4 +1,4 @@
-"""Walsh transforms as products for TPUs: one matrix for the whole grid, or for a band of it, which XLA fuses with its neighbours.
+"""Walsh transforms as products for TPUs: one matrix for the whole grid, or for a band of it, fused with what stands beside it.
 
 Sums by blocks and concatenated prefix tokens, the forms for CPUs, become copies there, and arrays that are kept.
 """

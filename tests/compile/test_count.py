@@ -109,7 +109,7 @@ def test_a_tpu_moves_what_is_in_its_main_memory_padded_to_tiles():
             "%t = f32[100,2304]{1,0:T(8,128)S(1)} slice-done(%s)",
             f"%f = {x}}} fusion(%d, %w), kind=kLoop, calls=%fused",
             f"%on = {x}S(1)}} negate(%d)",
-            "%v = f32[1000]{0:T(1024)} custom-call(%t), custom_call_target=\"mine\"",
+            '%v = f32[1000]{0:T(1024)} custom-call(%t), custom_call_target="mine"',
             f"ROOT %out = {x}S(5)}} copy(%f)",
             others=others,
         )
