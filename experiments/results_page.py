@@ -48,6 +48,7 @@ SECTIONS: tuple[tuple[str, str, str, Section], ...] = (
     ("Times of a step that trains the last stage", "bench_step_last_stage", _STEP.format(train="last_stage"), costs.bench_step),
     ("Times of other models' steps", "bench_step_others", _OTHERS, costs.bench_step),
     ("Steps on machines that are not there", "compile_tables", "compile_tables.py", compiled.tables),
+    ("Table 8's layers on one of them", "compile_layers", "compile_layers.py", compiled.layers),
     ("What compiles for them", "compile_families", "compile_families.py", compiled.families),
     ("Speed of the loader", "loader_speed", "loader_speed.py", costs.loader_speed),
     ("Interrupted and resumed runs", "kill_and_resume", "kill_and_resume.py", costs.kill_and_resume),

@@ -115,9 +115,9 @@ def measure_layer(
     tokens = math.prod(grid)
     shapes = ((batch, tokens, inputs), (inputs, outputs), (batch, tokens, outputs))
     x, kernel, g = (jax.random.normal(key, shape, dtype) for key, shape in zip(keys, shapes, strict=True))
-    passes = {0: _backward(lambda x, kernel: x @ kernel)}
+    passes = {0: backward_pass(lambda x, kernel: x @ kernel)}
     for r, spec in specs.items():
-        passes[r] = _backward(lambda x, kernel, spec=spec: low_rank_matmul(x, kernel, spec, grid))
+        passes[r] = backward_pass(lambda x, kernel, spec=spec: low_rank_matmul(x, kernel, spec, grid))
     errors = {r: _error(passes[r](x, kernel, g), _reference(x, kernel, g, spec, grid)) for r, spec in specs.items()}
     for r, error in errors.items():
         if not error < _tolerance(dtype):
@@ -152,7 +152,7 @@ def _tolerance(dtype: str) -> float:
     return 1e-4 if jax.default_backend() == "cpu" else 1e-2
 
 
-def _backward(product: Callable[[jax.Array, jax.Array], jax.Array]) -> Callable[..., tuple[jax.Array, jax.Array]]:
+def backward_pass(product: Callable[[jax.Array, jax.Array], jax.Array]) -> Callable[..., tuple[jax.Array, jax.Array]]:
     """The compiled cotangents of input and kernel; the forward product is not used and so not computed."""
     return jax.jit(lambda x, kernel, g: jax.vjp(product, x, kernel)[1](g))
 

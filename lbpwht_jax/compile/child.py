@@ -46,7 +46,7 @@ def compile_request(request: Request) -> Row:
             raise
         return dataclasses.replace(row, argument_bytes=bytes_on_a_device(arguments), fits=False)
     row = dataclasses.replace(_measured(row, compiled.memory_analysis(), target), attention=_attention(compiled_program))
-    return _counted(row, counts, compiled.cost_analysis(), target, request.kernels)
+    return _counted(row, counts, target, request.kernels)
 
 
 def _measured(row: Row, memory: Any, target: Target) -> Row:
@@ -61,14 +61,12 @@ def _measured(row: Row, memory: Any, target: Target) -> Row:
     return row if target.limits is None else dataclasses.replace(row, fits=row.total_bytes <= target.limits.memory)
 
 
-def _counted(row: Row, counts: Counts, said: Any, target: Target, kernels: bool) -> Row:
-    once = (said or {}).get("bytes accessed")
-    moved = counts.bytes if once is None else int(once) + counts.repeated_bytes
+def _counted(row: Row, counts: Counts, target: Target, kernels: bool) -> Row:
     limits = target.limits
     gpu = target.platform == "cuda"
     row = dataclasses.replace(
         row,
-        moved_bytes=moved,
+        moved_bytes=counts.bytes,
         flops=counts.flops,
         kernels=counts.launches if gpu else None,
         collective_bytes=dict(counts.collectives),
@@ -78,7 +76,7 @@ def _counted(row: Row, counts: Counts, said: Any, target: Target, kernels: bool)
     return dataclasses.replace(
         row,
         compute_seconds=counts.flops / limits.flops,
-        memory_seconds=moved / limits.bandwidth,
+        memory_seconds=counts.bytes / limits.bandwidth,
         link_seconds=counts.link_bytes(target.devices) / limits.links,
         roofline_seconds=_roofline(counts, limits) if gpu else None,
         dearest=_dearest(counts, limits.flops, limits.bandwidth) if gpu and kernels else None,

@@ -66,11 +66,6 @@ class Counts:
         return sum(kernel.bytes * kernel.runs for kernel in self.kernels)
 
     @property
-    def repeated_bytes(self) -> int:
-        """Those of loops' bodies beyond the first time they run."""
-        return sum(kernel.bytes * (kernel.runs - 1) for kernel in self.kernels)
-
-    @property
     def flops(self) -> int:
         """Of all products."""
         return sum(kernel.flops * kernel.runs for kernel in self.kernels)

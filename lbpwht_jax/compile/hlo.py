@@ -7,7 +7,10 @@ import re
 from collections.abc import Iterator
 
 _BITS = {"pred": 8, "token": 0, "opaque": 0}
-_LEAF = re.compile(r"\b([a-z]\w*)\[([\d,<=]*)\]")
+_LEAF = re.compile(r"\b([a-z]\w*)\[([\d,<=]*)\](\{[^}]*\})?")
+_TILE = re.compile(r":T\(([\d,]+)\)")
+_SPACE = re.compile(r"S\((\d+)\)\}")
+_IN_MEMORY = {"0", "5"}  # spaces: the chip's memory and the host's; a TPU's others are on the chip
 _NAME = re.compile(r"%([\w.$-]+)")
 _HEAD = re.compile(r"\s+(?:ROOT )?%?([\w.$-]+) = ")
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.$-]+) \(.*\{$")
@@ -15,10 +18,11 @@ _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.$-]+) \(.*\{$")
 
 @dataclasses.dataclass(frozen=True)
 class Array:
-    """One array's dtype, as XLA spells it (``bf16``), and shape."""
+    """One array's dtype, as XLA spells it (``bf16``), shape, and layout, such as ``{1,0:T(8,128)S(1)}``."""
 
     dtype: str
     shape: tuple[int, ...]
+    layout: str = ""
 
     @property
     def size(self) -> int:
@@ -29,6 +33,27 @@ class Array:
     def bytes(self) -> int:
         """Bytes, without what a layout pads it to; narrow integers are packed."""
         return -(-self.size * _bits(self.dtype) // 8)
+
+    @property
+    def on_chip(self) -> bool:
+        """Whether it lives in a TPU's memory on the chip."""
+        space = _SPACE.search(self.layout)
+        return space is not None and space[1] not in _IN_MEMORY
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes that it takes of the chip's main memory, with what a TPU's tiles pad it to; 0 of an array on the chip."""
+        if self.on_chip:
+            return 0
+        tile = _TILE.search(self.layout)
+        if tile is None or not self.size:
+            return self.bytes
+        order = _shape(self.layout[: tile.start()])  # the axis whose elements are neighbours comes first
+        sizes = [self.shape[axis] for axis in order]
+        for n, multiple in enumerate(reversed(_shape(tile[1]))):
+            if n < len(sizes):
+                sizes[n] = -(-sizes[n] // multiple) * multiple
+        return -(-math.prod(sizes) * _bits(self.dtype) // 8)
 
 
 def _bits(dtype: str) -> int:
@@ -64,6 +89,11 @@ class Instruction:
     def result_bytes(self) -> int:
         """Bytes of all results."""
         return sum(array.bytes for array in self.results)
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes of all results in the chip's main memory."""
+        return sum(array.memory_bytes for array in self.results)
 
     def called(self, attribute: str) -> str | None:
         """The computation that an attribute such as ``calls`` names."""
@@ -156,7 +186,7 @@ def _instruction(line: str) -> Iterator[Instruction]:
     opening = rest.index("(", end)
     closing = _closing(rest, opening)
     inner = rest[opening + 1 : closing]
-    results = tuple(Array(d, _shape(s)) for d, s in _LEAF.findall(rest[:end]))
+    results = tuple(Array(dtype, _shape(shape), layout) for dtype, shape, layout in _LEAF.findall(rest[:end]))
     yield Instruction(
         head[1], opcode, results, tuple(_NAME.findall(inner)), rest[closing + 1 :], inner, line.lstrip().startswith("ROOT")
     )

@@ -22,12 +22,12 @@ from jax.custom_batching import custom_vmap
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import NamedSharding, PartitionSpec
 
-from lbpwht_jax.ops import kernels_gpu
+from lbpwht_jax.ops import kernels_gpu, products_tpu
 from lbpwht_jax.ops.basis import coefficient_count
 from lbpwht_jax.ops.sharding import explicit_sharding
 from lbpwht_jax.ops.spec_fields import Grid, SpecFields
 
-# TPUs have none: their compiler does not split such calls over several chips.
+# TPUs have products instead: their compiler does not split kernels over several chips.
 _BACKENDS: dict[str, Any] = {"cuda": kernels_gpu}
 
 # The second axis of operands and of results: n tokens, r coefficients.
@@ -39,7 +39,7 @@ _AXES = {
 
 
 def kernel_forms(kind: str, x: jax.Array, spec: SpecFields, grid: Grid, prefix_tokens: int) -> dict[str, Callable[..., Any]]:
-    """The kernels for operands like x, by platform (``"cuda"``), where there are any.
+    """What takes the transforms' place for operands like x, by platform: kernels (``"cuda"``) or products (``"tpu"``).
 
     Args:
       kind: which one.
@@ -62,7 +62,10 @@ def kernel_forms(kind: str, x: jax.Array, spec: SpecFields, grid: Grid, prefix_t
         results = tuple(array.reshape(*batch, *array.shape[1:]) for array in results)
         return results[0] if len(results) == 1 else results
 
-    return {platform: functools.partial(form, platform) for platform in takers}
+    forms: dict[str, Callable[..., Any]] = {platform: functools.partial(form, platform) for platform in takers}
+    if products_tpu.takes(x.dtype, spec, grid, prefix_tokens):
+        forms["tpu"] = products_tpu.form(kind, spec, grid, prefix_tokens)
+    return forms
 
 
 @functools.cache

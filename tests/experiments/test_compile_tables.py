@@ -1,6 +1,7 @@
 import json
 
 import compile_families
+import compile_layers
 import compile_tables
 import pytest
 
@@ -58,3 +59,18 @@ def test_a_step_that_does_not_compile_says_why(compiled, tmp_path):
         ("full", "last_stage", None),
         ("lora_all-8", "last_stage", "lora_all-8: the compiler ended with signal 6"),
     ]
+
+
+def test_layers_beside_the_exact_pass_and_what_is_possible(monkeypatch, tmp_path, capsys):
+    layer = compile_layers.Layer(768, 3072, (7, 7))
+    monkeypatch.setattr(compile_layers, "seconds", lambda layer, spec, batch, target: 1e-4 if spec is None else 5e-5)
+    monkeypatch.setattr(compile_layers.Target, "check_installed", lambda target: None)
+    monkeypatch.setattr(compile_layers.jax.config, "update", lambda *setting: None)
+    file = tmp_path / "layers.json"
+    compile_layers.main((2, 15), 256, (layer,), file)
+    rows = json.loads(file.read_text())["rows"]
+    assert [row["speedup"] for row in rows] == [2, 2]
+    moved = 2 * (256 * 49 * (768 + 768 + 3072) + 2 * 768 * 3072)
+    assert rows[0]["bound"] == pytest.approx(1e-4 / (moved / 3350e9))
+    assert [row["choice"] for row in rows] == ["low rank", "exact"]  # r = 15 keeps every function
+    assert "768 -> 3072" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""The kernels, interpreted on CPU, against the written-out matrices in float64; mapped and sharded."""
+"""The kernels, interpreted on CPU, and a TPU's products against the written-out matrices in float64; mapped and sharded."""
 
 import chex
 import jax
@@ -13,6 +13,7 @@ from lbpwht_jax import lp_l1, lp_linf
 from lbpwht_jax.ops import projection_matrices
 from lbpwht_jax.ops.cells import grid_cells
 from lbpwht_jax.ops.kernels import kernel
+from lbpwht_jax.ops.products_tpu import form, takes
 
 GRIDS = {
     "partial": (lp_l1(4), (7, 7), 0),
@@ -65,6 +66,32 @@ def assert_close(actual, expected):
 def test_equals_the_matrices(platform, kind, grid):
     operands, expected = case(kind, grid)
     assert_close(kernel(platform, kind, *grid, interpret=True)(*operands), expected)
+
+
+# bands of 8 rows of tokens, and a grid as large whose blocks are partial, which has none
+LARGE = {"bands": (lp_l1(4), (40, 32), 0), "no bands": (lp_l1(2), (36, 36), 0)}
+
+
+@pytest.mark.parametrize("grid", [*GRIDS.values(), *LARGE.values()], ids=[*GRIDS, *LARGE])
+@pytest.mark.parametrize("kind", ["project", "expand", "gelu_backward"])
+def test_a_tpus_products_equal_the_matrices(kind, grid):
+    operands, expected = case(kind, grid, channels=10)
+    results = jax.jit(form(kind, *grid))(*operands)
+    assert_close(results if isinstance(results, tuple) else (results,), expected)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "grid", "prefix", "taken"),
+    [
+        (jnp.bfloat16, (14, 14), 1, True),
+        (jnp.float32, (14, 14), 1, False),
+        # rows of 8 x 56 tokens and 70 coefficients; 3,136 tokens and 490 coefficients at once would take longer than to move
+        (jnp.bfloat16, (56, 56), 0, True),
+        (jnp.bfloat16, (56, 56), 1, False),
+    ],
+)
+def test_a_tpu_takes_products_where_they_take_no_longer_than_moving(dtype, grid, prefix, taken):
+    assert takes(dtype, lp_l1(4), grid, prefix) == taken
 
 
 @pytest.mark.parametrize("channels", [1, 16, 130])

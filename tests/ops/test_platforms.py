@@ -61,6 +61,20 @@ def test_a_gpu_without_a_kernel_for_the_dtype_gets_plain_forms():
     assert "optimization_barrier" in program
 
 
+def test_a_tpu_gets_one_matrix_for_the_grid():
+    program = lowered("tpu", backward, *operands(jnp.bfloat16))
+    # x and g are projected, dx is expanded: no repeated matrices, sums by blocks or concatenated prefix tokens
+    assert len(re.findall(r"dot_general .*tensor<(11x50|50x11)xbf16>", program)) == 3
+    assert "concatenate" not in program and "stablehlo.reduce" not in program
+
+
+def test_a_tpu_keeps_what_gelu_takes():
+    program = lowered("tpu", lambda *a: backward(*a, activation="gelu"), *operands(jnp.bfloat16))
+    # x itself comes out of the backward pass's barrier, to be projected behind it
+    assert "tensor<2x11x24xbf16>, tensor<2x50x24xbf16>" in re.findall(r"optimization_barrier .* : (.*)", program)
+    assert len(re.findall(r"dot_general .*tensor<(11x50|50x11)xbf16>", program)) == 3
+
+
 def test_exported_here_for_a_gpu():
     unchecked = [jax.export.DisabledSafetyCheck.custom_call("__gpu$xla.gpu.triton")]
     exported = jax.export.export(jax.jit(backward), platforms=["cuda"], disabled_checks=unchecked)(*operands(jnp.bfloat16))
