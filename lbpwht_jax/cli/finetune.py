@@ -9,7 +9,7 @@ from pathlib import Path
 import tyro
 
 from lbpwht_jax.cli.execute import report
-from lbpwht_jax.cli.output import console
+from lbpwht_jax.screen import console
 from lbpwht_jax.cli.resume import resumed_run
 from lbpwht_jax.cli.run_flags import RunFlags
 from lbpwht_jax.data.validation import plain_errors
