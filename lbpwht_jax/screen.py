@@ -1,4 +1,4 @@
-"""What is shown: tables that cut nothing, on standard streams that a run can lose without ending (a closed pipe, a full disk)."""
+"""What is shown: tables that cut nothing, on streams that a run can lose without ending (a closed pipe, a full disk)."""
 
 import contextlib
 import os
@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 _UNLIMITED = 10_000
-_SHORT = 16
+_SHORT = 12
 
 
 class Lasting:
@@ -70,21 +70,26 @@ def show(shown: Console, table: Table) -> None:
     Where the terminal is too narrow, headings and names are folded; if that is not enough, columns that say the same in every
     row become a line below the table, and if that is not enough either, each row becomes a block of lines.
     """
+    below = ""
     if sum(map(_natural, table.columns)) > _room(shown, table):
         least = sum(map(_least, table.columns))
         same = [column for column in table.columns[1:] if table.row_count > 1 and len({*map(str, column.cells)}) == 1]
         if least > _room(shown, table) and same:
             table.columns = [column for column in table.columns if column not in same]
-            said = "; ".join(f"{column.header}: {next(iter(column.cells))}" for column in same if any(column.cells))
-            table.caption, table.caption_justify = said, "left"
+            below = "; ".join(f"{column.header}: {next(iter(column.cells))}" for column in same if any(column.cells))
+        if table.title:
+            say(shown, str(table.title))
+            table.title = None
         spare = _room(shown, table) - sum(map(_least, table.columns))
         if spare < 0:
-            _blocks(shown, table)
+            _blocks(shown, table, below)
             return
         for column in sorted(table.columns, key=lambda column: column.justify == "right"):  # names before numbers
             column.overflow, column.width = "fold", min(_natural(column), _least(column) + spare)
             spare -= column.width - _least(column)
     shown.print(table)
+    if below:
+        say(shown, below)
 
 
 def _room(shown: Console, table: Table) -> int:
@@ -106,15 +111,13 @@ def _least(column: Column) -> int:
     return longest if column.justify == "right" else min(longest, _SHORT)
 
 
-def _blocks(shown: Console, table: Table) -> None:
+def _blocks(shown: Console, table: Table, below: str) -> None:
     first, *others = table.columns
-    if table.title:
-        say(shown, str(table.title))
     for number, name in enumerate(first.cells):
         say(shown, str(name))
         for column in others:
             value = list(column.cells)[number]
             if value:
                 say(shown, f"  {column.header}: {value}")
-    if table.caption:
-        say(shown, str(table.caption))
+    if below:
+        say(shown, below)

@@ -12,7 +12,7 @@ import tyro
 
 from lbpwht_jax.cli.commands import Command
 from lbpwht_jax.cli.help import description, explain
-from lbpwht_jax.screen import console
+from lbpwht_jax.screen import console, say
 
 
 class Runnable(Protocol):
@@ -69,4 +69,4 @@ def _end_quietly() -> None:
 
 def report(error: Exception) -> None:
     """Shows an error on the standard error stream."""
-    console("stderr").print(f"lbpwht: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+    say(console("stderr"), f"lbpwht: {error}", style="red")

@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import inspect
+import itertools
 import shutil
 import textwrap
 from typing import Annotated, Any, get_args
@@ -24,12 +25,12 @@ def description(command: type) -> str:
     """A command's docstring with lines that fit the terminal; the space before each keeps tyro from joining them."""
     width = shutil.get_terminal_size().columns - 1
     paragraphs = inspect.cleandoc(command.__doc__ or "").split("\n\n")
-    folded = (textwrap.wrap(" ".join(text.split()), width, initial_indent=" ", subsequent_indent=" ") for text in paragraphs)
-    return "\n\n".join("\n".join(lines) for lines in folded)
+    fold = textwrap.TextWrapper(width, initial_indent=" ", subsequent_indent=" ", break_on_hyphens=False).fill
+    return "\n\n".join(fold(" ".join(text.split())) for text in paragraphs)
 
 
 def explain(command: type) -> None:
-    """Gives the docstrings of a dataclass's fields to tyro as one line each, which it folds; those of dataclasses in it, too."""
+    """Gives the docstrings of a dataclass's fields to tyro, each as one line, which it folds; in dataclasses within, too."""
     if "_explained" in vars(command):
         return
     for name, text in _docstrings(command).items():
@@ -44,10 +45,10 @@ def _docstrings(command: type) -> dict[str, str]:
     """The string after each annotated name in the source of a class."""
     body = getattr(ast.parse(textwrap.dedent(inspect.getsource(command))).body[0], "body", [])
     found = {}
-    for field, after in zip(body, body[1:], strict=False):
-        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(after, ast.Expr):
-            if isinstance(after.value, ast.Constant) and isinstance(after.value.value, str):
-                found[field.target.id] = " ".join(after.value.value.split())
+    for field, after in itertools.pairwise(body):
+        match field, after:
+            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
+                found[name] = " ".join(text.split())
     return found
 
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import tyro
 from rich.table import Table
 
-from lbpwht_jax.screen import console, show
+from lbpwht_jax.screen import console, say, show
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,9 +42,9 @@ class Models:
             table.add_row(name, *counts, str(row["low_rank_layers"]))
         shown = console()
         show(shown, table)
-        shown.print("Low-rank layers, by the regular expression their paths match:")
+        say(shown, "Low-rank layers, by the regular expression their paths match:")
         for family, layers in sorted({(row["family"], row["pattern"]) for row in found.values()}):
-            shown.print(f"  {family}: {layers}", markup=False, highlight=False, soft_wrap=True)
+            say(shown, f"  {family}: {layers}")
 
 
 def stored() -> dict[str, dict[str, Any]]:

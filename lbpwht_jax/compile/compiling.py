@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from lbpwht_jax.adaptation.presets import Train, parse_method
+from lbpwht_jax.adaptation.presets import Train, default_train, parse_method
 from lbpwht_jax.bench.program import DType
 from lbpwht_jax.compile.fit import largest_batch
 from lbpwht_jax.compile.request import Request, Row
@@ -58,7 +58,7 @@ def compile_model(
     target: str = "cpu:1",
     batch_size: int = 64,
     dtype: DType = "float32",
-    train: Train = "all",
+    train: Train | None = "all",
     num_classes: int = 1000,
     when: Literal["always", "faster"] = "faster",
     shard: Shard = "data",
@@ -75,7 +75,7 @@ def compile_model(
       target: the machine, such as "h100", "v5e:2x2" or "cpu:1".
       batch_size: images of all chips.
       dtype: of the computation; parameters and the optimiser's state are float32.
-      train: what is trained.
+      train: what is trained; ``None`` for each method's default, as ``lbpwht_jax.adaptation.default_train`` has it.
       num_classes: outputs of the head.
       when: whether layers that low rank would make slower stay exact, as in ``LowRankSpec``.
       shard: whether the chips share the batch alone, or parameters and optimiser state too.
@@ -110,7 +110,7 @@ def check(
     target: str,
     batch_size: int,
     dtype: DType,
-    train: Train,
+    train: Train | None,
     num_classes: int,
     when: Any,
     shard: Shard,
@@ -132,10 +132,14 @@ def check(
     if fit and machine.limits is None:
         raise ValueError(f"target {target!r} has no memory of a known size for a batch to fit; leave out --fit")
     info = model_info(model)
-    for method in methods:
-        parse_method(method.removesuffix("+remat"), when=when).rules(info, train)
+    trained = [train or default_train(method.removesuffix("+remat")) for method in methods]
+    for method, part in zip(methods, trained, strict=True):
+        parse_method(method.removesuffix("+remat"), when=when).rules(info, part)
     machine.check_installed()
-    return [Request(model, m, target, batch_size, dtype, train, num_classes, when, shard, kernels) for m in methods]
+    return [
+        Request(model, method, target, batch_size, dtype, part, num_classes, when, shard, kernels)
+        for method, part in zip(methods, trained, strict=True)
+    ]
 
 
 def _with_largest_batch(request: Request, row: Row) -> Row:
