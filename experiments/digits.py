@@ -34,7 +34,7 @@ RESULTS = Path(__file__).parent / "results" / "digits.json"
 def run(method: str, projection: str, seed: int, folder: Path) -> dict:
     """The result.json of one run of ``lbpwht finetune``."""
     output = folder / f"{method}-{projection}-{seed}"
-    arguments = ["--method", method, "--projection", projection, "--seed", str(seed), "--output", str(output)]
+    arguments = ["--method", method, "--train", "all", "--projection", projection, "--seed", str(seed), "--output", str(output)]
     if lbpwht(["finetune", *arguments]):
         raise SystemExit(f"lbpwht finetune {' '.join(arguments)} failed")
     return json.loads((output / "result.json").read_text())

@@ -30,7 +30,7 @@ HEAD = """
 
 
 _STEP = "lbpwht bench step --models efficientformer_l1 --train {train} --rounds 5"
-_OTHERS = "lbpwht bench step --models vit_small_patch16_224 swinv2_tiny_window8_256 --batch-size 8 --rounds 3"
+_OTHERS = "lbpwht bench step --models vit_small_patch16_224 swinv2_tiny_window8_256 --train all --batch-size 8 --rounds 3"
 
 Section = Callable[[Mapping[str, Any]], str]
 SECTIONS: tuple[tuple[str, str, str, Section], ...] = (

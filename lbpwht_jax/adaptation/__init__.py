@@ -4,7 +4,15 @@ from lbpwht_jax.adaptation.create import create_model
 from lbpwht_jax.adaptation.linen import AdaptedModule, adapt, resolve
 from lbpwht_jax.adaptation.nnx import FrozenParam, merge, with_branches
 from lbpwht_jax.adaptation.partition import join_params, split_params
-from lbpwht_jax.adaptation.presets import Method, Train, adapted_model, parse_method
+from lbpwht_jax.adaptation.presets import (
+    LayerCounts,
+    Method,
+    Train,
+    adapted_model,
+    default_train,
+    layer_counts,
+    parse_method,
+)
 from lbpwht_jax.adaptation.resolution import Resolution
 from lbpwht_jax.adaptation.rules import Freeze, LoRA, LowRank, Rule
 
@@ -12,6 +20,7 @@ __all__ = [
     "AdaptedModule",
     "Freeze",
     "FrozenParam",
+    "LayerCounts",
     "LoRA",
     "LowRank",
     "Method",
@@ -21,7 +30,9 @@ __all__ = [
     "adapt",
     "adapted_model",
     "create_model",
+    "default_train",
     "join_params",
+    "layer_counts",
     "merge",
     "parse_method",
     "resolve",

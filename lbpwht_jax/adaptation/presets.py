@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +37,11 @@ class Method:
     spec: LowRankSpec | None = None
     branches: Literal["none", "attention", "all"] = "none"
     rank: int = 0
+
+    @property
+    def default_train(self) -> Train:
+        """What the commands train unless told: ``"head"`` (branches and head) for LoRA without low rank, else ``"all"``."""
+        return "head" if self.branches != "none" and self.spec is None else "all"
 
     def rules(self, info: ModelInfo, train: Train = "all") -> tuple[Rule, ...]:
         """The rules for a model of the registry: the paper's choice of layers, where the paper has the family.
@@ -109,6 +114,59 @@ def parse_method(method: str, **fields: Any) -> Method:
             raise ValueError(f"method {method!r}: LoRA's rank must be at least 1")
         found |= new
     return Method(**found)
+
+
+class LayerCounts(NamedTuple):
+    """How the layers that low rank adapts by default are backpropagated under a method.
+
+    Attributes:
+      low_rank: at low rank.
+      exact_by_choice: exactly, since the method does not make them low-rank.
+      exact_for_speed: exactly, since low rank is predicted to be slower there and ``when`` is ``"faster"``.
+      frozen: neither trained nor adapted.
+    """
+
+    low_rank: int
+    exact_by_choice: int
+    exact_for_speed: int
+    frozen: int
+
+    def __str__(self) -> str:
+        parts = [
+            f"{self.low_rank} low-rank",
+            f"{self.exact_by_choice} exact by choice",
+            f"{self.exact_for_speed} exact for speed",
+        ]
+        return ", ".join(parts + [f"{self.frozen} frozen"] * (self.frozen > 0))
+
+
+def layer_counts(info: ModelInfo, adapted: AdaptedModule) -> LayerCounts:
+    """Counts how the layers of the family's default choice are backpropagated.
+
+    Args:
+      info: what the registry knows of the model.
+      adapted: the model under rules.
+    """
+    known = {adaptation.layer.path: adaptation for adaptation in adapted.resolution.adaptations}
+    counts = dict.fromkeys(LayerCounts._fields, 0)
+    for path, _ in adapted.resolution.parameters:
+        if re.search(info.layers.low_rank, path):
+            how = known.get(path)
+            if how is None:
+                kind = "frozen" if path in adapted.resolution.frozen else "exact_by_choice"
+            else:
+                kind = "low_rank" if how.spec else "exact_for_speed" if how.slower else "exact_by_choice"
+            counts[kind] += 1
+    return LayerCounts(**counts)
+
+
+def default_train(method: str) -> Train:
+    """What the commands train under a method by its short name unless told, as ``Method.default_train``.
+
+    Raises:
+      ValueError: as ``parse_method``.
+    """
+    return parse_method(method).default_train
 
 
 def adapted_model(

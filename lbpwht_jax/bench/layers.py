@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal
@@ -10,13 +9,13 @@ from typing import Annotated, Literal
 import jax.numpy as jnp
 import tyro
 from matplotlib.figure import Figure
-from rich.console import Console
 from rich.table import Table
 
 from lbpwht_jax.bench.layer import STAGES, TABLE_8, LayerRow, Limits, measure_layer
 from lbpwht_jax.bench.timing import keep_freed_memory, machine
 from lbpwht_jax.ops.spec import LowRankSpec, lp_l1
 from lbpwht_jax.runs.folder import write_json
+from lbpwht_jax.screen import console, say, show
 
 _BATCHES, _STAGE_BATCHES = (1, 64), (1, 16)
 
@@ -29,8 +28,10 @@ class Layers:
     result is compared with a slow reference before the clock starts. Writes layers.json and layers.png.
     """
 
-    batch: tuple[int, ...] = ()
-    """Numbers of images; by default 1 and 64 for Table 8, and 1 and 16 for the other stages."""
+    batch: Annotated[
+        tuple[int, ...], tyro.conf.arg(help_behavior_hint="(default: 1 64 for Table 8, 1 16 for the other stages)")
+    ] = ()
+    """Numbers of images."""
     ranks: tuple[int, ...] = (2, 4, 6, 8)
     """Values of r of LP_{L1-r}."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -65,19 +66,19 @@ class Layers:
         cases = [(layer, self.batch or _BATCHES) for layer in TABLE_8] * (self.only != "stages")
         cases += [(layer, self.batch or _STAGE_BATCHES) for layer in STAGES] * (self.only != "table8")
         rows: list[LayerRow] = []
-        console = Console(width=None if sys.stdout.isatty() else 140)
+        shown = console()
         for layer, batches in cases:
             for batch in batches:
                 new = measure_layer(layer, batch, specs, self.dtype, self.rounds, limits, self.authors)
                 rows += new
                 for row in new:
-                    console.print(_line(row), highlight=False)
+                    say(shown, _line(row))
         facts = {"machine": machine(), "dtype": self.dtype, "rounds": self.rounds, "keeps_freed_memory": kept}
         result = {**facts, **limits._asdict(), "rows": [dataclasses.asdict(row) for row in rows]}
         write_json(self.output / "layers.json", result)
         _plot(rows, self.output / "layers.png", f"{result['machine']['device']}, {self.dtype}")
-        console.print(_table(rows))
-        console.print(f"Written to {self.output}/layers.json and layers.png", soft_wrap=True)
+        show(shown, _table(rows))
+        say(shown, f"Written to {self.output}/layers.json and layers.png")
 
 
 def _line(row: LayerRow) -> str:
@@ -86,31 +87,31 @@ def _line(row: LayerRow) -> str:
 
 
 def _table(rows: list[LayerRow]) -> Table:
-    table = Table(title="Backward pass of a dense layer")
+    table = Table(title="Backward pass of a dense layer; times in ms", title_justify="left")
     headings = (
         "layer",
         "grid",
         "batch",
         "r",
-        "exact ms",
-        "low-rank ms",
+        "exact",
+        "low-rank",
         "speed-up",
         "FLOP ratio",
         "of it",
-        "floor ms",
+        "floor",
         "over floor",
     )
-    for heading in (*headings, "predicted", "authors' form ms"):
+    for heading in (*headings, "predicted", *["authors' form"] * any(row.authors_seconds is not None for row in rows)):
         table.add_column(heading, justify="right")
     for row in rows:
-        authors = "" if row.authors_seconds is None else f"{row.authors_seconds * 1e3:.1f}"
+        authors = [] if row.authors_seconds is None else [f"{row.authors_seconds * 1e3:.1f}"]
         numbers = (f"{row.dense_seconds * 1e3:.2f}", f"{row.seconds * 1e3:.2f}", f"{row.speedup:.2f}", f"{row.flop_ratio:.1f}")
         limits = (
             f"{row.efficiency:.0%}",
             f"{row.floor_seconds * 1e3:.2f}",
             f"{row.over_floor:.1f}",
             f"{row.predicted:.2f}",
-            authors,
+            *authors,
         )
         grid = "x".join(map(str, row.grid))
         table.add_row(f"{row.inputs}->{row.outputs}", grid, str(row.batch), str(row.r), *numbers, *limits)

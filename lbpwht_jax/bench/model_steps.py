@@ -3,18 +3,19 @@
 import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lbpwht_jax.adaptation import AdaptedModule, Train
-from lbpwht_jax.bench.program import DType, measured_model, step_program
+from lbpwht_jax.adaptation import AdaptedModule, LayerCounts, Train, default_train, layer_counts
+from lbpwht_jax.bench.program import DType, measured_model, split_method, step_program
 from lbpwht_jax.bench.timing import interleaved
 from lbpwht_jax.cost import backward_flops, residual_bytes
 from lbpwht_jax.data import Batch
 from lbpwht_jax.models import model_info
+from lbpwht_jax.ops.residuals import ResidualsName
 from lbpwht_jax.train import Placement, TrainState, initial_state
 
 CLASSES = 100
@@ -84,15 +85,27 @@ class ModelSteps:
 
     Attributes:
       model: its name.
-      train: what is trained.
+      train: what is trained; ``None`` for each method's default, as ``default_train`` has it.
       batch_size: images per step.
       dtype: dtype of the computation; parameters and the optimiser's state are float32.
+      when: whether layers that low rank would make slower stay exact, as in ``LowRankSpec``.
+      residuals: what is kept for the backward pass where a method does not say, as in ``create_model``.
     """
 
     model: str
-    train: Train = "all"
+    train: Train | None = "all"
     batch_size: int = 16
     dtype: DType = "float32"
+    when: Literal["always", "faster"] = "faster"
+    residuals: ResidualsName = "plain"
+
+    def trained(self, method: str) -> Train:
+        """What is trained under a method."""
+        return self.train or default_train(split_method(method)[0])
+
+    def counts(self, method: str) -> LayerCounts:
+        """How the model's layers are backpropagated under a method."""
+        return layer_counts(model_info(self.model), self.adapted(method))
 
     def adapted(self, method: str) -> AdaptedModule:
         """The model under a method's rules.
@@ -103,7 +116,7 @@ class ModelSteps:
         Raises:
           ValueError: if the model or the method is unknown.
         """
-        return measured_model(self.model, method, self.train, CLASSES, self.dtype)
+        return measured_model(self.model, method, self.trained(method), CLASSES, self.dtype, self.when, self.residuals)
 
     def prepare(self, method: str) -> PreparedStep:
         """Compiles a method's step.
@@ -164,7 +177,7 @@ class ModelSteps:
         for method, step in steps.items():
             times = (seconds[method], self.batch_size / seconds[method], seconds[first] / seconds[method])
             counts = (step.backward_flops, step.saved_bytes, step.peak_bytes)
-            rows.append(StepRow(self.model, method, self.train, self.batch_size, *times, *counts))
+            rows.append(StepRow(self.model, method, self.trained(method), self.batch_size, *times, *counts))
         return rows
 
 

@@ -12,7 +12,7 @@ from lbpwht_jax.adaptation.presets import Train, adapted_model
 from lbpwht_jax.data import Batch
 from lbpwht_jax.models import model_info
 from lbpwht_jax.models.info import ModelInfo
-from lbpwht_jax.ops.residuals import RESIDUALS
+from lbpwht_jax.ops.residuals import RESIDUALS, ResidualsName
 from lbpwht_jax.train import Placement, Recipe, TrainState, initial_state, make_train_step, placed_step
 
 DType = Literal["float32", "bfloat16"]
@@ -77,7 +77,7 @@ def measured_model(
     num_classes: int = 1000,
     dtype: DType = "float32",
     when: Literal["always", "faster"] = "faster",
-    residuals: str = "plain",
+    residuals: ResidualsName = "plain",
 ) -> AdaptedModule:
     """A model under a method with options: ``residuals`` is what holds where the method says nothing of them.
 

@@ -8,6 +8,7 @@ import tyro
 
 from lbpwht_jax.bench.layers import Layers
 from lbpwht_jax.bench.step import Step
+from lbpwht_jax.cli.help import description
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,8 +16,8 @@ class Bench:
     """Times low-rank backpropagation against exact backpropagation on this machine."""
 
     what: tyro.conf.OmitArgPrefixes[
-        Annotated[Layers, tyro.conf.subcommand("layers", prefix_name=False)]
-        | Annotated[Step, tyro.conf.subcommand("step", prefix_name=False)]
+        Annotated[Layers, tyro.conf.subcommand("layers", prefix_name=False, description=description(Layers))]
+        | Annotated[Step, tyro.conf.subcommand("step", prefix_name=False, description=description(Step))]
     ]
 
     def prepare(self) -> Callable[[], None]:

@@ -29,7 +29,7 @@ COMMANDS: Mapping[str, Command] = MappingProxyType(
         "models": Command("models", "Models", "lists the models"),
         "convert": Command("weights", "Convert", "rewrites published weights for this library"),
         "cost": Command("cost", "Cost", "counts what training a model costs"),
-        "compile": Command("compile", "Compile", "asks compilers what a training step takes of machines that are not there"),
+        "compile": Command("compile", "Compile", "what a training step takes on machines that are not there"),
         "bench": Command("bench", "Bench", "times low-rank against exact backpropagation"),
     }
 )

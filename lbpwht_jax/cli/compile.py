@@ -2,18 +2,19 @@
 
 import dataclasses
 import json
-import sys
 from collections.abc import Callable
 from typing import Annotated
 
 import tyro
-from rich.console import Console
 
 from lbpwht_jax.adaptation.presets import Train
 from lbpwht_jax.bench.program import DType
+from lbpwht_jax.cli.help import flag
 from lbpwht_jax.compile.compiling import CompilerError, check, compile_model
 from lbpwht_jax.compile.report import as_json, kernel_table, table
+from lbpwht_jax.ops.residuals import ResidualsName
 from lbpwht_jax.runs.config import When
+from lbpwht_jax.screen import console, say, show
 from lbpwht_jax.train import Shard
 
 
@@ -28,7 +29,8 @@ class Compile:
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     """Name of the model; "lbpwht models" lists them."""
     methods: tuple[str, ...] = ("full", "lp_l1-4")
-    """Short names, as for "lbpwht finetune"; "+remat" computes each block again in the backward pass."""
+    """Short names, as for "lbpwht finetune"; "+remat" at the end computes each block again in the backward pass, and "+lean"
+    or the like says what is kept for that method."""
     target: str = "cpu:1"
     """The machine: v5e:2x2, v6e:1x1, v5p:2x2x1, v4:2x2x1 (TPUs, on several hosts too, such as v5e:16x16), h100, or cpu:1
     (this machine's compiler, so many devices)."""
@@ -36,19 +38,22 @@ class Compile:
     """Images per step, over all chips."""
     dtype: DType = "float32"
     """Dtype of the computation; parameters and the optimiser's state are float32."""
-    train: Train = "all"
+    train: Annotated[Train | None, flag("{all,last_stage,head}", "head for lora-R and lora_all-R, else all")] = None
     """What is trained: all; last_stage, with the head; or head, with LoRA's branches."""
     num_classes: int = 1000
     """Outputs of the head."""
     when: When = "faster"
     """Which of a method's layers are low-rank: faster (those that it is predicted to speed up) or always (all of them)."""
+    residuals: ResidualsName = "plain"
+    """What is kept for the backward pass besides what dense layers keep: plain (what JAX keeps of itself), exact (less, without
+    rounding), lean (8 bits) or tiny (2 to 8 bits); norms, activations, attention and convolutions then keep so much."""
     shard: Shard = "data"
     """What the chips share: data (the batch; the state is on each) or params (parameters and optimiser state too)."""
-    fit: bool = False
+    fit: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Also looks for the largest batch that fits a chip's memory, to within a 64th; compiles up to ten times."""
-    kernels: bool = False
+    kernels: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Also names the ten kernels of a GPU that take the most."""
-    json: bool = False
+    json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Prints a list of rows as JSON instead of a table."""
 
     def prepare(self) -> Callable[[], None]:
@@ -65,9 +70,11 @@ class Compile:
         if self.json:
             print(json.dumps(as_json(rows, self.fit, self.kernels), indent=2))
         elif rows:
-            console = Console(width=None if sys.stdout.isatty() else 240)
-            console.print(table(rows, self.fit))
+            shown = console()
+            show(shown, table(rows, self.fit))
+            trained = {request.method: request.train for request in check(**self._arguments())}
+            say(shown, f"trained: {', '.join(f'{train} ({method})' for method, train in trained.items())}")
             for row in rows if self.kernels else ():
-                console.print(kernel_table(row))
+                show(shown, kernel_table(row))
         if failures:
             raise ValueError("\n".join(map(str, failures.values())))

@@ -32,12 +32,12 @@ NEEDED = (
 
 _HELP = f"""usage: lbpwht COMMAND ...
 
-Fine-tune vision transformers with low-rank backpropagation through the Walsh-Hadamard transform.
+Fine-tune vision transformers by low-rank backpropagation (LBP-WHT).
 
 commands:
 {chr(10).join(f"  {name:<10}{command.text}" for name, command in COMMANDS.items())}
 
-lbpwht COMMAND --help shows a command's options; lbpwht --version the version."""
+lbpwht COMMAND --help shows a command's flags; lbpwht --version the version."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

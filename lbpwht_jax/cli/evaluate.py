@@ -10,8 +10,10 @@ from typing import Annotated, Literal
 import jax
 import tyro
 
+from lbpwht_jax.cli.help import flag
 from lbpwht_jax.data import open_dataset
 from lbpwht_jax.runs.finished import FINAL, check_finite, load_run
+from lbpwht_jax.screen import console, say
 from lbpwht_jax.train import Evaluator, Placement, loading
 
 
@@ -21,16 +23,16 @@ class Evaluate:
 
     run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """The run folder; model, data and normalisation are read from it."""
-    dataset: str | None = None
-    """Another data set of the same classes, named as for "lbpwht finetune"; by default the run's."""
-    data_dir: Path | None = None
-    """Folder of the TFDS data sets; by default the run's."""
+    dataset: Annotated[str | None, flag("NAME", "the run's")] = None
+    """Another data set of the same classes, named as for "lbpwht finetune", such as folder:photos."""
+    data_dir: Annotated[Path | None, flag("FOLDER", "the run's")] = None
+    """Folder of the TFDS data sets."""
     split: Literal["test", "train", "validation"] = "test"
     """Which images."""
     checkpoint: str = FINAL
     """final; or a checkpoint, also of a run that is not finished: last, best or the number of its step."""
-    batch_size: int | None = None
-    """Images per call, over all devices; by default the run's batch size."""
+    batch_size: Annotated[int | None, flag("INT", "the run's")] = None
+    """Images per call, over all devices."""
     json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Prints JSON."""
 
@@ -73,8 +75,11 @@ class Evaluate:
                 fields = {"run": str(self.run), "dataset": dataset.name, "split": self.split, "checkpoint": self.checkpoint}
                 print(json.dumps({**fields, **found._asdict()}, indent=2))
                 return
-            print(f"{dataset.name}, {self.split}: accuracy {found.accuracy:.2%}, loss {found.loss:.4f}, {found.images} images")
+            say(
+                console(),
+                f"{dataset.name}, {self.split}: accuracy {found.accuracy:.2%}, loss {found.loss:.4f}, {found.images} images",
+            )
             for name, reason in found.skipped.items():
-                print(f"not read, not counted: {name}: {reason}")
+                say(console(), f"not read, not counted: {name}: {reason}")
 
         return run

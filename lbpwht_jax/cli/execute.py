@@ -11,7 +11,8 @@ from typing import Protocol
 import tyro
 
 from lbpwht_jax.cli.commands import Command
-from lbpwht_jax.cli.output import console
+from lbpwht_jax.cli.help import description, explain
+from lbpwht_jax.screen import console, say
 
 
 class Runnable(Protocol):
@@ -30,16 +31,20 @@ class Runnable(Protocol):
 
 
 def load(command: Command) -> type[Runnable]:
-    """The command's dataclass; imports its module."""
-    return getattr(importlib.import_module(f"lbpwht_jax.cli.{command.module}"), command.name)
+    """The command's dataclass, its help made ready; imports its module."""
+    loaded = getattr(importlib.import_module(f"lbpwht_jax.cli.{command.module}"), command.name)
+    explain(loaded)
+    return loaded
 
 
 def execute(name: str, command: Command, arguments: Sequence[str]) -> int:
     """Runs a command; arguments, result and what is raised are those of ``main``."""
-    parsed = tyro.cli(load(command), prog=f"lbpwht {name}", args=arguments)
+    loaded = load(command)
+    parsed = tyro.cli(loaded, prog=f"lbpwht {name}", description=description(loaded), args=arguments)
     # where a checkpoint cannot be read or written, the error is reported once; what others log of it is not worth a trace
     for library in ("asyncio", "absl"):
         logging.getLogger(library).setLevel(logging.CRITICAL)
+    logging.getLogger("huggingface_hub").propagate = False  # it shows its warnings itself
     try:
         run = parsed.prepare()
     except (TypeError, ValueError, FileNotFoundError, ImportError) as error:
@@ -64,4 +69,4 @@ def _end_quietly() -> None:
 
 def report(error: Exception) -> None:
     """Shows an error on the standard error stream."""
-    console("stderr").print(f"lbpwht: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+    say(console("stderr"), f"lbpwht: {error}", style="red")

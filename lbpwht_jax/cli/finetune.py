@@ -5,11 +5,14 @@ import dataclasses
 import datetime
 from collections.abc import Callable
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
+from lbpwht_jax.adaptation import default_train
+from lbpwht_jax.cli.compare import compare
 from lbpwht_jax.cli.execute import report
-from lbpwht_jax.cli.output import console
+from lbpwht_jax.cli.help import flag
 from lbpwht_jax.cli.resume import resumed_run
 from lbpwht_jax.cli.run_flags import RunFlags
 from lbpwht_jax.data.validation import plain_errors
@@ -17,6 +20,7 @@ from lbpwht_jax.runs import folder as run_folder
 from lbpwht_jax.runs import training as training_run
 from lbpwht_jax.runs.results import table
 from lbpwht_jax.runs.training import Stopped, TrainingRun
+from lbpwht_jax.screen import console, say, show
 from lbpwht_jax.train import Placement, Shard
 from lbpwht_jax.train.processes import connect, is_first
 from lbpwht_jax.train.stop import STOPPED
@@ -48,38 +52,41 @@ class Finetune:
     efficientformer_l1 --pretrained timm/efficientformer_l1.snap_dist_in1k --dataset folder:PATH" for your own images.
     """
 
-    run: tyro.conf.OmitArgPrefixes[RunFlags] = dataclasses.field(default_factory=RunFlags)
+    run: Annotated[RunFlags, tyro.conf.OmitArgPrefixes, tyro.conf.arg(name="model, data and method", prefix_name=False)] = (
+        dataclasses.field(default_factory=RunFlags)
+    )
 
-    data_dir: Path | None = None
-    """Folder of the TFDS data sets; by default where TFDS has them."""
+    data_dir: Annotated[Path | None, flag("FOLDER", "where TFDS has them")] = None
+    """Folder of the TFDS data sets."""
 
     shard: Shard = "data"
     """What the devices share: data (each has all of the parameters) or params (parameters and the optimiser's state too)."""
 
-    coordinator: str | None = None
-    """HOST:PORT of process 0, where a run has several; TPU slices and SLURM's tasks need none. All see one run folder."""
+    coordinator: Annotated[str | None, flag("HOST:PORT", "one process")] = None
+    """Where process 0 is, such as 10.0.0.1:1234, if a run has several; TPU slices and SLURM's tasks need none. All see one run
+    folder."""
 
-    num_processes: int | None = None
-    """Processes of the run, with --coordinator."""
+    num_processes: Annotated[int | None, flag("INT", "one process")] = None
+    """Processes of the run, with --coordinator, such as 2."""
 
-    process_id: int | None = None
+    process_id: Annotated[int | None, flag("INT", "one process")] = None
     """Which of them this is, from 0, with --coordinator."""
 
-    workers: int | None = None
-    """Threads that load images; by default as many as there are cores, up to 16."""
+    workers: Annotated[int | None, flag("INT", "as many as there are cores, up to 16")] = None
+    """Threads that load images."""
 
-    output: Path | None = None
-    """Folder for the run, which must not hold one yet. By default runs/DATE-TIME-METHOD."""
+    output: Annotated[Path | None, flag("FOLDER", "runs/DATE-TIME-METHOD")] = None
+    """Folder for the run, which must not hold one yet."""
 
     checkpoint_every: int = 0
     """Steps between checkpoints, beside those at the end of each epoch; 0 for no others. The last two and the best
     are kept."""
 
-    resume: Path | None = None
+    resume: Annotated[Path | None, flag("RUN", "a new run")] = None
     """The folder of a run to go on with, from its last checkpoint; its configuration holds, and flags that contradict it are
     refused."""
 
-    resume_step: int | None = None
+    resume_step: Annotated[int | None, flag("STEP", "the last one")] = None
     """With --resume: the checkpoint of this step, such as an older one where the last is damaged."""
 
     compare: tyro.conf.FlagCreatePairsOff[bool] = False
@@ -117,8 +124,10 @@ class Finetune:
             except Stopped as stopped:
                 report(stopped)
                 return STOPPED
-            shown.print(table(results))
-            shown.print(f"Run folder: {runs[0].folder}", soft_wrap=True)
+            if len(runs) > 1:
+                results = compare(runs, results, shown)
+            show(shown, table(results))
+            say(shown, f"Run folder: {runs[0].folder}")
             return None
 
         return run
@@ -126,14 +135,17 @@ class Finetune:
     def _new_runs(self, locks: contextlib.ExitStack) -> list[TrainingRun]:
         if self.resume_step is not None:
             raise ValueError("--resume-step goes with --resume RUN")
-        config, dataset = self.run.new_run(self.data_dir)
+        config, dataset, notes = self.run.new_run(self.data_dir)
         methods = [config.method, *(other for other in _COMPARED if self.compare and other != config.method)]
         output = self.output or Path("runs") / f"{datetime.datetime.now():%Y%m%d-%H%M%S}-{config.method}"
         folders = [output, *(output / "compare" / method for method in methods[1:])]
         placement = Placement(self.shard)
+        trained = {method: self.run.train or default_train(method) for method in methods}
         runs = [
-            training_run.prepare(dataclasses.replace(config, method=method), folder, dataset, placement, self.workers)
-            for method, folder in zip(methods, folders, strict=True)
+            training_run.prepare(
+                dataclasses.replace(config, method=method, train=train), folder, dataset, placement, self.workers, None, notes
+            )
+            for (method, train), folder in zip(trained.items(), folders, strict=True)
         ]
         for folder in folders if is_first() else ():
             locks.callback(run_folder.lock(folder, create=True).release)

@@ -8,7 +8,9 @@ from typing import Annotated
 import tensorflow_datasets as tfds
 import tyro
 
+from lbpwht_jax.cli.help import flag
 from lbpwht_jax.data.prepared import default_folder, parse_name, unknown_name
+from lbpwht_jax.screen import console, say
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,8 +23,8 @@ class Prepare:
 
     dataset: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DATASET")]
     """tfds:NAME, or tfds:NAME:VERSION, such as tfds:oxford_flowers102."""
-    data_dir: Path | None = None
-    """Folder for TFDS data sets; by default $TFDS_DATA_DIR, or tensorflow_datasets in the home folder."""
+    data_dir: Annotated[Path | None, flag("FOLDER", "$TFDS_DATA_DIR, or ~/tensorflow_datasets")] = None
+    """Folder for TFDS data sets."""
 
     def prepare(self) -> None:
         """Downloads and writes the data set.
@@ -48,4 +50,4 @@ class Prepare:
             )
         builder.download_and_prepare()
         counts = ", ".join(f"{split.num_examples:,} {part}" for part, split in builder.info.splits.items())
-        print(f"{builder.data_path}: {counts}; train on it with --dataset {wanted}")
+        say(console(), f"{builder.data_path}: {counts}; train on it with --dataset {wanted}")

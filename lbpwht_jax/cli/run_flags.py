@@ -7,13 +7,16 @@ import dataclasses
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
+import jax
 import tyro
 
-from lbpwht_jax.adaptation import Train
+from lbpwht_jax.adaptation import Train, default_train
+from lbpwht_jax.cli.help import flag
 from lbpwht_jax.data import Augmentation, open_dataset
 from lbpwht_jax.data.recipes import paper_recipe
 from lbpwht_jax.data.split import Dataset
 from lbpwht_jax.models import model_info
+from lbpwht_jax.ops.residuals import ResidualsName
 from lbpwht_jax.runs.config import BUNDLED_WEIGHTS, NO_WEIGHTS, DType, Projection, RunConfig, When
 from lbpwht_jax.train import Recipe
 from lbpwht_jax.weights import BUNDLED
@@ -26,34 +29,34 @@ def _or(given: _T | None, default: _T) -> _T:
     return default if given is None else given
 
 
-def _hint(default: str, metavar: str | None = None) -> object:
-    """What a flag's help says: its default, and its values where the type's own ``None`` would be among them."""
-    return tyro.conf.arg(help_behavior_hint=f"(default: {default})", metavar=metavar)
+def _titled(title: str) -> object:
+    """The title of a group of flags in the help."""
+    return tyro.conf.arg(name=title, prefix_name=False)
 
 
-_OF_RECIPE = tyro.conf.arg(help_behavior_hint="(default: the recipe's)")
+_LEARNING_RATE = tyro.conf.arg(aliases=("--learning-rate",))
 
 
 @dataclasses.dataclass(frozen=True)
 class AugmentationFlags:
     """How training images are changed."""
 
-    crop_scale: Annotated[tuple[float, float] | None, _OF_RECIPE] = None
+    crop_scale: Annotated[tuple[float, float] | None, flag("LEAST MOST", "no crop; paper: 0.08 1")] = None
     """Random resized crop: least and largest area, as fractions of the image's, such as 0.08 1."""
 
-    flip: Annotated[bool | None, _OF_RECIPE] = None
-    """Whether half of the training images are mirrored left to right."""
+    flip: Annotated[bool | None, flag("{True,False}", "False; paper: True")] = None
+    """Whether half of the training images are mirrored left to right, such as True."""
 
-    shift: Annotated[int | None, _OF_RECIPE] = None
-    """The most pixels that training images are moved by."""
+    shift: Annotated[int | None, flag("PIXELS", "0")] = None
+    """The most pixels that training images are moved by, such as 2."""
 
-    randaugment: Annotated[tuple[int, float] | None, _OF_RECIPE] = None
-    """RandAugment: operations per image, and their magnitude in [0, 10]."""
+    randaugment: Annotated[tuple[int, float] | None, flag("COUNT MAGNITUDE", "none")] = None
+    """RandAugment: operations per image, and their magnitude in [0, 10], such as 2 9."""
 
-    mixup: Annotated[float | None, _OF_RECIPE] = None
+    mixup: Annotated[float | None, flag("ALPHA", "0")] = None
     """Blends images with others: alpha of the share's Beta distribution, such as 0.8; 0 for none."""
 
-    cutmix: Annotated[float | None, _OF_RECIPE] = None
+    cutmix: Annotated[float | None, flag("ALPHA", "0")] = None
     """Replaces a box of images by others': alpha of the area's Beta distribution, such as 1; 0 for none."""
 
     def over(self, base: Augmentation) -> Augmentation:
@@ -72,44 +75,46 @@ class AugmentationFlags:
 class RecipeFlags:
     """How the model is trained."""
 
-    epochs: Annotated[int | None, _OF_RECIPE] = None
-    """Passes over the training images."""
+    epochs: Annotated[int | None, flag("INT", "15; paper: 50")] = None
+    """Passes over the training images, such as 30."""
 
-    batch_size: Annotated[int | None, _OF_RECIPE] = None
-    """Images per step, over all devices and processes."""
+    batch_size: Annotated[int | None, flag("INT", "64, or what fits if there are fewer training images")] = None
+    """Images per step, over all devices and processes, such as 128."""
 
-    lr: Annotated[float | None, _OF_RECIPE] = None
-    """Peak learning rate of AdamW, reached by linear warm-up and followed by a cosine."""
+    lr: Annotated[float | None, flag("FLOAT", "5e-4; paper: by data set"), _LEARNING_RATE] = None
+    """Peak learning rate of AdamW, such as 1e-3, reached by linear warm-up and followed by a cosine."""
 
-    weight_decay: Annotated[float | None, _OF_RECIPE] = None
-    """AdamW's weight decay."""
+    weight_decay: Annotated[float | None, flag("FLOAT", "1e-5")] = None
+    """AdamW's weight decay, such as 0.05."""
 
-    warmup_steps: Annotated[int | None, _OF_RECIPE] = None
-    """Steps of the warm-up; at most a fifth of all steps."""
+    warmup_steps: Annotated[int | None, flag("INT", "100; paper: 1000, flowers 100")] = None
+    """Steps of the warm-up, such as 500; at most a fifth of all steps."""
 
-    min_ratio: Annotated[float | None, _OF_RECIPE] = None
-    """The last learning rate of the cosine, as a fraction of the peak."""
+    min_ratio: Annotated[float | None, flag("FLOAT", "0.01; paper: 0.001 for flowers")] = None
+    """The last learning rate of the cosine, as a fraction of the peak, such as 0.1."""
 
-    clip: Annotated[float | None, _OF_RECIPE] = None
-    """Global norm that gradients are clipped to; 0 for none."""
+    clip: Annotated[float | None, flag("NORM", "5; paper: 0 for cifar100")] = None
+    """Global norm that gradients are clipped to, such as 1; 0 for none."""
 
-    label_smoothing: Annotated[float | None, _OF_RECIPE] = None
-    """Probability spread over all classes."""
+    label_smoothing: Annotated[float | None, flag("FLOAT", "0.1")] = None
+    """Probability spread over all classes, such as 0.1; 0 for none."""
 
-    drop_path: Annotated[float | None, _OF_RECIPE] = None
-    """Probability of dropping the last block's residual branches, rising linearly to it."""
+    drop_path: Annotated[float | None, flag("FLOAT", "0")] = None
+    """Probability of dropping the last block's residual branches, such as 0.1, rising linearly to it."""
 
-    ema: Annotated[float | None, _OF_RECIPE] = None
+    ema: Annotated[float | None, flag("DECAY", "0")] = None
     """Decay per step of a moving average of what is trained, such as 0.999, which is then evaluated and exported; 0 for
     none."""
 
-    accumulate: Annotated[int | None, _OF_RECIPE] = None
-    """Equal parts a batch is cut into, computed one after the other to save memory."""
+    accumulate: Annotated[int | None, flag("INT", "1")] = None
+    """Equal parts a batch is cut into, computed one after the other to save memory, such as 4."""
 
-    seed: Annotated[int | None, _OF_RECIPE] = None
+    seed: Annotated[int | None, flag("INT", "0; paper: 233")] = None
     """Decides the train/test split (where the data has none), the new head, shuffling, augmentation and drop path."""
 
-    augmentation: tyro.conf.OmitArgPrefixes[AugmentationFlags] = dataclasses.field(default_factory=AugmentationFlags)
+    augmentation: tyro.conf.OmitArgPrefixes[Annotated[AugmentationFlags, _titled("augmentation")]] = dataclasses.field(
+        default_factory=AugmentationFlags
+    )
 
     def over(self, base: Recipe) -> Recipe:
         """``base`` with what was given."""
@@ -134,56 +139,62 @@ class RecipeFlags:
 class RunFlags:
     """The model, the data, and what is trained."""
 
-    model: Annotated[str | None, _hint(BUNDLED, "STR")] = None
-    """Name of the model; "lbpwht models" lists them."""
+    model: Annotated[str | None, flag("NAME", BUNDLED)] = None
+    """Name of the model, such as efficientformer_l1; "lbpwht models" lists them."""
 
-    pretrained: Annotated[str | None, _hint("the weights that come with the package, for the model that does", "STR")] = None
+    pretrained: Annotated[str | None, flag("SOURCE", "the weights that come with the package, for the model that does")] = None
     """What training starts from: a .safetensors, .pth or .bin file, a Hugging Face folder, a hub id such as
     timm/deit_tiny_patch16_224.fb_in1k, or none for random weights. The head is new."""
 
-    image_size: Annotated[int | None, _hint("the model's", "INT")] = None
-    """Height and width of the images, in pixels."""
+    image_size: Annotated[int | None, flag("INT", "the model's")] = None
+    """Height and width of the images, in pixels, such as 224."""
 
-    dataset: Annotated[str | None, _hint("digits", "STR")] = None
+    dataset: Annotated[str | None, flag("NAME", "digits")] = None
     """digits; folder:PATH, images as PATH/{train,test}/CLASS/IMAGE (and PATH/val/CLASS/IMAGE) or PATH/CLASS/IMAGE, or a zip
     file of them; tfds:NAME or tfds:NAME:VERSION, prepared by "lbpwht prepare"."""
 
-    method: Annotated[str | None, _hint("lp_l1-4", "STR")] = None
+    method: Annotated[str | None, flag("METHOD", "lp_l1-4")] = None
     """How to adapt. full: exact backpropagation. lp_l1-R: low-rank, keeping the Walsh functions whose indices sum to less
     than R (R(R+1)/2 of the 64 in a block for R up to 8); lp_linf-R: those whose indices are all less than R. lora-R: a LoRA
     branch of rank R on each attention layer, which is frozen itself; lora_all-R: on every layer that low-rank backpropagation
     would adapt. Or a sum, such as lp_l1-4+lora_all-8, where branches too are backpropagated at low rank."""
 
-    train: Annotated[Train | None, _hint("all", "{all,last_stage,head}")] = None
+    train: Annotated[Train | None, flag("{all,last_stage,head}", "head for lora-R and lora_all-R, else all")] = None
     """What is trained: all, last_stage (the last stage, of plain vision transformers the last quarter of the blocks, and the
     head) or head (the head, and LoRA's branches where there are some). The rest is frozen and costs no backward pass that is
     not needed."""
 
-    validation: Annotated[float | None, _hint("0: none", "SHARE")] = None
+    validation: Annotated[float | None, flag("SHARE", "0")] = None
     """The share of the training images, such as 0.1, that is held out to choose the best epoch by; the test images are then
     measured once, at the end. A data set's own validation images (a folder val beside test) are always used so."""
 
-    projection: Annotated[Projection | None, _hint("fitted", "{fitted,official}")] = None
+    projection: Annotated[Projection | None, flag("{fitted,official}", "fitted")] = None
     """Blocks that the grid does not fill: fitted (orthogonal, exact when every function is kept) or official (reflected, as
     the paper's authors do)."""
 
-    when: Annotated[When | None, _hint("faster", "{always,faster}")] = None
+    when: Annotated[When | None, flag("{always,faster}", "faster")] = None
     """Which of the method's layers are low-rank: faster (those that it is predicted to speed up, the others being
     backpropagated exactly, their activations kept whole) or always (all of them)."""
 
-    recipe: Annotated[Literal["default", "paper"] | None, _hint("default", "{default,paper}")] = None
+    recipe: Annotated[Literal["default", "paper"] | None, flag("{default,paper}", "default")] = None
     """Where the numbers come from that are not given. default: 15 epochs, batch size 64, lr 5e-4, weight decay 1e-5, clip 5,
     100 warm-up steps, min ratio 0.01, label smoothing 0.1, no augmentation, seed 0. paper: what the paper trained the data
     set with, if it is one of its seven (tfds:cifar10, folder:PATH/cifar10.zip, ...): 50 epochs, random resized crop and flip,
     seed 233; lr, warm-up, min ratio and clip by data set."""
 
-    dtype: Annotated[DType | None, _hint("float32", "{float32,bfloat16}")] = None
+    dtype: Annotated[DType | None, flag("{float32,bfloat16}", "float32")] = None
     """Dtype of the computation; parameters and the optimiser's state are float32."""
 
     remat: tyro.conf.FlagCreatePairsOff[bool] = False
     """Computes each block again in the backward pass instead of keeping its activations."""
 
-    numbers: tyro.conf.OmitArgPrefixes[RecipeFlags] = dataclasses.field(default_factory=RecipeFlags)
+    residuals: Annotated[ResidualsName | None, flag("{plain,exact,lean,tiny}", "plain")] = None
+    """What is kept for the backward pass besides what dense layers keep: plain (what JAX keeps of itself), exact (less, without
+    rounding), lean (8 bits) or tiny (2 to 8 bits); norms, activations, attention and convolutions then keep so much."""
+
+    numbers: tyro.conf.OmitArgPrefixes[Annotated[RecipeFlags, _titled("training")]] = dataclasses.field(
+        default_factory=RecipeFlags
+    )
 
     def over(self, base: RunConfig) -> RunConfig:
         """``base`` with what was given."""
@@ -199,12 +210,13 @@ class RunFlags:
             when=_or(self.when, base.when),
             dtype=_or(self.dtype, base.dtype),
             remat=self.remat or base.remat,
+            residuals=_or(self.residuals, base.residuals),
             recipe=self.numbers.over(base.recipe),
             validation=_or(self.validation, base.validation),
         )
 
-    def new_run(self, data_dir: Path | None) -> tuple[RunConfig, Dataset]:
-        """The configuration of a new run, and its data.
+    def new_run(self, data_dir: Path | None) -> tuple[RunConfig, Dataset, list[str]]:
+        """The configuration of a new run, its data, and what was decided that the user should know.
 
         Args:
           data_dir: folder of the TFDS data sets; None for TFDS's own.
@@ -227,6 +239,12 @@ class RunFlags:
             recipe = dataclasses.replace(recipe, **paper_recipe(dataset_name))
         recipe = self.numbers.over(recipe)
         dataset = open_dataset(dataset_name, recipe.seed, data_dir, _or(self.validation, 0.0))
+        notes = []
+        if self.numbers.batch_size is None and (fits := _batch_that_fits(recipe, len(dataset.train))):
+            notes.append(
+                f"Batch size {fits}: the recipe's {recipe.batch_size} is more than the {len(dataset.train)} training images."
+            )
+            recipe = dataclasses.replace(recipe, batch_size=fits)
         defaults = RunConfig(
             model=model,
             pretrained=BUNDLED_WEIGHTS,
@@ -240,11 +258,17 @@ class RunFlags:
             data_dir=None if data_dir is None else str(data_dir),
             classes=dataset.classes,
             method="lp_l1-4",
-            train="all",
+            train=default_train(_or(self.method, "lp_l1-4")),
             projection="fitted",
             when="faster",
             dtype="float32",
             remat=False,
             recipe=recipe,
         )
-        return self.over(defaults), dataset
+        return dataclasses.replace(self.over(defaults), recipe=recipe), dataset, notes
+
+
+def _batch_that_fits(recipe: Recipe, images: int) -> int:
+    """The largest batch that devices and parts can share, of no more than so many images; 0 if there is none, or no need."""
+    unit = jax.device_count() * recipe.accumulate
+    return images // unit * unit if recipe.batch_size > images else 0

@@ -34,7 +34,8 @@ def compile_request(request: Request) -> Row:
     target = parse_target(request.target)
     placement = Placement(request.shard, target.open())
     with choosing_for(target.platform):
-        model = measured_model(request.model, request.method, request.train, request.num_classes, request.dtype, request.when)
+        fields = request.train, request.num_classes, request.dtype, request.when, request.residuals
+        model = measured_model(request.model, request.method, *fields)
         program = step_program(request.model, model, request.batch_size, request.num_classes, placement)
         arguments = program.abstract_state(), program.abstract_batch()
         traced = program.step.trace(*arguments)

@@ -11,12 +11,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from lbpwht_jax.adaptation.presets import Train, parse_method
+from lbpwht_jax.adaptation.presets import Train, default_train, parse_method
 from lbpwht_jax.bench.program import DType, split_method
 from lbpwht_jax.compile.fit import largest_batch
 from lbpwht_jax.compile.request import Request, Row
 from lbpwht_jax.compile.targets import parse_target
 from lbpwht_jax.models import model_info
+from lbpwht_jax.ops.residuals import ResidualsName, named_residuals
 from lbpwht_jax.train import Shard
 
 _LAST_LINES = 5
@@ -58,13 +59,14 @@ def compile_model(
     target: str = "cpu:1",
     batch_size: int = 64,
     dtype: DType = "float32",
-    train: Train = "all",
+    train: Train | None = "all",
     num_classes: int = 1000,
     when: Literal["always", "faster"] = "faster",
     shard: Shard = "data",
     *,
     fit: bool = False,
     kernels: bool = False,
+    residuals: ResidualsName = "plain",
     failed: Callable[[str, CompilerError], None] | None = None,
 ) -> list[Row]:
     """Compiles the training step that ``lbpwht finetune`` runs and says what it takes of each chip. Nothing is run.
@@ -76,12 +78,13 @@ def compile_model(
       target: the machine, such as "h100", "v5e:2x2" or "cpu:1".
       batch_size: images of all chips.
       dtype: of the computation; parameters and the optimiser's state are float32.
-      train: what is trained.
+      train: what is trained; ``None`` for each method's default, as ``lbpwht_jax.adaptation.default_train`` has it.
       num_classes: outputs of the head.
       when: whether layers that low rank would make slower stay exact, as in ``LowRankSpec``.
       shard: whether the chips share the batch alone, or parameters and optimiser state too.
       fit: also looks for the largest batch that fits a chip's memory.
       kernels: also names the ten kernels of a GPU that take the most.
+      residuals: what is kept for the backward pass where a method does not say, as in ``create_model``.
       failed: called with a method that does not compile, which is then left out; by default the error is raised.
 
     Returns:
@@ -92,7 +95,7 @@ def compile_model(
       ImportError: if the target's compiler is not installed.
       CompilerError: if a step does not compile.
     """
-    requests = check(model, methods, target, batch_size, dtype, train, num_classes, when, shard, fit, kernels)
+    requests = check(model, methods, target, batch_size, dtype, train, num_classes, when, shard, fit, kernels, residuals)
     rows = []
     for request in requests:
         try:
@@ -111,12 +114,13 @@ def check(
     target: str,
     batch_size: int,
     dtype: DType,
-    train: Train,
+    train: Train | None,
     num_classes: int,
     when: Any,
     shard: Shard,
     fit: bool,
     kernels: bool,
+    residuals: ResidualsName,
 ) -> list[Request]:
     """What ``compile_model`` is to compile, checked as it says."""
     machine = parse_target(target)
@@ -133,10 +137,16 @@ def check(
     if fit and machine.limits is None:
         raise ValueError(f"target {target!r} has no memory of a known size for a batch to fit; leave out --fit")
     info = model_info(model)
-    for method in methods:
-        parse_method(split_method(method)[0], when=when).rules(info, train)
+    names = [split_method(method)[0] for method in methods]
+    trained = [train or default_train(name) for name in names]
+    for name, part in zip(names, trained, strict=True):
+        parse_method(name, when=when).rules(info, part)
+    named_residuals(residuals, "compile")
     machine.check_installed()
-    return [Request(model, m, target, batch_size, dtype, train, num_classes, when, shard, kernels) for m in methods]
+    return [
+        Request(model, method, target, batch_size, dtype, part, num_classes, when, shard, kernels, residuals)
+        for method, part in zip(methods, trained, strict=True)
+    ]
 
 
 def _with_largest_batch(request: Request, row: Row) -> Row:

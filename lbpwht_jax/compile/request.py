@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 from lbpwht_jax.adaptation.presets import Train
 from lbpwht_jax.bench.program import DType
+from lbpwht_jax.ops.residuals import ResidualsName
 from lbpwht_jax.train import Shard
 
 
@@ -23,6 +24,7 @@ class Request:
       when: whether layers that low rank would make slower stay exact.
       shard: what the chips share.
       kernels: whether the dearest kernels are named.
+      residuals: what is kept for the backward pass where the method does not say.
     """
 
     model: str
@@ -35,6 +37,7 @@ class Request:
     when: Literal["always", "faster"] = "faster"
     shard: Shard = "data"
     kernels: bool = False
+    residuals: ResidualsName = "plain"
 
 
 @dataclasses.dataclass(frozen=True)

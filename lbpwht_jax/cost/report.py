@@ -3,17 +3,18 @@
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from flax.traverse_util import flatten_dict
 
 from lbpwht_jax.adaptation.linen import AdaptedModule
-from lbpwht_jax.adaptation.presets import Train, adapted_model
+from lbpwht_jax.adaptation.presets import Train, adapted_model, layer_counts
 from lbpwht_jax.cost.backward import abstract_variables, residual_bytes
 from lbpwht_jax.cost.layers import matmul_flops, saved_elements
 from lbpwht_jax.cost.paper import paper_flops
 from lbpwht_jax.cost.trace import Product, Record, layer_records
 from lbpwht_jax.models import model_info
+from lbpwht_jax.ops.residuals import ResidualsName
 
 _FLOAT32 = 4
 
@@ -48,7 +49,7 @@ class ModelCost:
 
     Attributes:
       model: its name.
-      method, train, num_classes, image_size: what was asked for.
+      method, train, when, num_classes, image_size: what was asked for.
       backward_flops_paper: per image, as the authors count (``lbpwht_jax.cost.paper``).
       backward_flops_matmul: per image, products and Walsh transforms as computed here.
       saved_activation_bytes: per image, in float32: all residuals of ``jax.vjp`` that grow with the batch.
@@ -56,12 +57,15 @@ class ModelCost:
       trainable_parameters: numbers trained.
       speedup_vs_full_paper: the authors' count for exact backpropagation, of the last stage if that is trained and else of
         the whole model, over this one's.
+      low_rank_layers, exact_by_choice, exact_for_speed, frozen: how many of the layers that low rank adapts by default are
+        backpropagated how, as in ``lbpwht_jax.adaptation.LayerCounts``.
       layers: the same by module, in the order of the forward pass.
     """
 
     model: str
     method: str
     train: Train
+    when: Literal["always", "faster"]
     num_classes: int
     image_size: int
     backward_flops_paper: int
@@ -70,11 +74,21 @@ class ModelCost:
     gradient_bytes: int
     trainable_parameters: int
     speedup_vs_full_paper: float
+    low_rank_layers: int
+    exact_by_choice: int
+    exact_for_speed: int
+    frozen: int
     layers: tuple[LayerCost, ...]
 
 
 def model_cost(
-    model: str, method: str = "full", train: Train = "all", num_classes: int = 1000, image_size: int | None = None
+    model: str,
+    method: str = "full",
+    train: Train = "all",
+    num_classes: int = 1000,
+    image_size: int | None = None,
+    when: Literal["always", "faster"] = "always",
+    residuals: ResidualsName = "plain",
 ) -> ModelCost:
     """Counts what training costs from shapes alone: nothing is computed or allocated.
 
@@ -86,11 +100,15 @@ def model_cost(
       train: ``"all"``, ``"last_stage"`` or ``"head"``, as for ``adapted_model``.
       num_classes: outputs of the head.
       image_size: height and width of the images, in pixels; by default the model's.
+      when: ``"always"`` makes every layer that the method names low-rank, as the paper does; ``"faster"`` those that low rank
+        is predicted to speed up, which is the commands' default.
+      residuals: what is kept for the backward pass besides what dense layers keep, as in ``create_model``. FLOPs do not tell
+        what is computed again for it.
 
     Raises:
       ValueError: if a name is unknown, or the image size does not suit the model.
     """
-    adapted = adapted_model(model, method, train, num_classes, image_size)
+    adapted = adapted_model(model, method, train, num_classes, image_size, when, residuals=residuals)
     shape = (adapted.module.image_size, adapted.module.image_size, model_info(model).images.channels)
     variables = abstract_variables(adapted, shape)
     layers = layer_costs(adapted, variables, shape)
@@ -99,10 +117,12 @@ def model_cost(
     records = layer_records(baseline, abstract_variables(baseline, shape), shape, baseline.trainable)
     full = sum(paper_flops(record) for record in records)
     parameters = sum(layer.trainable_parameters for layer in layers)
+    counts = layer_counts(model_info(model), adapted)
     return ModelCost(
         model=model,
         method=method,
         train=train,
+        when=when,
         num_classes=num_classes,
         image_size=shape[0],
         backward_flops_paper=paper,
@@ -111,6 +131,10 @@ def model_cost(
         gradient_bytes=_FLOAT32 * parameters,
         trainable_parameters=parameters,
         speedup_vs_full_paper=full / paper,
+        low_rank_layers=counts.low_rank,
+        exact_by_choice=counts.exact_by_choice,
+        exact_for_speed=counts.exact_for_speed,
+        frozen=counts.frozen,
         layers=layers,
     )
 

@@ -2,8 +2,8 @@
 
 from lbpwht_jax.data.augmentation import Augmentation, make_augmentation
 from lbpwht_jax.data.batches import Batch, Batches, Loading, evaluation_batches, steps_per_epoch, training_batches
-from lbpwht_jax.data.decode import load_image
-from lbpwht_jax.data.folder import image_files
+from lbpwht_jax.data.decode import UnreadableImage, load_image
+from lbpwht_jax.data.images import ImageFile, find_images
 from lbpwht_jax.data.open import open_dataset
 from lbpwht_jax.data.split import ArraySplit, Dataset, Split
 
@@ -13,10 +13,12 @@ __all__ = [
     "Batch",
     "Batches",
     "Dataset",
+    "ImageFile",
     "Loading",
     "Split",
+    "UnreadableImage",
     "evaluation_batches",
-    "image_files",
+    "find_images",
     "load_image",
     "make_augmentation",
     "open_dataset",

@@ -4,12 +4,11 @@ import functools
 import io
 import math
 import re
-from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
 
-from lbpwht_jax.data.files import SUFFIXES, read_file
+from lbpwht_jax.data.files import SUFFIXES
 
 MOST_PIXELS = 2**27
 """Most pixels of an image; 134 million, while a photo of 10,000 x 8,000 has 80 million."""
@@ -108,24 +107,20 @@ def resize_and_crop(image: Image.Image, size: int, crop: float, interpolation: s
     return _array(image.crop((left, top, left + size, top + size)))
 
 
-def load_image(path: Path, image_size: int, channels: int, crop: float, interpolation: str = "bicubic") -> np.ndarray:
-    """Reads one file in the form that an evaluation uses: uint8, ``[image_size, image_size, channels]``.
+def load_image(source: bytes, image_size: int, channels: int, crop: float, interpolation: str = "bicubic") -> np.ndarray:
+    """Decodes one image into the form that an evaluation uses: uint8, ``[image_size, image_size, channels]``.
 
     Args:
-      path: an image file.
+      source: the bytes of an image file.
       image_size: height and width of the result, in pixels.
       channels: 1 for greyscale, 3 for RGB.
       crop: edge of the centre crop over the shorter side of the resized image, in (0, 1].
       interpolation: how the image is resized, "bicubic" or "bilinear".
 
     Raises:
-      ValueError: if the file cannot be read or is not an image; the text names it.
+      UnreadableImage: as ``decode``.
     """
-    try:
-        image, _ = decode(read_file(path), channels)
-    except (OSError, UnreadableImage) as error:
-        raise ValueError(f"cannot read the image {path}: {error}") from None
-    return resize_and_crop(image, image_size, crop, interpolation)
+    return resize_and_crop(decode(source, channels)[0], image_size, crop, interpolation)
 
 
 def _array(image: Image.Image) -> np.ndarray:

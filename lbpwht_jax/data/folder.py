@@ -62,7 +62,7 @@ def open_folder(name: str, path: Path, seed: int) -> Dataset:
     if not path.exists():
         raise FileNotFoundError(f"folder:{path}: there is no such folder or zip file")
     paths, read_bytes = list_folder(path) if path.is_dir() else list_zip(path)
-    paths, images = _visible(paths)
+    paths, images = visible(paths)
     if not images:
         raise ValueError(f"folder:{path} holds no images ({', '.join(SUFFIXES)}); {_LAYOUT}")
     top = _common_top(images)
@@ -94,19 +94,7 @@ def open_folder(name: str, path: Path, seed: int) -> Dataset:
     return Dataset(name, train, measured_on(test), tuple(classes), measured_on(others[0]) if others else None)
 
 
-def image_files(folder: Path) -> list[Path]:
-    """The images in a folder and its subfolders, sorted: files with one of ``SUFFIXES`` that are not hidden.
-
-    Raises:
-      ValueError: if there are none.
-    """
-    _, images = _visible(list_folder(folder)[0])
-    if not images:
-        raise ValueError(f"{folder} holds no images ({', '.join(SUFFIXES)})")
-    return [folder / image for image in images]
-
-
-def _visible(paths: Iterable[str]) -> tuple[list[str], list[str]]:
+def visible(paths: Iterable[str]) -> tuple[list[str], list[str]]:
     """The paths that are not hidden, sorted, and the images among them."""
     paths = sorted(p for p in paths if "/." not in f"/{p}" and not p.startswith("__MACOSX/"))
     return paths, [p for p in paths if p.lower().endswith(SUFFIXES)]

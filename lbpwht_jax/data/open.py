@@ -1,10 +1,12 @@
 """Data sets by name."""
 
+import difflib
 from pathlib import Path
 
 from lbpwht_jax.data.digits import open_digits
 from lbpwht_jax.data.folder import open_folder
 from lbpwht_jax.data.prepared import default_folder, open_prepared, parse_name
+from lbpwht_jax.data.recipes import RECIPES
 from lbpwht_jax.data.split import Dataset, hold_out
 
 
@@ -41,4 +43,12 @@ def _open(name: str, seed: int, data_dir: Path | None) -> Dataset:
         return open_folder(name, path, seed)
     if kind == "tfds" and rest:
         return open_prepared(parse_name(rest), data_dir or default_folder())
-    raise ValueError(f"unknown data set {name!r}; write digits, folder:PATH, tfds:NAME or tfds:NAME:VERSION")
+    raise ValueError(f"unknown data set {name!r}; {_meant(name)}")
+
+
+def _meant(name: str) -> str:
+    if name and Path(name).exists():
+        return f"for the images in this folder or zip file write folder:{name}"
+    near = difflib.get_close_matches(name.lower(), ("digits", *(f"tfds:{known}" for known in RECIPES)), 1)
+    others = "digits, folder:PATH, tfds:NAME or tfds:NAME:VERSION"
+    return f"did you mean {near[0]}? The others are {others}" if near else f"write {others}"

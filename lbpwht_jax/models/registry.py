@@ -18,6 +18,8 @@ _MODELS: dict[str, ModelInfo] = {
     name: info for family in (vit, efficientformer, efficientformer_v2, swin_v2) for name, info in family.MODELS.items()
 }
 
+_FAMILIES = ("vit", "deit", "efficientformer", "efficientformerv2", "swinv2")
+
 
 def list_models(pattern: str = "*") -> list[str]:
     """Names of the models that match a shell-style pattern, such as ``"eff*"``, sorted."""
@@ -31,8 +33,9 @@ def model_info(name: str) -> ModelInfo:
       ValueError: if the name is unknown, with the nearest ones.
     """
     if name not in _MODELS:
-        nearest = difflib.get_close_matches(name, _MODELS, n=3, cutoff=0.3)
-        raise ValueError(f"unknown model {name!r}; nearest: {', '.join(nearest) or 'none'}. list_models() has every name")
+        nearest = difflib.get_close_matches(name.lower(), _MODELS, n=3, cutoff=0.3)
+        near = f"nearest: {', '.join(nearest)}" if nearest else f"the families are {', '.join(_FAMILIES)}, with timm's names"
+        raise ValueError(f"unknown model {name!r}; {near}")
     return _MODELS[name]
 
 

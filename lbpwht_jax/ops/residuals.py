@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 _SLOPE_BITS = (2, 3, 4, 8)
 _ROW_BITS = (4, 8)
@@ -48,7 +48,8 @@ class Residuals:
             )
 
 
-RESIDUALS: Mapping[str, Residuals | None] = {
+ResidualsName = Literal["plain", "exact", "lean", "tiny"]
+RESIDUALS: Mapping[ResidualsName, Residuals | None] = {
     "plain": None,
     "exact": Residuals(),
     "lean": Residuals(slope_bits=8, norm_bits=8, attention_bits=8),

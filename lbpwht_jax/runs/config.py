@@ -16,6 +16,7 @@ from lbpwht_jax.adaptation import AdaptedModule, Train, adapt, parse_method
 from lbpwht_jax.data import Dataset
 from lbpwht_jax.data.validation import STRICT, plain_errors
 from lbpwht_jax.models import ModelInfo, model_info, plain_model
+from lbpwht_jax.ops.residuals import ResidualsName
 from lbpwht_jax.train import Placement, Recipe, TrainState, initial_state
 from lbpwht_jax.weights import BUNDLED, load_pretrained, replace_head
 from lbpwht_jax.weights.files import bundled_file
@@ -56,6 +57,7 @@ class RunConfig:
       dtype: dtype of the computation; parameters are float32.
       remat: whether blocks are computed again in the backward pass.
       recipe: how to train.
+      residuals: what is kept for the backward pass besides what dense layers keep, as in ``create_model``.
       validation: the share of the training images that is held out to choose the best epoch by; 0 for none. A data set that has
         validation images of its own needs none.
 
@@ -81,6 +83,7 @@ class RunConfig:
     dtype: DType
     remat: bool
     recipe: Recipe
+    residuals: ResidualsName = "plain"
     validation: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
     @model_validator(mode="after")
@@ -106,6 +109,7 @@ class RunConfig:
             dtype=None if self.dtype == "float32" else jnp.dtype(self.dtype),
             drop_path=self.recipe.drop_path,
             remat=self.remat,
+            residuals=self.residuals,
             frozen_batch_norm=True,
         )
 

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from lbpwht_jax.train import Epoch, Step
 
 
-def plot_curves(file: Path, steps: Sequence[Step], epochs: Sequence[Epoch], title: str) -> None:
+def plot_curves(file: Path, steps: Sequence[Step], epochs: Sequence[Epoch], title: str, training: str = "training") -> None:
     """Draws training loss by step and the accuracies by epoch, on training images and on those that epochs measure.
 
     Args:
@@ -16,11 +16,12 @@ def plot_curves(file: Path, steps: Sequence[Step], epochs: Sequence[Epoch], titl
       steps: in order.
       epochs: in order.
       title: above the curves.
+      training: what the curve of training losses is called, such as with what they contain.
     """
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     figure.suptitle(title)
     loss, accuracy = figure.subplots(1, 2)
-    loss.plot([step.number for step in steps], [step.loss for step in steps], linewidth=0.8, label="training, smoothed labels")
+    loss.plot([step.number for step in steps], [step.loss for step in steps], linewidth=0.8, label=training)
     ends = [epoch.step for epoch in epochs]
     on = "validation" if any(epoch.validation_accuracy is not None for epoch in epochs) else "test"
     loss.plot(ends, [getattr(epoch, f"{on}_loss") for epoch in epochs], marker="o", markersize=3, label=on)

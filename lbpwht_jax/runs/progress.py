@@ -3,12 +3,14 @@
 import resource
 import sys
 import time
+from collections.abc import Sequence
 from types import TracebackType
 
 import jax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from lbpwht_jax.screen import say
 from lbpwht_jax.train import Epoch, Step, Trainer
 
 _LINE_EVERY = 30.0
@@ -22,14 +24,15 @@ class Reporter:
       console: where it is printed.
       trainer: the trainer whose progress is shown.
       done: how many steps were done before.
+      losses: those of the steps of the epoch that is going on.
     """
 
-    def __init__(self, console: Console, trainer: Trainer, done: int):
+    def __init__(self, console: Console, trainer: Trainer, done: int, losses: Sequence[float] = ()):
         self._console, self._total = console, trainer.steps
         self._epochs, self._per_epoch = trainer.recipe.epochs, trainer.steps_per_epoch
         self._batch_size = trainer.recipe.batch_size
         self._pace: float | None = None
-        self._step: Step | None = None
+        self._losses, self._first = [*losses], True
         self._line_at = time.monotonic() + _LINE_EVERY
         columns = (
             TextColumn("epoch {task.fields[epoch]}"),
@@ -51,13 +54,16 @@ class Reporter:
     def show(self, event: Step | Epoch) -> None:
         """Shows what happened: a step or the end of an epoch."""
         if isinstance(event, Epoch):
-            step = "" if self._step is None else f"loss {self._step.loss:.3f}, "
+            trained = f"training loss {sum(self._losses) / len(self._losses):.3f}, " if self._losses else ""
+            self._losses = []
             on = "test" if event.validation_accuracy is None else "validation"
-            self._print(f"epoch {event.number}/{self._epochs}: {step}{on} accuracy {event.accuracy:.2%}, {self._rate()}")
+            measured = f"{on} loss {event.loss:.3f}, {on} accuracy {event.accuracy:.2%}"
+            self._print(f"epoch {event.number}/{self._epochs}: {trained}{measured}, {self._rate()}")
             return
-        if self._step is not None:  # the first step compiles
+        if not self._first:  # the first step is slower than the others
             self._pace = event.seconds if self._pace is None else _SMOOTHING * self._pace + (1 - _SMOOTHING) * event.seconds
-        self._step = event
+        self._first = False
+        self._losses.append(event.loss)
         epoch, measured = self._epoch(event.number), f"loss {event.loss:.3f}, accuracy {event.accuracy:.1%}"
         text = f"{measured}, {self._rate()}"
         self._bar.update(self._task, completed=event.number, epoch=epoch, text=text)
@@ -77,7 +83,7 @@ class Reporter:
         return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02} to go"
 
     def _print(self, line: str) -> None:
-        self._console.print(line, highlight=False, markup=False, soft_wrap=True)
+        say(self._console, line)
 
 
 def memory_in_use() -> str:

@@ -16,7 +16,8 @@ class Result:
       trainable_parameters: how many scalars were trained.
       backward_flops: FLOPs of the backward pass's matrix products, per image.
       saved_bytes: bytes kept for the backward pass, per image.
-      step_seconds: median over the run without its first step, which compiles; ``None`` if the run's times are lost.
+      step_seconds: median over the run without its first step, which is slower; compiling counts in no step. ``None`` if the
+        run's times are lost.
     """
 
     method: str
@@ -29,9 +30,9 @@ class Result:
 
 def table(results: Sequence[Result]) -> Table:
     """Shows runs side by side."""
-    table = Table(title="What it came to; FLOPs and saved bytes are per image")
+    table = Table(title="What it came to; FLOPs and bytes kept are per image", title_justify="left")
     table.add_column("method")
-    for heading in ("test accuracy", "trained parameters", "backward MFLOPs", "saved KB", "median step"):
+    for heading in ("test accuracy", "trained parameters", "backward MFLOPs", "MB kept", "median step, ms"):
         table.add_column(heading, justify="right")
     for result in results:
         table.add_row(
@@ -39,7 +40,7 @@ def table(results: Sequence[Result]) -> Table:
             f"{result.test_accuracy:.2%}",
             f"{result.trainable_parameters:,}",
             f"{result.backward_flops / 1e6:.1f}",
-            f"{result.saved_bytes / 1e3:,.0f}",
-            "lost" if result.step_seconds is None else f"{result.step_seconds * 1e3:.0f} ms",
+            f"{result.saved_bytes / 1e6:,.2f}",
+            "lost" if result.step_seconds is None else f"{result.step_seconds * 1e3:,.0f}",
         )
     return table

@@ -3,19 +3,18 @@
 import dataclasses
 import platform
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import flax
 import jax
 from rich.console import Console
-from rich.markup import escape
 
 import lbpwht_jax
-from lbpwht_jax.adaptation import AdaptedModule
+from lbpwht_jax.adaptation import AdaptedModule, layer_counts
 from lbpwht_jax.cost import backward_flops, residual_bytes
-from lbpwht_jax.data import Dataset
+from lbpwht_jax.data import Dataset, training_batches
 from lbpwht_jax.runs import folder as run_folder
 from lbpwht_jax.runs.config import RunConfig, check_unchanged
 from lbpwht_jax.runs.folder import writing
@@ -23,6 +22,7 @@ from lbpwht_jax.runs.metrics import METRICS, MetricsFile, read_metrics
 from lbpwht_jax.runs.plot import plot_curves
 from lbpwht_jax.runs.progress import Reporter
 from lbpwht_jax.runs.results import Result
+from lbpwht_jax.screen import say
 from lbpwht_jax.train import Diverged, Epoch, Placement, Snapshot, Trainer, TrainState
 from lbpwht_jax.train.checkpoint import Checkpoints, Facts, has_checkpoint
 from lbpwht_jax.train.processes import is_first
@@ -45,7 +45,7 @@ class TrainingRun:
       trainer: what trains it.
       variables: what training starts from, unless it goes on from a checkpoint.
       restored: the state that training goes on from, and the checkpoint's facts.
-      damaged: what is wrong with other checkpoints of the run, a message for each.
+      notes: what the user should know before it starts, such as what is wrong with other checkpoints; a message for each.
     """
 
     config: RunConfig
@@ -54,7 +54,7 @@ class TrainingRun:
     trainer: Trainer
     variables: Mapping[str, Any] | None
     restored: tuple[TrainState, Facts] | None
-    damaged: Sequence[str] = ()
+    notes: Sequence[str] = ()
 
     def train(self, save_every: int, console: Console) -> tuple[Result, bool]:
         """Trains to the end, saving as it goes, and writes weights, plot and result.
@@ -81,6 +81,22 @@ class TrainingRun:
                 checkpoints.wait()
                 return self._finish(state, checkpoints.best, console), stop.received is not None
 
+    def stepping(self) -> Callable[[], Any]:
+        """Returns a function that makes another step on the first batch each time, from where the run started.
+
+        For timing: it returns the step's metrics, which may still be on their way. Nothing is saved.
+        """
+        trainer = self.trainer
+        with training_batches(trainer.dataset, trainer.loading) as batches:
+            batch = trainer.placement.put_batch(next(batches))
+        held = [trainer.initial_state(self.variables)]
+
+        def step() -> Any:
+            held[0], metrics = trainer.train_step(held[0], batch)
+            return metrics
+
+        return step
+
     def _start(self, checkpoints: Checkpoints) -> TrainState:
         placement = self.trainer.placement
         if self.restored is not None:
@@ -102,21 +118,35 @@ class TrainingRun:
         config, dataset = self.config, self.trainer.dataset
         validation = 0 if dataset.validation is None else len(dataset.validation)
         parameters = jax.eval_shape(self.model.init, jax.random.key(0), self.config.images())["params"]
-        console.print(
-            f"[bold]{config.method}[/]: {config.model} ({_scalars(parameters):,} parameters) on {escape(dataset.name)} "
-            f"({len(dataset.train)} training, {validation} validation and {len(dataset.test)} test images, "
-            f"{len(dataset.classes)} classes)" + (f", going on after step {done}" if done else ""),
-            soft_wrap=True,
+        trained = [
+            leaf
+            for path, leaf in jax.tree.leaves_with_path(parameters)
+            if self.model.trainable(jax.tree_util.keystr(path, simple=True, separator="/"))
+        ]
+        say(
+            console,
+            f"{config.method}: {config.model} on {dataset.name} ({len(dataset.train)} training, {validation} validation and "
+            f"{len(dataset.test)} test images are listed, {len(dataset.classes)} classes)"
+            + (f", going on after step {done}" if done else ""),
+            style="bold",
         )
-        console.print(
+        say(
+            console,
+            f"Trained ({config.train}): {_scalars(trained):,} of {_scalars(parameters):,} parameters, "
+            f"{_scalars(trained) / _scalars(parameters):.1%}. Layers that low rank can adapt: "
+            f"{layer_counts(config.info, self.model)} (--when {config.when}).",
+        )
+        say(
+            console,
             "Each epoch and the choice of the best one use the validation images alone; the test images are measured once, at "
             "the end."
             if validation
             else "No validation images: each epoch measures the test images, and the best checkpoint is the last epoch's.",
-            soft_wrap=True,
         )
-        for message in self.damaged:
-            console.print(message, style="yellow", soft_wrap=True, markup=False)
+        if config.recipe.loss_parts:
+            say(console, f"Training losses contain {' and '.join(config.recipe.loss_parts)}; the others do not.")
+        for message in self.notes:
+            say(console, message, style="yellow")
 
     def _follow(
         self, state: TrainState, done: int, save_every: int, checkpoints: Checkpoints, console: Console, stop: StopSignals
@@ -125,14 +155,20 @@ class TrainingRun:
         with writing(self.folder / METRICS, self.folder):
             file = MetricsFile(self.folder, self.config.recipe.batch_size, done, write=is_first())
         for note in file.notes:
-            console.print(note, style="yellow", soft_wrap=True, markup=False)
-        with file as metrics, Reporter(console, self.trainer, done) as reporter:
+            say(console, note, style="yellow")
+        started = done - done % self.trainer.steps_per_epoch
+        losses = [step.loss for step in read_metrics(self.folder)[0] if started < step.number <= done]
+        unread: set[str] = set()
+        with file as metrics, Reporter(console, self.trainer, done, losses) as reporter:
             try:
                 for event in self.trainer.fit(state, save_every, stop):
                     checkpoints.check()
                     if isinstance(event, Snapshot):
                         state = event.state
                         self._save(event, checkpoints, metrics)
+                        if new := event.skipped.keys() - unread:
+                            unread |= new
+                            say(console, f"{len(new)} listed images could not be read and count nowhere", style="yellow")
                     else:
                         with writing(self.folder / METRICS, self.folder):
                             metrics.write(event)
@@ -187,7 +223,9 @@ class TrainingRun:
         )
         if is_first():
             with writing(folder / run_folder.PLOT, folder):
-                plot_curves(folder / run_folder.PLOT, steps, epochs, f"{config.model} on {config.dataset}, {config.method}")
+                title, contains = f"{config.model} on {config.dataset}, {config.method}", " and ".join(config.recipe.loss_parts)
+                training = f"training, with {contains}" if contains else "training"
+                plot_curves(folder / run_folder.PLOT, steps, epochs, title, training)
             with writing(folder / run_folder.RESULT, folder):
                 run_folder.write_json(folder / run_folder.RESULT, dataclasses.asdict(result))
         self._tell_skipped(console)
@@ -206,17 +244,22 @@ class TrainingRun:
         skipped = run_folder.add_skipped(self.folder, {})
         if skipped:
             name, reason = next(iter(skipped.items()))
-            console.print(
+            say(
+                console,
                 f"images that could not be read and count nowhere: {len(skipped)}, listed in "
                 f"{self.folder / run_folder.SKIPPED}; the first is {name}: {reason}",
                 style="yellow",
-                soft_wrap=True,
-                markup=False,
             )
 
 
 def prepare(
-    config: RunConfig, folder: Path, dataset: Dataset, placement: Placement, workers: int | None, resume_step: int | None = None
+    config: RunConfig,
+    folder: Path,
+    dataset: Dataset,
+    placement: Placement,
+    workers: int | None,
+    resume_step: int | None = None,
+    notes: Sequence[str] = (),
 ) -> TrainingRun:
     """Checks a run and reads what it starts from; writes nothing.
 
@@ -227,6 +270,7 @@ def prepare(
       placement: where the arrays live.
       workers: threads that load images; by default as many as there are cores, up to 16.
       resume_step: the checkpoint to go on from; by default the run starts with its pretrained weights.
+      notes: what the user should know before training starts, a message for each.
 
     Raises:
       ValueError: if a name is unknown, the method trains nothing, the data has other classes or too few images, or the
@@ -237,12 +281,12 @@ def prepare(
     model = config.adapted()
     trainer = Trainer(model, config.info, dataset, config.recipe, config.image_size, model.trainable, placement, workers)
     if resume_step is None:
-        return TrainingRun(config, folder, model, trainer, config.start(model), None)
+        return TrainingRun(config, folder, model, trainer, config.start(model), None, notes)
     with Checkpoints(folder, config.to_json(), write=False) as checkpoints:
         check_unchanged(config, checkpoints.facts(resume_step).config, folder, resume_step)
         restored = checkpoints.restore(config.abstract_state(model, placement), placement, resume_step)
         damaged = checkpoints.damaged()
-    return TrainingRun(config, folder, model, trainer, None, restored, damaged)
+    return TrainingRun(config, folder, model, trainer, None, restored, (*notes, *damaged))
 
 
 def finished(folder: Path) -> bool:

@@ -50,6 +50,13 @@ class Recipe:
     augmentation: Augmentation = dataclasses.field(default_factory=Augmentation)
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
 
+    @property
+    def loss_parts(self) -> tuple[str, ...]:
+        """What makes a training loss another than the plain cross-entropy of an evaluation, in words."""
+        smoothing = (f"label smoothing of {self.label_smoothing:g}",) * (self.label_smoothing > 0)
+        mixing = (name for name in ("mixup", "cutmix") if getattr(self.augmentation, name) > 0)
+        return (*smoothing, *mixing)
+
     def optimizer(self, steps: int) -> optax.GradientTransformation:
         """Clips gradients, then applies AdamW with linear warm-up and a cosine.
 

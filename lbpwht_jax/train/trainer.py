@@ -27,7 +27,8 @@ class Step(NamedTuple):
       loss: mean over the batch, with smoothed labels.
       accuracy: accuracy on the batch, in [0, 1].
       gradient_norm: global norm of the gradients before clipping.
-      seconds: time since the step before was done, or since its own start if something else was done in between.
+      seconds: time since the step before was done, or since its own start if something else, such as compiling, was done in
+        between.
     """
 
     number: int
@@ -64,6 +65,11 @@ class Epoch(NamedTuple):
     def accuracy(self) -> float:
         """The accuracy that was measured, in [0, 1]."""
         return next(value for name, value in self.measured.items() if name.endswith("accuracy"))
+
+    @property
+    def loss(self) -> float:
+        """The mean loss that was measured, without label smoothing."""
+        return next(value for name, value in self.measured.items() if name.endswith("loss"))
 
 
 class Snapshot(NamedTuple):
@@ -161,7 +167,7 @@ class Trainer:
         return self.placement.put(state, self.placement.of_state(state))
 
     @functools.cached_property
-    def train_step(self) -> Callable[[TrainState, Any], tuple[TrainState, Metrics]]:
+    def train_step(self) -> Any:
         """The compiled ``step(state, batch) -> (state, metrics)``, which reuses the memory of the state it is given."""
         recipe, classes = self.recipe, len(self.dataset.classes)
         step = make_train_step(self.model, self.info, self._optimizer, recipe, self.image_size, classes)
@@ -206,11 +212,15 @@ class Trainer:
         number, classes = int(jax.device_get(state.step)), len(self.dataset.classes)
         with training_batches(self.dataset, self.loading, number) as batches:
             pending: Metrics | None = None
-            mark = time.perf_counter()
+            compiled, mark = False, time.perf_counter()
             while number < self.steps:
                 batch = next(batches)
                 check_labels(batch.labels, classes, f"the training images of {self.dataset.name}")
-                state, metrics = self.train_step(state, self.placement.put_batch(batch))
+                placed = self.placement.put_batch(batch)
+                if not compiled:  # apart from the steps, so that no step's time contains it
+                    self.train_step.lower(state, placed).compile()
+                    compiled, mark = True, time.perf_counter()
+                state, metrics = self.train_step(state, placed)
                 number += 1
                 if pending is not None:
                     mark, step = self._report(state, number - 1, pending, mark)

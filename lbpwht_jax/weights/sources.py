@@ -2,6 +2,9 @@
 
 import os
 import re
+import socket
+import urllib.parse
+import urllib.request
 from pathlib import Path
 
 import numpy as np
@@ -78,20 +81,37 @@ def class_names(source: str | os.PathLike, *, offline: bool = False) -> list[str
     return names
 
 
+def _unresolved(endpoint: str) -> str:
+    """The host of an address if its name cannot be resolved, which tells at once what the hub's client tries for a while."""
+    host = urllib.parse.urlsplit(endpoint).hostname or ""
+    if urllib.request.getproxies():
+        return ""
+    try:
+        socket.getaddrinfo(host, 443)
+    except OSError:
+        return host
+    return ""
+
+
 def _download(repository: str, offline: bool) -> Path:
     try:
-        from huggingface_hub import errors, hf_hub_download  # noqa: PLC0415 - optional, of the extra hub
+        from huggingface_hub import constants, errors, hf_hub_download  # noqa: PLC0415 - optional, of the extra hub
     except ImportError:
         raise ImportError(
             f"{repository}: no such file or folder, and reading from the Hugging Face hub needs huggingface_hub; "
             "pip install 'lbpwht_jax[hub]', or pass the path of a file"
         ) from None
+    unreachable = "" if offline else _unresolved(constants.ENDPOINT)
     for name in _NAMES:
         try:
-            return Path(hf_hub_download(repository, name, local_files_only=offline))
+            return Path(hf_hub_download(repository, name, local_files_only=offline or bool(unreachable)))
         except errors.LocalEntryNotFoundError as error:
             if not offline:
-                raise FileNotFoundError(f"{repository}: not in the hub's local cache, nor could the hub be reached") from error
+                why = f", whose name {unreachable} cannot be resolved: there is no network" if unreachable else ""
+                raise FileNotFoundError(
+                    f"{repository}: not in the hub's local cache, nor could the hub be reached{why}; download it elsewhere and "
+                    "pass the path of the file"
+                ) from error
         except errors.EntryNotFoundError:
             continue
         except errors.RepositoryNotFoundError as error:

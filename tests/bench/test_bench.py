@@ -99,7 +99,17 @@ def test_bench_layers_writes_what_it_shows(tmp_path, capsys):
 
 @pytest.mark.heavy
 def test_bench_step_writes_what_it_shows(tmp_path, capsys):
-    arguments = ["--models", "vit_micro_patch4_28", "--methods", "full", "lp_l1-2", "lora_all-8", "full+remat"]
+    arguments = [
+        "--models",
+        "vit_micro_patch4_28",
+        "--methods",
+        "full",
+        "lp_l1-2",
+        "lora_all-8",
+        "full+remat",
+        "--train",
+        "all",
+    ]
     assert main(["bench", "step", *arguments, "--batch-size", "2", "--rounds", "1", "--output", str(tmp_path)]) == 0
     rows = {row["method"]: row for row in json.loads((tmp_path / "step.json").read_text())["rows"]}
     assert rows["lp_l1-2"]["backward_flops"] < rows["full"]["backward_flops"]

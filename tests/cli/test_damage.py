@@ -75,7 +75,7 @@ def same_end(run, whole):
 def test_the_header_tells_the_splits_apart(whole, run, capsys):
     code, out, _ = finetune(capsys, "--resume", run, "--resume-step", "3")
     assert code == 0
-    assert "(20 training, 0 validation and 4 test images, 2 classes), going on after step 3" in out
+    assert "(20 training, 0 validation and 4 test images are listed, 2 classes), going on after step 3" in out
     assert "No validation images: each epoch measures the test images, and the best checkpoint is the last epoch's." in out
     # the weights' bytes too: their header is in order
     same_end(run, whole)
@@ -191,7 +191,7 @@ def test_divergence_leaves_a_finite_state_and_evaluation_tells_one_that_is_not(i
 def test_validation_images_choose_and_test_images_are_measured_once(images, tmp_path, capsys):
     options = [*OPTIONS, "--dataset", f"folder:{images}", "--validation", "0.2", "--output", tmp_path / "run"]
     code, out, _ = finetune(capsys, *options)
-    assert code == 0 and "(16 training, 4 validation and 4 test images, 2 classes)" in out
+    assert code == 0 and "(16 training, 4 validation and 4 test images are listed, 2 classes)" in out
     assert "use the validation images alone; the test images are measured once, at the end" in out.replace("\n", " ")
     assert out.count("validation accuracy") == 2
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]

@@ -249,7 +249,7 @@ def test_the_table_shows_every_method(compared):
         for value in (
             f"{result['test_accuracy']:.2%}",
             f"{result['backward_flops'] / 1e6:.1f}",
-            f"{result['saved_bytes'] / 1e3:,.0f}",
+            f"{result['saved_bytes'] / 1e6:,.2f}",
         ):
             assert value in row
     assert str(folder) in printed

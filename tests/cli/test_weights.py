@@ -12,7 +12,6 @@ import tyro
 
 from lbpwht_jax import create_model
 from lbpwht_jax.cli import main
-from lbpwht_jax.cli.models import Models, describe
 from lbpwht_jax.cli.weights import Convert, Export
 from lbpwht_jax.weights.pretrained import read_weights
 from lbpwht_jax.weights.sources import class_names
@@ -83,23 +82,3 @@ def test_outputs_that_cannot_be(timm_file, tmp_path, capsys):
     (tmp_path / "link.safetensors").symlink_to(tmp_path / "old.safetensors")
     assert main(["convert", NAME, str(source), str(tmp_path / "link.safetensors")]) == 0
     assert "params/blocks_5/mlp/fc2/kernel" in read_weights(tmp_path / "old.safetensors")
-
-
-def test_table(capsys):
-    tyro.cli(Models, args=["vit_m*"]).prepare()
-    out = capsys.readouterr().out
-    row = next(line for line in out.splitlines() if NAME in line)
-    assert [cell.strip() for cell in row.split("│")[1:-1]] == [NAME, "774,760", "0.04", "28", "24"]
-    assert r"VisionTransformer: blocks_\d+/(attn/(qkv|proj)|mlp/fc[12])$" in out
-    with pytest.raises(ValueError, match=r"no model matches 'resnet\*'"):
-        Models("resnet*").prepare()
-
-
-def test_counts():
-    """Parameters as timm counts them; products from the architecture: 197 tokens, 12 blocks of 192 channels, 3 heads."""
-    counted = describe("vit_tiny_patch16_224")
-    assert counted.parameters == 5_717_416
-    assert counted.low_rank_layers == 48
-    tokens, dim = 197, 192
-    block = tokens * 12 * dim * dim + 2 * tokens * tokens * dim
-    assert counted.macs == 196 * 16 * 16 * 3 * dim + 12 * block + dim * 1000

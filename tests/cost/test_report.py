@@ -112,6 +112,7 @@ def test_trainable_parameters():
 
 def test_command_line(capsys):
     arguments = ["cost", MICRO, "--method", "lp_l1-4", "--train", "last_stage", "--num-classes", "10"]
+    arguments += ["--when", "always"]
     assert main([*arguments, "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     cost = model_cost(MICRO, "lp_l1-4", "last_stage", 10)
