@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from lbpwht_jax.adaptation import Freeze, LoRA, LowRank, adapt, create_model
     from lbpwht_jax.layers import LowRankDense, LowRankLinear
     from lbpwht_jax.models import list_models
-    from lbpwht_jax.ops import LowRankSpec, fast_walsh_hadamard, low_rank_matmul, lp_l1, lp_linf, walsh_matrix
+    from lbpwht_jax.ops import LowRankSpec, Residuals, fast_walsh_hadamard, low_rank_matmul, lp_l1, lp_linf, walsh_matrix
     from lbpwht_jax.weights import load_adapter, load_pretrained, save_adapter
 
 __version__ = version("lbpwht_jax")
@@ -24,6 +24,7 @@ __all__ = [
     "LowRankDense",
     "LowRankLinear",
     "LowRankSpec",
+    "Residuals",
     "__version__",
     "adapt",
     "create_model",
@@ -39,7 +40,7 @@ __all__ = [
 ]
 
 _NAMES = {
-    "ops": ("LowRankSpec", "fast_walsh_hadamard", "low_rank_matmul", "lp_l1", "lp_linf", "walsh_matrix"),
+    "ops": ("LowRankSpec", "Residuals", "fast_walsh_hadamard", "low_rank_matmul", "lp_l1", "lp_linf", "walsh_matrix"),
     "layers": ("LowRankDense", "LowRankLinear"),
     "models": ("list_models",),
     "adaptation": ("Freeze", "LoRA", "LowRank", "adapt", "create_model"),

@@ -14,6 +14,7 @@ from jax import lax
 # Least and largest slope of the exact GELU, at x = -sqrt(2) and sqrt(2).
 _LARGEST_SLOPE = 0.5 * (1 + math.erf(1)) + math.exp(-1) / math.sqrt(math.pi)
 _LEAST_SLOPE = 1 - _LARGEST_SLOPE
+_LEAST_CHANNELS = 16  # of a row with a step of its own
 
 
 @jax.tree_util.register_dataclass
@@ -65,11 +66,12 @@ def slope_levels(bits: int) -> tuple[float, ...]:
 class Rows:
     """Rows in few bits: equal steps from minus a row's largest magnitude to the same above zero.
 
-    A row that holds NaN or an infinity decodes to no finite number.
+    A row that holds NaN or an infinity decodes to no finite number. Where there are fewer than 16 channels, all rows of an
+    image count as one, for which 8 bits are as many as a picture's file has.
 
     Attributes:
-      codes: uint8 ``[..., channels * bits / 8]``, rounded up.
-      steps: float32 ``[..., 1]``, a step for each row.
+      codes: uint8 ``[batch, ..., channels * bits / 8]``, rounded up.
+      steps: float32 ``[batch, ..., 1]``, a step for each row.
       bits: 4 or 8.
       channels: of the rows.
       dtype: theirs.
@@ -83,9 +85,10 @@ class Rows:
 
     @classmethod
     def of(cls, x: jax.Array, bits: int) -> "Rows":
-        """The codes of ``x``, ``[..., channels]``, floating point."""
+        """The codes of ``x``, ``[batch, ..., channels]``, floating point."""
         wide, most = x.astype(jnp.float32), 2 ** (bits - 1) - 1
-        largest = jnp.max(jnp.abs(wide), axis=-1, keepdims=True)
+        axes = -1 if x.shape[-1] >= _LEAST_CHANNELS else tuple(range(1, x.ndim))
+        largest = jnp.max(jnp.abs(wide), axis=axes, keepdims=True)
         inverse = jnp.where(largest > 0, most / largest, 0)
         codes = jnp.clip(jnp.round(wide * inverse), -most, most) + most
         return cls(_pack(codes.astype(jnp.uint8), bits), largest / most, bits, x.shape[-1], x.dtype)

@@ -57,11 +57,10 @@ _coded_gelu.defvjp(lambda x, bits: gelu_and_slope(x, bits), _coded_gelu_backward
 
 
 def gelu_and_slope(x: jax.Array, bits: int | None) -> tuple[jax.Array, Any]:
-    """``gelu(x)``, and its slope, in so many bits or whole, computed before anything that uses the first."""
+    """``gelu(x)``, and its slope, in so many bits or whole."""
     if bits is None:
         return gelu(x), gelu_slope(x)
-    slope, x = apart((Slopes.of(gelu_slope(x), bits), x))
-    return gelu(x), slope
+    return apart((gelu(x), Slopes.of(gelu_slope(x), bits)))
 
 
 def decoded_slope(slope: Any) -> jax.Array:

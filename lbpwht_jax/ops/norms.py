@@ -118,7 +118,9 @@ def _normalised(x: jax.Array, mean: jax.Array, inverse: jax.Array) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
 def _normalise(x: Any, mean: Any, inverse: Any, scale: Any, bias: Any, static: _Static) -> jax.Array:
-    y = _apply(_normalised(x, mean, inverse), scale, bias)
+    shape = (1,) * (x.ndim - 1) + (-1,)
+    scale, bias = (a.reshape(shape).astype(inverse.dtype) for a in (scale, bias))
+    y = (x.astype(inverse.dtype) - mean) * (inverse * scale) + bias  # in Flax's order, so that rounding is the same
     if static.activation == "gelu":
         y = gelu(y)
     if static.activation == "relu":
@@ -136,8 +138,11 @@ def _forward(x: Any, mean: Any, inverse: Any, scale: Any, bias: Any, static: _St
             normalised = _normalised(x, mean, inverse)
             if static.activation == "relu":  # rounding would turn slopes near zero over
                 mask = Mask.of(_apply(normalised, scale, bias) > 0)
-            kept, mask, x = apart((Rows.of(normalised, static.bits), mask, x))
-    return _normalise(x, mean, inverse, scale, bias, static), (kept, mask, mean, inverse, scale, bias)
+            kept = Rows.of(normalised, static.bits)
+    y = _normalise(x, mean, inverse, scale, bias, static)
+    if isinstance(kept, Rows):
+        kept, mask, y = apart((kept, mask, y))
+    return y, (kept, mask, mean, inverse, scale, bias)
 
 
 def _backward(static: _Static, residuals: tuple, g: jax.Array | SymbolicZero) -> tuple:

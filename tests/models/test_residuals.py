@@ -1,0 +1,205 @@
+"""What the four families keep for the backward pass, by setting: the gradients that follow, and every array that is kept."""
+
+import dataclasses
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from lbpwht_jax import LowRank, Residuals, adapt, create_model, lp_l1
+from lbpwht_jax.models.blocks import Settings
+from lbpwht_jax.models.efficientformer import EfficientFormer
+from lbpwht_jax.models.efficientformer_v2 import EfficientFormerV2
+from lbpwht_jax.models.swin_v2 import SwinTransformerV2
+from lbpwht_jax.models.vit import VisionTransformer
+from lbpwht_jax.ops.residuals import RESIDUALS
+
+CONVOLUTIONAL = {"num_classes": 5, "image_size": 64, "dims": (16, 16, 32, 32), "attention": 1}
+FAMILIES = {
+    "vit": (VisionTransformer(5, 28, 4, dim=32, depth=2, heads=2), r"(attn/(qkv|proj)|mlp/fc[12])$"),
+    "swin_v2": (SwinTransformerV2(5, 32, 4, dim=16, depths=(2, 1), heads=(1, 2)), r"(attn/(qkv|proj)|mlp/fc[12]|reduction)$"),
+    "efficientformer": (EfficientFormer(**CONVOLUTIONAL, depths=(1, 1, 1, 2)), r"mlp/fc[12]$"),
+    "efficientformer_v2": (EfficientFormerV2(**CONVOLUTIONAL, mlp_ratios=((8,), (2,), (2, 2), (2, 2))), r"fc[12]/conv$"),
+}
+# 1 - cosine of each parameter's gradient with the plain one's, at most. These models are narrow, their rows short, and the last
+# batch norm takes its statistics from 16 positions.
+TURNED = {"exact": 1e-9, "lean": 2e-3, "tiny": 0.35}
+
+
+def model(family, residuals, frozen_batch_norm=True):
+    """A family's model, its layers low-rank, under a setting."""
+    plain, pattern = FAMILIES[family]
+    module = plain.clone(settings=Settings(frozen_batch_norm=frozen_batch_norm, residuals=RESIDUALS[residuals]))
+    return adapt(module, [LowRank(pattern, lp_l1(3))], images(family)[:1])
+
+
+def images(family, batch=4):
+    size = FAMILIES[family][0].image_size
+    return jnp.asarray(np.random.default_rng(0).normal(size=(batch, size, size, 3)), jnp.float32)
+
+
+def draw(family):
+    """Variables in which every tensor is off its initial value."""
+    target = jax.eval_shape(FAMILIES[family][0].init, jax.random.key(0), images(family))
+    rng = np.random.default_rng(1)
+
+    def leaf(path, like):
+        if path[-1].key in ("scale", "var", "gamma"):
+            return jnp.asarray(rng.uniform(0.5, 1.5, like.shape), like.dtype)
+        return jnp.asarray(rng.normal(size=like.shape) / np.sqrt(max(np.prod(like.shape[:-1]), 4)), like.dtype)
+
+    return jax.tree_util.tree_map_with_path(leaf, target)
+
+
+def split(variables):
+    return variables["params"], {name: tree for name, tree in variables.items() if name != "params"}
+
+
+def loss(model, params, others, x, train=True):
+    logits, updated = model.apply(
+        {"params": params, **others}, x, train=train, rngs={"dropout": jax.random.key(0)}, mutable=list(others)
+    )
+    return -jnp.mean(jax.nn.log_softmax(logits)[:, 1]), (logits, updated)
+
+
+def gradient(model, params, others, x):
+    return jax.grad(lambda params: loss(model, params, others, x)[0])(params)
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def plain(family):
+    """Variables, and what the model gives and its gradient is where JAX keeps what it likes."""
+    params, others = split(draw(family))
+    step = jax.jit(jax.value_and_grad(lambda p: loss(model(family, "plain", False), p, others, images(family)), has_aux=True))
+    return params, others, step(params)
+
+
+@pytest.mark.parametrize("residuals", TURNED)
+def test_gradients(family, plain, residuals):
+    params, others, ((_, wanted), exact) = plain
+    own = model(family, residuals, frozen_batch_norm=False)
+    step = jax.jit(jax.value_and_grad(lambda p: loss(own, p, others, images(family)), has_aux=True))
+    (_, found), gradients = step(params)
+    chex.assert_trees_all_close(found, wanted, atol=2e-5, rtol=2e-5)  # logits and running statistics: sums in another order
+    gradients, exact = (jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), tree) for tree in (gradients, exact))
+    largest = max(np.linalg.norm(leaf) for leaf in jax.tree.leaves(exact))
+    for (path, a), b in zip(jax.tree.leaves_with_path(gradients), jax.tree.leaves(exact), strict=True):
+        norms = np.linalg.norm(a), np.linalg.norm(b)
+        if min(norms) < 1e-5 * largest:  # a bias before batch normalisation has no gradient but rounding
+            continue
+        cosine = np.vdot(a, b) / (norms[0] * norms[1])
+        assert cosine > 1 - TURNED[residuals], jax.tree_util.keystr(path)
+        if residuals == "exact":
+            assert np.linalg.norm(a - b) <= 1e-5 * max(norms[1], 1e-2 * largest), jax.tree_util.keystr(path)
+
+
+def kept(model, params, others, x):
+    """The arrays that the backward pass keeps and whose size grows with the batch."""
+
+    def residuals(x):
+        return jax.vjp(lambda p: loss(model, p, others, x)[0], params)[1]
+
+    shapes = [jax.tree.leaves(jax.eval_shape(residuals, jax.ShapeDtypeStruct((n, *x.shape[1:]), x.dtype))) for n in (2, 3)]
+    return [a for a, b in zip(*shapes, strict=True) if a.shape != b.shape]
+
+
+@pytest.mark.parametrize("residuals", ["lean", "tiny"])
+def test_no_array_as_large_as_the_hidden_activations_is_kept(family, plain, residuals):
+    """None has more bytes than 0.26 of them in float32, and none with as many elements is floating point."""
+    params, others, _ = plain
+    hidden = {"vit": 50 * 128, "swin_v2": 64 * 64, "efficientformer": 256 * 64, "efficientformer_v2": 256 * 128}[family]
+    own = kept(model(family, residuals), params, others, images(family))
+    for array in own:
+        elements = array.size // 2
+        if array.shape[-1] == 3 or array.shape[-1] == 1024:  # images; and values of EfficientFormerV2's attention, kept whole
+            continue
+        assert elements * array.dtype.itemsize <= 0.26 * 4 * hidden, array
+        assert elements < hidden or not jnp.issubdtype(array.dtype, jnp.floating), array
+
+
+def test_each_setting_keeps_less_than_the_one_before(family, plain):
+    params, others, _ = plain
+    sizes = []
+    for residuals in ("plain", "exact", "lean", "tiny"):
+        arrays = kept(model(family, residuals), params, others, images(family))
+        sizes.append(sum(array.size * array.dtype.itemsize for array in arrays))
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[2] < 0.5 * sizes[0]
+
+
+def test_transformations():
+    """Under vmap, remat, scan, pmap and shard_map the gradients of "lean" are those without."""
+    family = "vit"
+    params, others = split(draw(family))
+    own, x = model(family, "lean"), images(family)
+    expected = jax.jit(lambda p, x: gradient(own, p, others, x))(params, x)
+    each = jax.vmap(lambda x: gradient(own, params, others, x[None]))(x)
+    tolerance = {"atol": 1e-6, "rtol": 1e-4}  # sums over images in another order
+
+    def mean(tree):
+        return jax.tree.map(lambda leaf: leaf.mean(0), tree)
+
+    chex.assert_trees_all_close(mean(each), expected, **tolerance)
+    looped = jax.lax.scan(lambda _, x: (None, gradient(own, params, others, x[None])), None, x)[1]
+    chex.assert_trees_all_close(mean(looped), expected, **tolerance)
+    mapped = jax.pmap(lambda x: gradient(own, params, others, x))(x.reshape(4, 1, *x.shape[1:]))
+    chex.assert_trees_all_close(mean(mapped), expected, **tolerance)
+    checkpointed = jax.jit(jax.grad(jax.checkpoint(lambda p: loss(own, p, others, x)[0])))(params)
+    chex.assert_trees_all_close(checkpointed, expected, **tolerance)
+    mesh = jax.make_mesh((4,), ("batch",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    def shard(params, x):
+        shared = jax.lax.pcast(params, "batch", to="varying")
+        return jax.lax.pmean(gradient(own, shared, others, x), "batch")
+
+    sharded = jax.jit(jax.shard_map(shard, mesh=mesh, in_specs=(P(), P("batch")), out_specs=P()))
+    chex.assert_trees_all_close(sharded(params, x), expected, **tolerance)
+
+
+def test_attention_may_keep_its_scores():
+    module = FAMILIES["vit"][0]
+    settings = dataclasses.replace(RESIDUALS["lean"], attention_bits=None, recompute_scores=False)
+    params, others = split(draw("vit"))
+    own = module.clone(settings=Settings(residuals=settings))
+    scores = [array for array in kept(own, params, others, images("vit")) if array.shape[-2:] == (50, 50)]
+    assert scores
+    assert not [a for a in kept(model("vit", "lean"), params, others, images("vit")) if a.shape[-2:] == (50, 50)]
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "message"),
+    [
+        (
+            "lena",
+            ValueError,
+            "vit_micro_patch4_28: residuals must be one of plain, exact, lean, tiny or a Residuals, got 'lena'",
+        ),
+        (8, TypeError, "residuals must be a name or a Residuals, got int"),
+    ],
+)
+def test_unknown_settings(value, error, message):
+    with pytest.raises(error, match=message):
+        create_model("vit_micro_patch4_28", residuals=value)
+
+
+@pytest.mark.parametrize(
+    ("fields", "error", "message"),
+    [
+        ({"slope_bits": 5}, ValueError, "slope_bits must be one of 2, 3, 4, 8 or None, got 5"),
+        ({"norm_bits": True}, ValueError, "norm_bits must be one of 4, 8 or None, got True"),
+        ({"attention_bits": 2}, ValueError, "attention_bits must be one of 4, 8 or None, got 2"),
+        ({"attention_bits": 8, "recompute_scores": False}, ValueError, "attention_bits=8 needs recompute_scores=True"),
+        ({"recompute_scores": 1}, TypeError, "recompute_scores must be True or False, got 1"),
+    ],
+)
+def test_bits_that_there_are_not(fields, error, message):
+    with pytest.raises(error, match=message):
+        Residuals(**fields)
