@@ -279,13 +279,15 @@ def low_rank_matmul(
       TypeError: when tracing, if ``x``, ``kernel`` or ``bias`` is not floating point, ``spec`` is not a ``LowRankSpec``,
         ``grid`` is not a tuple of integers or ``prefix_tokens`` is not an integer.
       ValueError: when tracing, if the grid is missing or does not fit ``x`` or the spec, prefix tokens are given without a
-        grid, the shapes of ``x``, ``kernel`` and ``bias`` do not fit, no function of the selection exists on the grid, or the
-        activation is unknown.
+        grid, the shapes of ``x``, ``kernel`` and ``bias`` do not fit, no function of the selection exists on the grid, the
+        activation is unknown, or there is no such number of bits.
     """
     x, kernel, bias = jnp.asarray(x), jnp.asarray(kernel), None if bias is None else jnp.asarray(bias)
     token_grid = check_operands(x, kernel, bias, spec, grid, prefix_tokens, name)
     if activation not in (None, "gelu"):
         raise ValueError(f"{name}: activation must be 'gelu' or None, got {activation!r}; apply others to x beforehand")
+    if slope_bits not in (None, 2, 3, 4, 8):
+        raise ValueError(f"{name}: slope_bits must be 2, 3, 4, 8 or None, got {slope_bits!r}")
     prefix_tokens = operator.index(prefix_tokens)
     # Elsewhere the coefficients do not hold the bias's cotangent, or XLA shards it: JAX adds the bias, and differentiates it.
     folded = None if is_explicit(x) or not holds_token_sum(spec, token_grid) else bias
