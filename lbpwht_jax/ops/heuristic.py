@@ -8,6 +8,8 @@ There, and where nearly every function of a narrow layer is kept, the exact prod
 
 On GPUs and TPUs products, projections and expansions run one after another, each as long as its FLOPs or its bytes need at the
 chip's peaks, whichever is more (a roofline by kernel). Kernels' FLOPs count as nothing there: they hide behind their bytes.
+On a TPU the operands of transforms lie with channels along the lanes, padded to a multiple of 128, where exact products of
+few channels may lie with tokens there.
 """
 
 import contextlib
@@ -32,6 +34,8 @@ Platform = Literal["cpu", "cuda", "tpu"]
 # FLOPs of a product in the time that one element of 16 bits takes to be moved, from the chips' bfloat16 FLOP/s and bytes/s:
 # H100 SXM, 989e12 and 3.35e12 (NVIDIA's data sheet); TPU v5e, 197e12 and 819e9 (Google's documentation).
 _FLOPS_PER_MOVED: dict[str, float] = {"cuda": 2 * 989e12 / 3.35e12, "tpu": 2 * 197e12 / 819e9}
+
+_LANES: dict[str, int] = {"cuda": 1, "tpu": 128}
 
 _forced: ContextVar[Platform | None] = ContextVar("platform", default=None)
 
@@ -78,7 +82,7 @@ def predicted_speedup(
     """
     tokens, coefficients = prefix_tokens + math.prod(grid), prefix_tokens + coefficient_count(spec, grid)
     if platform != "cpu":
-        return _roofline_speedup(spec, tokens, coefficients, inputs, outputs, _FLOPS_PER_MOVED[platform])
+        return _roofline_speedup(spec, tokens, coefficients, inputs, outputs, platform)
     by_axis = transform_form(spec, grid, "analysis") == "by_axis"
     per_channel = _PASSES_BY_AXIS * tokens if by_axis else tokens + coefficients
     exact_products = (spec.dx == "exact") + (spec.dw == "exact")
@@ -91,15 +95,18 @@ def predicted_speedup(
     return exact / time(backward_flops(spec, grid, prefix_tokens, inputs, outputs), moved)
 
 
-def _roofline_speedup(
-    spec: SpecFields, tokens: int, coefficients: int, inputs: int, outputs: int, flops_per_moved: float
-) -> float:
-    def product(rows: int) -> float:
-        return max(2 * rows * inputs * outputs, flops_per_moved * rows * (inputs + outputs))
+def _roofline_speedup(spec: SpecFields, tokens: int, coefficients: int, inputs: int, outputs: int, platform: Platform) -> float:
+    flops_per_moved, lanes = _FLOPS_PER_MOVED[platform], _LANES[platform]
+    padded = [-(-channels // lanes) * lanes for channels in (inputs, outputs)]
 
-    low = sum(product(coefficients if kind == "low_rank" else tokens) for kind in (spec.dx, spec.dw))
-    transformed = sum(transformed_channels(spec, inputs, outputs))
-    return 2 * product(tokens) / (low + flops_per_moved * (tokens + coefficients) * transformed)
+    def product(rows: int, moved_channels: int) -> float:
+        return max(2 * rows * inputs * outputs, flops_per_moved * rows * moved_channels)
+
+    kinds = [kind == "low_rank" for kind in (spec.dx, spec.dw)]
+    moved_channels = sum(padded) if any(kinds) else inputs + outputs
+    low = sum(product(coefficients if kind else tokens, moved_channels) for kind in kinds)
+    transformed = sum(transformed_channels(spec, *padded))
+    return 2 * product(tokens, inputs + outputs) / (low + flops_per_moved * (tokens + coefficients) * transformed)
 
 
 def chosen(spec: Spec, grid: Grid, prefix_tokens: int, inputs: int, outputs: int) -> Spec:
