@@ -66,6 +66,16 @@ def test_a_gpu_is_predicted_as_its_compiler_says(layer, compiled):
     np.testing.assert_allclose(predicted, compiled, rtol=0.05)
 
 
+def test_a_tpu_leaves_maps_exact():
+    # by the v5e's compiler ViT-B moves 0.91 of the bytes of full backpropagation; three MLPs of 48 channels at 56x56, of 224 at
+    # 14x14 and of 448 at 7x7 move 2.0, 1.5 and 1.7 times as much (LP_{L1-4})
+    for layer in ((768, 2304), (768, 768), (768, 3072), (3072, 768)):
+        assert predicted_speedup(lp_l1(4), (14, 14), 1, *layer, platform="tpu") > 1
+    for edge, inputs in ((56, 48), (14, 224), (7, 448)):
+        for layer in ((inputs, 4 * inputs), (4 * inputs, inputs)):
+            assert predicted_speedup(lp_l1(4), (edge, edge), 0, *layer, platform="tpu") < 1
+
+
 def test_the_choice_is_the_platforms():
     spec, layer = lp_l1(6, when="faster"), ((7, 7), 0, 1792, 448)
     exact = lp_l1(6, when="faster", dx="exact", dw="exact")
