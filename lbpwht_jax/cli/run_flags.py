@@ -16,6 +16,7 @@ from lbpwht_jax.data import Augmentation, open_dataset
 from lbpwht_jax.data.recipes import paper_recipe
 from lbpwht_jax.data.split import Dataset
 from lbpwht_jax.models import model_info
+from lbpwht_jax.runs import folder as run_folder
 from lbpwht_jax.runs.config import BUNDLED_WEIGHTS, NO_WEIGHTS, DType, Projection, RunConfig, When
 from lbpwht_jax.train import Recipe
 from lbpwht_jax.weights import BUNDLED
@@ -143,7 +144,8 @@ class RunFlags:
 
     pretrained: Annotated[str | None, flag("SOURCE", "the weights that come with the package, for the model that does")] = None
     """What training starts from: a .safetensors, .pth or .bin file, a Hugging Face folder, a hub id such as
-    timm/deit_tiny_patch16_224.fb_in1k, or none for random weights. The head is new."""
+    timm/deit_tiny_patch16_224.fb_in1k, the folder of a finished run, or none for random weights. The head is new, unless a
+    run has the same classes."""
 
     image_size: Annotated[int | None, flag("INT", "the model's")] = None
     """Height and width of the images, in pixels, such as 224."""
@@ -219,7 +221,7 @@ class RunFlags:
           ValueError: if a name is unknown, a number is out of range or there are no weights to start from.
           FileNotFoundError: if there is no such data.
         """
-        model, dataset_name = _or(self.model, BUNDLED), _or(self.dataset, "digits")
+        model, dataset_name = _or(self.model, self._pretrained_model()), _or(self.dataset, "digits")
         info = model_info(model)
         if self.pretrained is None and model != BUNDLED:
             raise ValueError(
@@ -259,7 +261,16 @@ class RunFlags:
             remat=False,
             recipe=recipe,
         )
-        return dataclasses.replace(self.over(defaults), recipe=recipe), dataset, notes
+        config = dataclasses.replace(self.over(defaults), recipe=recipe)
+        if config.keeps_head():
+            notes.append(f"The head is that of {config.pretrained}, which has the same classes.")
+        return config, dataset, notes
+
+    def _pretrained_model(self) -> str:
+        """The model of the run that training starts from, if it is a run; else the one that comes with the package."""
+        if self.pretrained is not None and (Path(self.pretrained) / run_folder.CONFIG).is_file():
+            return run_folder.read_config(Path(self.pretrained)).model
+        return BUNDLED
 
 
 def _batch_that_fits(recipe: Recipe, images: int) -> int:

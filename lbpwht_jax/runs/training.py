@@ -102,6 +102,9 @@ class TrainingRun:
         if self.restored is not None:
             state, facts = self.restored
             checkpoints.begin(state, placement, facts)
+            if is_first() and run_folder.read_config(self.folder).extended != self.config.extended:
+                with writing(self.folder / run_folder.CONFIG, self.folder):
+                    run_folder.extend(self.folder, self.config, self.trainer.steps)
             return state
         state = self.trainer.initial_state(self.variables)
         checkpoints.begin(state, placement)

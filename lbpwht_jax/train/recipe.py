@@ -57,13 +57,20 @@ class Recipe:
         mixing = (name for name in ("mixup", "cutmix") if getattr(self.augmentation, name) > 0)
         return (*smoothing, *mixing)
 
+    def schedule(self, steps: int) -> optax.Schedule:
+        """The learning rate by step, from 0: linear warm-up, then a cosine.
+
+        Args:
+          steps: number of steps of the whole training.
+        """
+        warmup = min(self.warmup_steps, steps // 5)
+        return optax.warmup_cosine_decay_schedule(self.lr / 1000, self.lr, warmup, max(steps, 1), self.lr * self.min_ratio)
+
     def optimizer(self, steps: int) -> optax.GradientTransformation:
         """Clips gradients, then applies AdamW with linear warm-up and a cosine.
 
         Args:
           steps: number of steps of the whole training.
         """
-        warmup = min(self.warmup_steps, steps // 5)
-        schedule = optax.warmup_cosine_decay_schedule(self.lr / 1000, self.lr, warmup, max(steps, 1), self.lr * self.min_ratio)
-        adamw = optax.adamw(schedule, weight_decay=self.weight_decay)
+        adamw = optax.adamw(self.schedule(steps), weight_decay=self.weight_decay)
         return optax.chain(optax.clip_by_global_norm(self.clip), adamw) if self.clip else adamw
