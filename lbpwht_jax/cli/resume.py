@@ -91,7 +91,7 @@ def check_agreement(flags: RunFlags, config: RunConfig, folder: Path) -> None:
     for name, wanted, recorded in differences(flags.over(config), config):
         if name == "recipe.epochs":  # the one that may change
             continue
-        flag = name.rpartition(".")[2].replace("_", "-")
+        flag = name.rpartition(".")[2].replace("_", "-").replace("algorithm", "optimizer")
         raise ValueError(
             f"--{flag} {wanted}: the run in {folder} was started with {recorded}, and a resumed run keeps its configuration; "
             "leave the flag out, or start a new run"

@@ -59,6 +59,7 @@ class RunConfig:
       recipe: how to train.
       validation: the share of the training images that is held out to choose the best epoch by; 0 for none. A data set that has
         validation images of its own needs none.
+      lora_alpha: LoRA's branches are multiplied by this over their rank (``Method.alpha``).
       extended: for each time that the run went on with another number of epochs, the step from which it did, and the number of
         epochs until then; ``recipe`` has the number since.
 
@@ -85,6 +86,7 @@ class RunConfig:
     remat: bool
     recipe: Recipe
     validation: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    lora_alpha: PositiveFloat = 8.0
     extended: tuple[tuple[NonNegativeInt, PositiveInt], ...] = ()
 
     @model_validator(mode="after")
@@ -102,7 +104,7 @@ class RunConfig:
         return dataclasses.replace(info, images=dataclasses.replace(info.images, **images))
 
     def module(self) -> nn.Module:
-        """The plain model, batch normalisation on its running statistics."""
+        """The plain model; batch normalisation is on its running statistics, unless training starts from random weights."""
         return plain_model(
             self.model,
             num_classes=len(self.classes),
@@ -110,7 +112,7 @@ class RunConfig:
             dtype=None if self.dtype == "float32" else jnp.dtype(self.dtype),
             drop_path=self.recipe.drop_path,
             remat=self.remat,
-            frozen_batch_norm=True,
+            frozen_batch_norm=self.pretrained != NO_WEIGHTS,
         )
 
     def check_classes(self, dataset: Dataset) -> None:
@@ -135,7 +137,8 @@ class RunConfig:
         Raises:
           ValueError: if the method trains nothing.
         """
-        rules = parse_method(self.method, projection=self.projection, when=self.when).rules(self.info, self.train)
+        method = parse_method(self.method, self.lora_alpha, projection=self.projection, when=self.when)
+        rules = method.rules(self.info, self.train)
         return adapt(self.module(), rules, self.images())
 
     def start(self, model: AdaptedModule) -> dict[str, Any]:

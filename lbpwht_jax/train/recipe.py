@@ -1,7 +1,7 @@
 """How to train: the numbers, and the optimiser they make."""
 
 import dataclasses
-from typing import Annotated
+from typing import Annotated, Literal
 
 import optax
 import pydantic.dataclasses
@@ -9,8 +9,14 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 
 from lbpwht_jax.data import Augmentation
 from lbpwht_jax.data.validation import STRICT
+from lbpwht_jax.train.depth import scale_by_depth
 
+Algorithm = Literal["adamw", "lion", "sgd", "adafactor"]
+ClassWeights = Literal["none", "balanced"]
 _BelowOne = Annotated[float, Field(ge=0, lt=1)]
+
+
+_MOMENTUM = 0.9
 
 
 @pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
@@ -20,11 +26,17 @@ class Recipe:
     Attributes:
       epochs: passes over the training images.
       batch_size: images per step, over all devices and processes.
-      lr: AdamW's peak learning rate.
-      weight_decay: AdamW's weight decay.
+      algorithm: what turns gradients into updates, Optax's: ``"adamw"``, ``"lion"``, ``"sgd"`` (with a momentum of 0.9) or
+        ``"adafactor"``.
+      lr: its peak learning rate.
+      weight_decay: the share of its value, times the learning rate, that a parameter loses in each step.
+      layer_decay: each block's learning rate over that of the block above it; the head and the last norms have the whole one.
       clip: the global norm that gradients are clipped to; 0 for no clipping.
       warmup_steps: steps over which the rate rises linearly from a thousandth of ``lr``; at most a fifth of all steps.
       min_ratio: the last learning rate of the cosine, as a fraction of ``lr``.
+      patience: how many epochs in a row may not beat the best validation accuracy before training stops; 0 for any number.
+      class_weights: ``"none"``, or ``"balanced"``: an image counts in the loss in inverse proportion to how many training
+        images its class has, 1 on average.
       label_smoothing: the probability spread evenly over all classes.
       drop_path: the probability of dropping the last block's residual branches; it rises linearly from 0 at the first block.
       ema: decay per step of the moving average of the trained parameters, which is then what is evaluated and kept; 0 for none.
@@ -38,11 +50,15 @@ class Recipe:
 
     epochs: PositiveInt
     batch_size: PositiveInt = 64
+    algorithm: Algorithm = "adamw"
     lr: PositiveFloat = 5e-4
     weight_decay: NonNegativeFloat = 1e-5
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
     clip: NonNegativeFloat = 5.0
     warmup_steps: NonNegativeInt = 100
     min_ratio: _BelowOne = 0.01
+    patience: NonNegativeInt = 0
+    class_weights: ClassWeights = "none"
     label_smoothing: _BelowOne = 0.1
     drop_path: _BelowOne = 0.0
     ema: _BelowOne = 0.0
@@ -67,10 +83,23 @@ class Recipe:
         return optax.warmup_cosine_decay_schedule(self.lr / 1000, self.lr, warmup, max(steps, 1), self.lr * self.min_ratio)
 
     def optimizer(self, steps: int) -> optax.GradientTransformation:
-        """Clips gradients, then applies AdamW with linear warm-up and a cosine.
+        """Clips gradients, then applies the algorithm with linear warm-up and a cosine.
 
         Args:
           steps: number of steps of the whole training.
         """
-        adamw = optax.adamw(self.schedule(steps), weight_decay=self.weight_decay)
-        return optax.chain(optax.clip_by_global_norm(self.clip), adamw) if self.clip else adamw
+        rate, decay = self.schedule(steps), self.weight_decay
+        match self.algorithm:
+            case "adamw":
+                parts = [optax.adamw(rate, weight_decay=decay)]
+            case "lion":
+                parts = [optax.lion(rate, weight_decay=decay)]
+            case "sgd":
+                parts = [optax.trace(_MOMENTUM), optax.add_decayed_weights(decay), optax.scale_by_learning_rate(rate)]
+            case "adafactor":  # which decays weights without regard to the learning rate, and returns descending updates
+                last = optax.scale_by_learning_rate(rate, flip_sign=False)
+                parts = [optax.adafactor(None), optax.add_decayed_weights(-decay), last]
+        clipping = [optax.clip_by_global_norm(self.clip)] * bool(self.clip)
+        decaying = [scale_by_depth(self.layer_decay)] * (self.layer_decay < 1)
+        parts = [*clipping, *parts, *decaying]
+        return optax.chain(*parts) if len(parts) > 1 else parts[0]

@@ -1,5 +1,6 @@
 """Training on: another number of epochs for a run that is there, and a run as what another one starts from."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -73,6 +74,43 @@ def test_what_was_planned_after_a_checkpoint_is_forgotten():
         check_unchanged(again, recorded.to_json(), Path("run"), step)
     with pytest.raises(ValueError, match=r"recipe.epochs is 15, but checkpoint 300 was made with 14"):
         check_unchanged(again, config.to_json() | {"recipe": config.to_json()["recipe"] | {"epochs": 14}}, Path("run"), 300)
+
+
+def test_training_stops_where_validation_does_not_get_better(images, tmp_path, capsys):
+    """With a learning rate of next to nothing no epoch beats the first: patience 2 ends it after the third."""
+    folder = tmp_path / "run"
+    options = [
+        "--method",
+        "full",
+        "--train",
+        "head",
+        "--batch-size",
+        "8",
+        "--dataset",
+        f"folder:{images}",
+        "--validation",
+        "0.2",
+    ]
+    options += ["--epochs", "9", "--patience", "2", "--lr", "1e-12", "--optimizer", "lion", "--class-weights", "balanced"]
+    assert main(["finetune", *options, "--layer-decay", "0.5", "--output", str(folder)]) == 0
+    assert "none of the last 2 epochs beat epoch 1, " in " ".join(capsys.readouterr().out.split())
+    steps, epochs = read_metrics(folder)
+    assert len(epochs) == 3 and steps[-1].number == epochs[-1].step
+    before = (folder / "weights.safetensors").read_bytes()
+    # a run that was cut off before its end was written does not train on
+    (folder / "result.json").unlink()
+    assert main(["finetune", "--resume", str(folder)]) == 0
+    assert len(read_metrics(folder)[1]) == 3 and (folder / "weights.safetensors").read_bytes() == before
+    assert main(["finetune", "--resume", str(folder), "--optimizer", "adamw"]) == 2
+    assert "--optimizer adamw: the run" in capsys.readouterr().err
+
+
+def test_alpha_and_batch_normalisation_reach_the_model():
+    config = RunFlags(method="lora-4", lora_alpha=16.0).new_run(None)[0]
+    scales = {each.scale for each in config.adapted().resolution.adaptations}
+    assert scales == {4.0}
+    for pretrained, frozen in (("none", False), ("bundled", True)):
+        assert dataclasses.replace(config, pretrained=pretrained).module().settings.frozen_batch_norm is frozen
 
 
 def test_a_run_as_a_start(run, images):
