@@ -86,14 +86,13 @@ def _outside(pattern: str) -> str:
     return f"^(?!.*(?:{pattern}))"
 
 
-def parse_method(method: str, alpha: float = 8, **fields: Any) -> Method:
+def parse_method(method: str, **fields: Any) -> Method:
     """The method that a short name stands for.
 
     Args:
       method: ``"full"`` (exact backpropagation); ``"lp_l1-R"`` or ``"lp_linf-R"``; ``"lora-R"`` (LoRA of rank R on the
         attention layers) or ``"lora_all-R"`` (on every layer of the family's default choice); or a sum, such as
         ``"lp_l1-4+lora_all-8"``, where the low-rank backward also serves the branches.
-      alpha: of LoRA's branches, as in ``Method``.
       **fields: of the ``LowRankSpec``, such as ``projection``.
 
     Raises:
@@ -115,7 +114,7 @@ def parse_method(method: str, alpha: float = 8, **fields: Any) -> Method:
         if new.get("rank") == 0:
             raise ValueError(f"method {method!r}: LoRA's rank must be at least 1")
         found |= new
-    return Method(**found, alpha=alpha)
+    return Method(**found)
 
 
 class LayerCounts(NamedTuple):

@@ -4,6 +4,8 @@ import contextlib
 import dataclasses
 from pathlib import Path
 
+import numpy as np
+
 from lbpwht_jax.cli.run_flags import RunFlags
 from lbpwht_jax.data import Dataset, open_dataset, steps_per_epoch
 from lbpwht_jax.runs import folder as run_folder
@@ -76,7 +78,7 @@ def _explained(before: RunConfig, after: RunConfig, dataset: Dataset, step: int)
     old, new = (each.recipe.schedule(each.recipe.epochs * per_epoch)(step) for each in (before, after))
     return (
         f"{epochs} epochs in all, until now {before.recipe.epochs}: from step {step} on, the learning rate follows the cosine "
-        f"of all {epochs}. It is {float(new):.3g} now; it would have been {float(old):.3g}."
+        f"of all {epochs}. It is {np.asarray(new):.3g} now; it would have been {np.asarray(old):.3g}."
     )
 
 

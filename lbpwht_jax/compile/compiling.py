@@ -132,7 +132,7 @@ def check(
     if fit and machine.limits is None:
         raise ValueError(f"target {target!r} has no memory of a known size for a batch to fit; leave out --fit")
     info = model_info(model)
-    trained = [train or default_train(method.removesuffix("+remat")) for method in methods]
+    trained: list[Train] = [train or default_train(method.removesuffix("+remat")) for method in methods]
     for method, part in zip(methods, trained, strict=True):
         parse_method(method.removesuffix("+remat"), when=when).rules(info, part)
     machine.check_installed()

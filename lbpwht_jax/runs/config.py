@@ -137,8 +137,8 @@ class RunConfig:
         Raises:
           ValueError: if the method trains nothing.
         """
-        method = parse_method(self.method, self.lora_alpha, projection=self.projection, when=self.when)
-        rules = method.rules(self.info, self.train)
+        method = parse_method(self.method, projection=self.projection, when=self.when)
+        rules = dataclasses.replace(method, alpha=self.lora_alpha).rules(self.info, self.train)
         return adapt(self.module(), rules, self.images())
 
     def start(self, model: AdaptedModule) -> dict[str, Any]:

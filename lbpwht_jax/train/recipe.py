@@ -26,23 +26,23 @@ class Recipe:
     Attributes:
       epochs: passes over the training images.
       batch_size: images per step, over all devices and processes.
-      algorithm: what turns gradients into updates, Optax's: ``"adamw"``, ``"lion"``, ``"sgd"`` (with a momentum of 0.9) or
-        ``"adafactor"``.
-      lr: its peak learning rate.
+      lr: the algorithm's peak learning rate.
       weight_decay: the share of its value, times the learning rate, that a parameter loses in each step.
-      layer_decay: each block's learning rate over that of the block above it; the head and the last norms have the whole one.
       clip: the global norm that gradients are clipped to; 0 for no clipping.
       warmup_steps: steps over which the rate rises linearly from a thousandth of ``lr``; at most a fifth of all steps.
       min_ratio: the last learning rate of the cosine, as a fraction of ``lr``.
-      patience: how many epochs in a row may not beat the best validation accuracy before training stops; 0 for any number.
-      class_weights: ``"none"``, or ``"balanced"``: an image counts in the loss in inverse proportion to how many training
-        images its class has, 1 on average.
       label_smoothing: the probability spread evenly over all classes.
       drop_path: the probability of dropping the last block's residual branches; it rises linearly from 0 at the first block.
       ema: decay per step of the moving average of the trained parameters, which is then what is evaluated and kept; 0 for none.
       accumulate: how many equal parts a batch is cut into, computed one after the other; a step takes their mean gradient.
       augmentation: how training images are changed.
       seed: decides data split, new head, shuffling, augmentation and drop path.
+      algorithm: what turns gradients into updates, Optax's: ``"adamw"``, ``"lion"``, ``"sgd"`` (with a momentum of 0.9) or
+        ``"adafactor"``.
+      layer_decay: each block's learning rate over that of the block above it; the head and the last norms have the whole one.
+      patience: how many epochs in a row may not beat the best validation accuracy before training stops; 0 for any number.
+      class_weights: ``"none"``, or ``"balanced"``: an image counts in the loss in inverse proportion to how many training
+        images its class has, 1 on average.
 
     Raises:
       pydantic.ValidationError: (a ValueError) if a value has the wrong type or is out of range.
@@ -50,28 +50,28 @@ class Recipe:
 
     epochs: PositiveInt
     batch_size: PositiveInt = 64
-    algorithm: Algorithm = "adamw"
     lr: PositiveFloat = 5e-4
     weight_decay: NonNegativeFloat = 1e-5
-    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
     clip: NonNegativeFloat = 5.0
     warmup_steps: NonNegativeInt = 100
     min_ratio: _BelowOne = 0.01
-    patience: NonNegativeInt = 0
-    class_weights: ClassWeights = "none"
     label_smoothing: _BelowOne = 0.1
     drop_path: _BelowOne = 0.0
     ema: _BelowOne = 0.0
     accumulate: PositiveInt = 1
     augmentation: Augmentation = dataclasses.field(default_factory=Augmentation)
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    algorithm: Algorithm = "adamw"
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
+    patience: NonNegativeInt = 0
+    class_weights: ClassWeights = "none"
 
     @property
     def loss_parts(self) -> tuple[str, ...]:
         """What makes a training loss another than the plain cross-entropy of an evaluation, in words."""
         smoothing = (f"label smoothing of {self.label_smoothing:g}",) * (self.label_smoothing > 0)
         mixing = (name for name in ("mixup", "cutmix") if getattr(self.augmentation, name) > 0)
-        return (*smoothing, *mixing)
+        return (*smoothing, *mixing, *("balanced class weights",) * (self.class_weights == "balanced"))
 
     def schedule(self, steps: int) -> optax.Schedule:
         """The learning rate by step, from 0: linear warm-up, then a cosine.

@@ -247,7 +247,7 @@ class Trainer:
                 stopping, ends = stop(number), number % self.steps_per_epoch == 0
                 if not (stopping or ends or (save_every and number % save_every == 0)):
                     continue
-                mark, step = self._report(state, number, pending, mark)
+                mark, step = self._report(state, number, metrics, mark)
                 yield step
                 pending, epoch, skipped = None, None, dict(batches.skipped)
                 if ends:
