@@ -92,7 +92,7 @@ def steps(rows: Rows, memory: Mapping[str, Any], predicted: Mapping[str, Any]) -
         what a compiler plans (`lbpwht compile`): no clock's time. "Peak" is the memory that the device had in use at most,
         state and images included; "planned" is what the compiler said before.
     """
-    return f"{prose(text)}\n\n{markdown([*header, 'saved MB/image'], table)}"
+    return f"{prose(text)}\n\n{markdown([*header, 'MB kept per image'], table)}"
 
 
 def _least(row: Mapping[str, Any]) -> float | None:

@@ -68,14 +68,14 @@ def interleaved_steps(methods: tuple[str, ...], projection: str, batch_size: int
 def table(results: Mapping[str, Any]) -> str:
     """The results as a Markdown table: mean and range of accuracy, costs per image, step time over full backpropagation's."""
     rows = [
-        "| method | test accuracy, mean (lowest to highest) | backward MFLOPs/image | saved KB/image | step time over full's |",
+        "| method | test accuracy, mean (lowest to highest) | backward MFLOPs | MB kept per image | step time over full's |",
         "|---|---|---|---|---|",
     ]
     for method, runs in results["runs"].items():
         accuracy = [100 * run["test_accuracy"] for run in runs]
         rows.append(
             f"| {method} | {statistics.mean(accuracy):.2f} % ({min(accuracy):.2f} to {max(accuracy):.2f}) "
-            f"| {runs[0]['backward_flops'] / 1e6:.1f} | {runs[0]['saved_bytes'] / 1e3:,.0f} "
+            f"| {runs[0]['backward_flops'] / 1e6:.1f} | {runs[0]['saved_bytes'] / 1e6:.2f} "
             f"| {results['step_ratios'][method]:.2f} |"
         )
     return "\n".join(rows)

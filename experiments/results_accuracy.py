@@ -91,6 +91,16 @@ def paper_table(results: Mapping[str, Any]) -> str:
         ]
         for row in results["rows"]
     ]
-    header = ["data set", "model", "method", "trained", "epochs", "test accuracy", "MFLOPs/image", "saved MB/image", "step, ms"]
+    header = [
+        "data set",
+        "model",
+        "method",
+        "trained",
+        "epochs",
+        "test accuracy",
+        "MFLOPs/image",
+        "MB kept per image",
+        "step, ms",
+    ]
     devices = sorted({f"{row['device']}, {row['dtype']}, JAX {row['versions']['jax']}" for row in results["rows"]})
     return f"{'; '.join(devices)}.\n\n{markdown(header, rows)}"

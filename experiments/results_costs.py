@@ -1,4 +1,4 @@
-"""The results page's sections on speed, costs and the training engine, and the README's table of steps."""
+"""The results page's sections on speed, costs and the training engine."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -73,26 +73,9 @@ def bench_step(results: Mapping[str, Any]) -> str:
         "images/s",
         "speed-up",
         "backward MFLOPs/image",
-        "saved MB/image",
+        "MB kept per image",
     ]
     return f"{prose(_machine(results))}\n\n{markdown(header, rows)}"
-
-
-def readme_steps(results: Mapping[str, Any]) -> str:
-    """The README's table of training steps: the methods that people choose between."""
-    rows = [
-        [
-            row["method"],
-            f"{1e3 * row['seconds']:,.0f}",
-            f"{row['images_per_second']:.1f}",
-            f"{row['speedup']:.2f}",
-            f"{row['backward_flops'] / 1e6:,.0f}",
-            f"{row['saved_bytes'] / 1e6:.1f}",
-        ]
-        for row in results["rows"]
-        if row["method"] in ("full", "lp_l1-2", "lp_l1-4", "lora_all-8")
-    ]
-    return markdown(["method", "step, ms", "images/s", "speed-up", "backward MFLOPs/image", "saved MB/image"], rows)
 
 
 def loader_speed(results: Mapping[str, Any]) -> str:

@@ -132,7 +132,7 @@ def table(runs: Sequence[Mapping[str, Any]], train: str) -> str:
                 f"{statistics.mean(values):.2f} % ({min(values):.2f} to {max(values):.2f})",
                 str(len(values)),
                 f"{own[0]['backward_flops'] / 1e6:.1f}",
-                f"{own[0]['saved_bytes'] / 1e3:,.0f}",
+                f"{own[0]['saved_bytes'] / 1e6:.2f}",
                 f"{own[0]['trainable_parameters']:,}",
             ]
         )
@@ -141,7 +141,7 @@ def table(runs: Sequence[Mapping[str, Any]], train: str) -> str:
         "test accuracy, mean (lowest to highest)",
         "seeds",
         "backward MFLOPs/image",
-        "saved KB/image",
+        "MB kept per image",
         "trained parameters",
     ]
     return markdown(header, rows)
@@ -166,11 +166,12 @@ def readme_table(runs: Sequence[Mapping[str, Any]], seconds: Mapping[str, Mappin
                 name,
                 f"{statistics.mean(values):.1f} % ({min(values):.1f} to {max(values):.1f})",
                 f"{first['backward_flops'] / 1e6:.0f}",
-                f"{first['saved_bytes'] / 1e3:,.0f}",
+                f"{first['saved_bytes'] / 1e6:.2f}",
                 f"{seconds['all']['full'] / seconds['all'][name]:.2f}",
             ]
         )
-    header = ["method", "test accuracy (lowest to highest)", "backward MFLOPs/image", "saved KB/image", "speed-up of a step"]
+    header = ["method", "test accuracy (lowest to highest)", "backward MFLOPs per image", "MB kept per image"]
+    header.append("speed-up of a step")
     return markdown(header, rows)
 
 
@@ -214,7 +215,7 @@ def plot(runs: Sequence[Mapping[str, Any]], seconds: Mapping[str, Mapping[str, f
     """
     axes_of: list[tuple[str, Callable[[Mapping[str, Any]], float]]] = [
         ("backward MFLOPs per image", lambda run: run["backward_flops"] / 1e6),
-        ("saved KB per image", lambda run: run["saved_bytes"] / 1e3),
+        ("MB kept per image", lambda run: run["saved_bytes"] / 1e6),
         ("step (ms)", lambda run: seconds[run["train"]][base_name(run["variant"])] * 1e3),
     ]
     figure = Figure(figsize=(12, 7.6), layout="constrained")

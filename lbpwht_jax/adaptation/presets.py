@@ -17,7 +17,6 @@ Train = Literal["all", "last_stage", "head"]
 
 _SELECTIONS = {"lp_l1": lp_l1, "lp_linf": lp_linf}
 _BRANCHES = {"lora": "attention", "lora_all": "all"}
-_ALPHA = 8
 _HELP = (
     "write full, lp_l1-R or lp_linf-R (low-rank backpropagation, such as lp_l1-4), lora-R or lora_all-R (LoRA of rank R on the "
     "attention layers or on all, such as lora-8), or a sum of one of each kind, such as lp_l1-4+lora_all-8"
@@ -31,12 +30,14 @@ class Method:
     Attributes:
       spec: the functions that low-rank backpropagation keeps; ``None`` backpropagates exactly.
       branches: which layers get a LoRA branch.
-      rank: rank of the branches; layers that make query, key and value at once get three times as much. Alpha is 8 (or 24).
+      rank: rank of the branches; layers that make query, key and value at once get three times as much.
+      alpha: the branches are multiplied by it over their rank; it is three times as much where the rank is.
     """
 
     spec: LowRankSpec | None = None
     branches: Literal["none", "attention", "all"] = "none"
     rank: int = 0
+    alpha: float = 8
 
     @property
     def default_train(self) -> Train:
@@ -58,7 +59,7 @@ class Method:
         rules: list[Rule] = []
         if self.branches != "none":
             pattern = layers if self.branches == "all" else _both(info.layers.attention, layers)
-            rules.append(LoRA(pattern, self.rank, _ALPHA, spec, fused=info.layers.fused))
+            rules.append(LoRA(pattern, self.rank, self.alpha, spec, fused=info.layers.fused))
         if train not in get_args(Train):
             raise ValueError(f"train must be one of {', '.join(get_args(Train))}, got {train!r}")
         if train == "head":

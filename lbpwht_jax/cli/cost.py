@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 from rich.table import Table
@@ -11,7 +11,6 @@ from lbpwht_jax.adaptation import LayerCounts, Train, default_train
 from lbpwht_jax.cli.help import flag
 from lbpwht_jax.cost import ModelCost, model_cost
 from lbpwht_jax.ops.residuals import ResidualsName
-from lbpwht_jax.runs.config import When
 from lbpwht_jax.screen import console, say, show
 
 
@@ -31,7 +30,7 @@ class Cost:
     """full; lp_l1-R or lp_linf-R; lora-8 (attention layers) or lora_all-8; or a sum such as lp_l1-4+lora_all-8."""
     train: Annotated[Train | None, flag("{all,last_stage,head}", "head for lora-R and lora_all-R, else all")] = None
     """all; last_stage, with the head; or head, with LoRA's branches."""
-    when: When = "faster"
+    when: Literal["always", "faster"] = "faster"
     """Which of the method's layers are low-rank: faster (those that it is predicted to speed up) or always (all of them)."""
     residuals: ResidualsName = "plain"
     """What is kept for the backward pass besides what dense layers keep: plain (what JAX keeps of itself), exact (less, without

@@ -84,7 +84,7 @@ class Finetune:
 
     resume: Annotated[Path | None, flag("RUN", "a new run")] = None
     """The folder of a run to go on with, from its last checkpoint; its configuration holds, and flags that contradict it are
-    refused."""
+    refused; but --epochs, the new total, trains on, also where the run is finished."""
 
     resume_step: Annotated[int | None, flag("STEP", "the last one")] = None
     """With --resume: the checkpoint of this step, such as an older one where the last is damaged."""

@@ -21,9 +21,10 @@ def flag(metavar: str, default: str) -> Any:
     return tyro.conf.arg(metavar=metavar, help_behavior_hint=f"(default: {default})")
 
 
-def description(command: type) -> str:
-    """A command's docstring with lines that fit the terminal; the space before each keeps tyro from joining them."""
-    width = shutil.get_terminal_size().columns - 1
+def description(command: type, margin: int = 1) -> str:
+    """A command's docstring with lines that fit the terminal, less a margin; the space before each keeps tyro from joining
+    them."""
+    width = shutil.get_terminal_size().columns - margin
     paragraphs = inspect.cleandoc(command.__doc__ or "").split("\n\n")
     fold = textwrap.TextWrapper(width, initial_indent=" ", subsequent_indent=" ", break_on_hyphens=False).fill
     return "\n\n".join(fold(" ".join(text.split())) for text in paragraphs)

@@ -4,8 +4,10 @@ import contextlib
 import dataclasses
 from pathlib import Path
 
+import numpy as np
+
 from lbpwht_jax.cli.run_flags import RunFlags
-from lbpwht_jax.data import open_dataset
+from lbpwht_jax.data import Dataset, open_dataset, steps_per_epoch
 from lbpwht_jax.runs import folder as run_folder
 from lbpwht_jax.runs import training as training_run
 from lbpwht_jax.runs.config import RunConfig, differences
@@ -44,14 +46,40 @@ def resumed_run(
     check_agreement(flags, config, folder)
     if is_first():
         locks.callback(run_folder.lock(folder, create=False).release)
-    if training_run.finished(folder):
-        raise ValueError(f"{folder} is finished; there is nothing to resume")
+    epochs = config.recipe.epochs if flags.numbers.epochs is None else flags.numbers.epochs
+    if training_run.finished(folder) and epochs == config.recipe.epochs:
+        raise ValueError(f"{folder} is finished; there is nothing to resume, but --epochs with a larger total trains on")
     if data_dir is not None:
         config = dataclasses.replace(config, data_dir=str(data_dir))
     dataset = open_dataset(
         config.dataset, config.recipe.seed, None if config.data_dir is None else Path(config.data_dir), config.validation
     )
-    return training_run.prepare(config, folder, dataset, placement, workers, last_step(folder) if step is None else step)
+    step = last_step(folder) if step is None else step
+    notes = []
+    if step is not None and (epochs != config.recipe.epochs or any(at > step for at, _ in config.extended)):
+        before, config = config, config.with_epochs(epochs, step)
+        notes = [_explained(before, config, dataset, step)]
+    return training_run.prepare(config, folder, dataset, placement, workers, step, notes)
+
+
+def _explained(before: RunConfig, after: RunConfig, dataset: Dataset, step: int) -> str:
+    """What another number of epochs means for the learning rate.
+
+    Raises:
+      ValueError: if there is no step left.
+    """
+    per_epoch = steps_per_epoch(dataset, after.recipe.batch_size)
+    epochs = after.recipe.epochs
+    if epochs * per_epoch <= step:
+        raise ValueError(
+            f"--epochs {epochs}: the run has done {step} steps of {per_epoch} an epoch, and --epochs is the total; give a "
+            "larger one"
+        )
+    old, new = (each.recipe.schedule(each.recipe.epochs * per_epoch)(step) for each in (before, after))
+    return (
+        f"{epochs} epochs in all, until now {before.recipe.epochs}: from step {step} on, the learning rate follows the cosine "
+        f"of all {epochs}. It is {np.asarray(new):.3g} now; it would have been {np.asarray(old):.3g}."
+    )
 
 
 def check_agreement(flags: RunFlags, config: RunConfig, folder: Path) -> None:
@@ -63,7 +91,9 @@ def check_agreement(flags: RunFlags, config: RunConfig, folder: Path) -> None:
     if flags.recipe is not None:
         raise ValueError(f"--recipe does not go with --resume: the run in {folder} keeps its configuration; leave it out")
     for name, wanted, recorded in differences(flags.over(config), config):
-        flag = name.rpartition(".")[2].replace("_", "-")
+        if name == "recipe.epochs":  # the one that may change
+            continue
+        flag = name.rpartition(".")[2].replace("_", "-").replace("algorithm", "optimizer")
         raise ValueError(
             f"--{flag} {wanted}: the run in {folder} was started with {recorded}, and a resumed run keeps its configuration; "
             "leave the flag out, or start a new run"

@@ -17,8 +17,10 @@ from lbpwht_jax.data.recipes import paper_recipe
 from lbpwht_jax.data.split import Dataset
 from lbpwht_jax.models import model_info
 from lbpwht_jax.ops.residuals import ResidualsName
+from lbpwht_jax.runs import folder as run_folder
 from lbpwht_jax.runs.config import BUNDLED_WEIGHTS, NO_WEIGHTS, DType, Projection, RunConfig, When
 from lbpwht_jax.train import Recipe
+from lbpwht_jax.train.recipe import Algorithm, ClassWeights
 from lbpwht_jax.weights import BUNDLED
 from lbpwht_jax.weights.sources import local_file
 
@@ -82,10 +84,23 @@ class RecipeFlags:
     """Images per step, over all devices and processes, such as 128."""
 
     lr: Annotated[float | None, flag("FLOAT", "5e-4; paper: by data set"), _LEARNING_RATE] = None
-    """Peak learning rate of AdamW, such as 1e-3, reached by linear warm-up and followed by a cosine."""
+    """Peak learning rate, such as 1e-3, reached by linear warm-up and followed by a cosine."""
+
+    algorithm: Annotated[Algorithm | None, flag("{adamw,lion,sgd,adafactor}", "adamw"), tyro.conf.arg(name="optimizer")] = None
+    """What turns gradients into updates, Optax's; sgd has a momentum of 0.9. Lion wants about a tenth of AdamW's learning rate,
+    sgd about a hundred times as much."""
+
+    layer_decay: Annotated[float | None, flag("FACTOR", "1")] = None
+    """Each block's learning rate over that of the block above it, such as 0.75; the head has the whole one."""
+
+    patience: Annotated[int | None, flag("EPOCHS", "0: to the end")] = None
+    """Stops after so many epochs in a row that do not beat the best validation accuracy, such as 5."""
+
+    class_weights: Annotated[ClassWeights | None, flag("{none,balanced}", "none")] = None
+    """balanced: an image counts in inverse proportion to how many training images its class has."""
 
     weight_decay: Annotated[float | None, flag("FLOAT", "1e-5")] = None
-    """AdamW's weight decay, such as 0.05."""
+    """The share of its value, times the learning rate, that a parameter loses in each step, such as 0.05."""
 
     warmup_steps: Annotated[int | None, flag("INT", "100; paper: 1000, flowers 100")] = None
     """Steps of the warm-up, such as 500; at most a fifth of all steps."""
@@ -121,7 +136,11 @@ class RecipeFlags:
         return Recipe(
             epochs=_or(self.epochs, base.epochs),
             batch_size=_or(self.batch_size, base.batch_size),
+            algorithm=_or(self.algorithm, base.algorithm),
             lr=_or(self.lr, base.lr),
+            layer_decay=_or(self.layer_decay, base.layer_decay),
+            patience=_or(self.patience, base.patience),
+            class_weights=_or(self.class_weights, base.class_weights),
             weight_decay=_or(self.weight_decay, base.weight_decay),
             warmup_steps=_or(self.warmup_steps, base.warmup_steps),
             min_ratio=_or(self.min_ratio, base.min_ratio),
@@ -144,7 +163,8 @@ class RunFlags:
 
     pretrained: Annotated[str | None, flag("SOURCE", "the weights that come with the package, for the model that does")] = None
     """What training starts from: a .safetensors, .pth or .bin file, a Hugging Face folder, a hub id such as
-    timm/deit_tiny_patch16_224.fb_in1k, or none for random weights. The head is new."""
+    timm/deit_tiny_patch16_224.fb_in1k, the folder of a finished run, or none for random weights. The head is new, unless a
+    run has the same classes."""
 
     image_size: Annotated[int | None, flag("INT", "the model's")] = None
     """Height and width of the images, in pixels, such as 224."""
@@ -158,6 +178,10 @@ class RunFlags:
     than R (R(R+1)/2 of the 64 in a block for R up to 8); lp_linf-R: those whose indices are all less than R. lora-R: a LoRA
     branch of rank R on each attention layer, which is frozen itself; lora_all-R: on every layer that low-rank backpropagation
     would adapt. Or a sum, such as lp_l1-4+lora_all-8, where branches too are backpropagated at low rank."""
+
+    lora_alpha: Annotated[float | None, flag("FLOAT", "8")] = None
+    """LoRA's branches are multiplied by this over their rank, such as 16; layers that make query, key and value at once have
+    three times both."""
 
     train: Annotated[Train | None, flag("{all,last_stage,head}", "head for lora-R and lora_all-R, else all")] = None
     """What is trained: all, last_stage (the last stage, of plain vision transformers the last quarter of the blocks, and the
@@ -205,6 +229,7 @@ class RunFlags:
             image_size=_or(self.image_size, base.image_size),
             dataset=_or(self.dataset, base.dataset),
             method=_or(self.method, base.method),
+            lora_alpha=_or(self.lora_alpha, base.lora_alpha),
             train=_or(self.train, base.train),
             projection=_or(self.projection, base.projection),
             when=_or(self.when, base.when),
@@ -225,7 +250,7 @@ class RunFlags:
           ValueError: if a name is unknown, a number is out of range or there are no weights to start from.
           FileNotFoundError: if there is no such data.
         """
-        model, dataset_name = _or(self.model, BUNDLED), _or(self.dataset, "digits")
+        model, dataset_name = _or(self.model, self._pretrained_model()), _or(self.dataset, "digits")
         info = model_info(model)
         if self.pretrained is None and model != BUNDLED:
             raise ValueError(
@@ -265,7 +290,16 @@ class RunFlags:
             remat=False,
             recipe=recipe,
         )
-        return dataclasses.replace(self.over(defaults), recipe=recipe), dataset, notes
+        config = dataclasses.replace(self.over(defaults), recipe=recipe)
+        if config.keeps_head():
+            notes.append(f"The head is that of {config.pretrained}, which has the same classes.")
+        return config, dataset, notes
+
+    def _pretrained_model(self) -> str:
+        """The model of the run that training starts from, if it is a run; else the one that comes with the package."""
+        if self.pretrained is not None and (Path(self.pretrained) / run_folder.CONFIG).is_file():
+            return run_folder.read_config(Path(self.pretrained)).model
+        return BUNDLED
 
 
 def _batch_that_fits(recipe: Recipe, images: int) -> int:

@@ -10,6 +10,7 @@ import tyro
 from lbpwht_jax.cli.help import flag
 from lbpwht_jax.models import list_models, plain_model
 from lbpwht_jax.runs.finished import FINAL, load_run
+from lbpwht_jax.runs.folder import read_config
 from lbpwht_jax.screen import console, say
 from lbpwht_jax.weights import export_weights, load_pretrained
 from lbpwht_jax.weights.pretrained import number_of_classes
@@ -86,6 +87,7 @@ class Export:
         if self.num_classes is not None or self.image_size is not None:
             raise ValueError("--num-classes and --image-size do not go with a run folder, which has its own")
         output = Path(self.source)
+        read_config(Path(self.model))  # tells at once that there is no run
         _check(output)
         run = load_run(Path(self.model), self.checkpoint)
         _write(run.config.model, run.module, run.variables, output, self.format, run.config.classes)

@@ -138,7 +138,7 @@ def check(
         raise ValueError(f"target {target!r} has no memory of a known size for a batch to fit; leave out --fit")
     info = model_info(model)
     names = [split_method(method)[0] for method in methods]
-    trained = [train or default_train(name) for name in names]
+    trained: list[Train] = [train or default_train(name) for name in names]
     for name, part in zip(names, trained, strict=True):
         parse_method(name, when=when).rules(info, part)
     named_residuals(residuals, "compile")

@@ -1,4 +1,7 @@
-"""RandAugment on the device. Every operation is one affine warp or changes pixel values alone."""
+"""RandAugment on the device: timm's operations, and identity.
+
+Every operation is one affine warp, or changes pixels by their values and, for sharpness, their neighbours'.
+"""
 
 import math
 
@@ -16,6 +19,9 @@ OPERATIONS = (
     "solarize",
     "autocontrast",
     "invert",
+    "equalize",
+    "solarize_add",
+    "sharpness",
 )
 _GREY = (0.299, 0.587, 0.114)
 _FILL = 0.5
@@ -49,9 +55,10 @@ def apply(kinds: jax.Array, strengths: jax.Array, images: jax.Array) -> jax.Arra
     Args:
       kinds: ``[batch]``, indices into ``OPERATIONS``.
       strengths: ``[batch]``, in [-1, 1]. At 1, rotate turns by 30 degrees to the left, shears move by 0.3 of the distance from
-        the centre, translations by 0.45 of the edge, with grey where there was no image; brightness, color and contrast are
-        multiplied by 1.9 (at -1 by 0.1). The others ignore the sign: posterize drops up to 4 of the 8 bits, solarize inverts
-        what is brighter than 1 - strength, autocontrast and invert are the same at any strength.
+        the centre, translations by 0.45 of the edge, with grey where there was no image; brightness, color, contrast and
+        sharpness are multiplied by 1.9 (at -1 by 0.1). The others ignore the sign: posterize drops up to 4 of the 8 bits,
+        solarize inverts what is brighter than 1 - strength, solarize_add adds up to 110 of 255 to what is darker than 128,
+        autocontrast, equalize and invert are the same at any strength.
       images: ``[batch, height, width, channels]``, in [0, 1].
 
     Returns:
@@ -65,6 +72,9 @@ def apply(kinds: jax.Array, strengths: jax.Array, images: jax.Array) -> jax.Arra
         _solarize,
         _autocontrast,
         _invert,
+        _equalize,
+        _solarize_add,
+        _sharpness,
     )
 
     def one(kind, strength, image):
@@ -138,3 +148,29 @@ def _autocontrast(image: jax.Array, strength: jax.Array) -> jax.Array:
 
 def _invert(image: jax.Array, strength: jax.Array) -> jax.Array:
     return 1 - image
+
+
+def _equalize(image: jax.Array, strength: jax.Array) -> jax.Array:
+    """Spreads the values of each channel evenly, as Pillow does, on 8 bits."""
+
+    def channel(plane):
+        values = jnp.round(plane * 255).astype(jnp.int32)
+        counts = jnp.zeros(256, jnp.int32).at[values].add(1)
+        last = 255 - jnp.argmax(counts[::-1] > 0)
+        step = (counts.sum() - counts[last]) // 255
+        table = (step // 2 + jnp.cumsum(counts) - counts) // jnp.maximum(step, 1)
+        return jnp.where(step > 0, jnp.minimum(table, 255)[values] / 255, plane).astype(plane.dtype)
+
+    return jax.vmap(channel, in_axes=-1, out_axes=-1)(image)
+
+
+def _solarize_add(image: jax.Array, strength: jax.Array) -> jax.Array:
+    return jnp.where(image < 128 / 255, jnp.minimum(image + jnp.abs(strength) * (110 / 255), 1), image)
+
+
+def _sharpness(image: jax.Array, strength: jax.Array) -> jax.Array:
+    """Moves away from, or towards, the image smoothed by its neighbours; the border stays."""
+    height, width, _ = image.shape
+    around = sum(image[y : height - 2 + y, x : width - 2 + x] for y in range(3) for x in range(3))
+    smooth = image.at[1:-1, 1:-1].set((around + 4 * image[1:-1, 1:-1]) / 13)
+    return smooth + (image - smooth) * (1 + 0.9 * strength)

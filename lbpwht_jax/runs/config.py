@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import pydantic.dataclasses
-from pydantic import AfterValidator, ConfigDict, Field, PositiveFloat, PositiveInt, TypeAdapter, model_validator
+from pydantic import AfterValidator, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, TypeAdapter, model_validator
 
 from lbpwht_jax.adaptation import AdaptedModule, Train, adapt, parse_method
 from lbpwht_jax.data import Dataset
@@ -20,6 +20,7 @@ from lbpwht_jax.ops.residuals import ResidualsName
 from lbpwht_jax.train import Placement, Recipe, TrainState, initial_state
 from lbpwht_jax.weights import BUNDLED, load_pretrained, replace_head
 from lbpwht_jax.weights.files import bundled_file
+from lbpwht_jax.weights.sources import class_names, local_file
 
 DType = Literal["float32", "bfloat16"]
 Projection = Literal["fitted", "official"]
@@ -60,6 +61,9 @@ class RunConfig:
       residuals: what is kept for the backward pass besides what dense layers keep, as in ``create_model``.
       validation: the share of the training images that is held out to choose the best epoch by; 0 for none. A data set that has
         validation images of its own needs none.
+      lora_alpha: LoRA's branches are multiplied by this over their rank (``Method.alpha``).
+      extended: for each time that the run went on with another number of epochs, the step from which it did, and the number of
+        epochs until then; ``recipe`` has the number since.
 
     Raises:
       pydantic.ValidationError: (a ValueError) if a value has the wrong type, is out of range or is an unknown name.
@@ -85,6 +89,8 @@ class RunConfig:
     recipe: Recipe
     residuals: ResidualsName = "plain"
     validation: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    lora_alpha: PositiveFloat = 8.0
+    extended: tuple[tuple[NonNegativeInt, PositiveInt], ...] = ()
 
     @model_validator(mode="after")
     def _one_per_channel(self) -> "RunConfig":
@@ -101,7 +107,7 @@ class RunConfig:
         return dataclasses.replace(info, images=dataclasses.replace(info.images, **images))
 
     def module(self) -> nn.Module:
-        """The plain model, batch normalisation on its running statistics."""
+        """The plain model; batch normalisation is on its running statistics, unless training starts from random weights."""
         return plain_model(
             self.model,
             num_classes=len(self.classes),
@@ -110,7 +116,7 @@ class RunConfig:
             drop_path=self.recipe.drop_path,
             remat=self.remat,
             residuals=self.residuals,
-            frozen_batch_norm=True,
+            frozen_batch_norm=self.pretrained != NO_WEIGHTS,
         )
 
     def check_classes(self, dataset: Dataset) -> None:
@@ -135,7 +141,8 @@ class RunConfig:
         Raises:
           ValueError: if the method trains nothing.
         """
-        rules = parse_method(self.method, projection=self.projection, when=self.when).rules(self.info, self.train)
+        method = parse_method(self.method, projection=self.projection, when=self.when)
+        rules = dataclasses.replace(method, alpha=self.lora_alpha).rules(self.info, self.train)
         return adapt(self.module(), rules, self.images())
 
     def start(self, model: AdaptedModule) -> dict[str, Any]:
@@ -155,8 +162,23 @@ class RunConfig:
             with bundled_file() as path:
                 variables = replace_head(load_pretrained(BUNDLED, path, image_size=self.image_size), fresh)
         else:
-            variables = replace_head(load_pretrained(self.model, self.pretrained, image_size=self.image_size), fresh)
+            variables = load_pretrained(self.model, self.pretrained, image_size=self.image_size)
+            variables = variables if self.keeps_head() else replace_head(variables, fresh)
         return model.with_branches(jax.random.fold_in(key, 1), variables)
+
+    def keeps_head(self) -> bool:
+        """Whether training starts from a head for the very classes of the data, as a finished run's: its file names them."""
+        if self.pretrained in (NO_WEIGHTS, BUNDLED_WEIGHTS) or local_file(self.pretrained) is None:
+            return False
+        return class_names(self.pretrained) == [*self.classes]
+
+    def with_epochs(self, epochs: int, step: int) -> "RunConfig":
+        """The run with another number of epochs from a step on; what was planned to happen after that step is forgotten."""
+        known = [(at, before) for at, before in self.extended if at <= step]
+        later = [before for at, before in self.extended if at > step]
+        before = later[0] if later else self.recipe.epochs
+        extended = (*known, (step, before)) if before != epochs else tuple(known)
+        return dataclasses.replace(self, recipe=dataclasses.replace(self.recipe, epochs=epochs), extended=extended)
 
     def abstract_state(self, model: AdaptedModule, placement: Placement) -> TrainState:
         """Shapes, dtypes and shardings of the run's state, without reading any weights."""
@@ -210,6 +232,10 @@ def check_unchanged(config: RunConfig, recorded: Mapping[str, Any], folder: Path
       ValueError: if they differ in more than where the data lies; names the field and both values.
     """
     was = RunConfig.from_json(json.dumps(recorded), f"checkpoint {step} of {folder}")
+    known = len(was.extended)
+    if len(config.extended) > known:  # it went on with other epochs after this checkpoint
+        recipe = dataclasses.replace(config.recipe, epochs=config.extended[known][1])
+        config = dataclasses.replace(config, recipe=recipe, extended=config.extended[:known])
     for name, now, then in differences(config, was):
         if name != "data_dir":
             raise ValueError(

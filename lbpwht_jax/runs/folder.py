@@ -74,6 +74,24 @@ def read_config(path: Path) -> RunConfig:
     return RunConfig.from_json(text, f"{path / CONFIG}: no configuration of this version's")
 
 
+def extend(path: Path, config: RunConfig, steps: int) -> None:
+    """Makes a run, finished or not, one that goes on with another number of epochs: what it ended with is removed.
+
+    Args:
+      path: the run folder.
+      config: what the run is from now on.
+      steps: of the whole training.
+
+    Raises:
+      OSError: if a file cannot be written or removed.
+    """
+    for name in (RESULT, WEIGHTS):
+        (path / name).unlink(missing_ok=True)
+    recorded = json.loads((path / CONFIG).read_bytes())
+    new = config.to_json()
+    write_json(path / CONFIG, recorded | {name: new[name] for name in ("recipe", "extended")} | {"steps": steps})
+
+
 def write_json(file: Path, values: Mapping[str, Any]) -> None:
     """Writes JSON values by name, indented; the file is replaced at once, so that it is never half written."""
     new = file.with_name(f"{file.name}.new")

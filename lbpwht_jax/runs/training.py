@@ -102,6 +102,9 @@ class TrainingRun:
         if self.restored is not None:
             state, facts = self.restored
             checkpoints.begin(state, placement, facts)
+            if is_first() and run_folder.read_config(self.folder).extended != self.config.extended:
+                with writing(self.folder / run_folder.CONFIG, self.folder):
+                    run_folder.extend(self.folder, self.config, self.trainer.steps)
             return state
         state = self.trainer.initial_state(self.variables)
         checkpoints.begin(state, placement)
@@ -161,7 +164,9 @@ class TrainingRun:
         unread: set[str] = set()
         with file as metrics, Reporter(console, self.trainer, done, losses) as reporter:
             try:
-                for event in self.trainer.fit(state, save_every, stop):
+                for event in (
+                    () if self._without_progress(done, checkpoints.best) else self.trainer.fit(state, save_every, stop)
+                ):
                     checkpoints.check()
                     if isinstance(event, Snapshot):
                         state = event.state
@@ -169,6 +174,8 @@ class TrainingRun:
                         if new := event.skipped.keys() - unread:
                             unread |= new
                             say(console, f"{len(new)} listed images could not be read and count nowhere", style="yellow")
+                        if event.epoch is not None and self._without_progress(event.epoch.step, checkpoints.best):
+                            break
                     else:
                         with writing(self.folder / METRICS, self.folder):
                             metrics.write(event)
@@ -176,14 +183,25 @@ class TrainingRun:
             except Diverged as error:
                 kept = self._keep(error.state, checkpoints)
                 raise Diverged(f"{error}; the state after step {kept}, all finite, is in {self.folder}", error.state) from None
-            step = int(jax.device_get(state.step))
-            if stop.received is not None and step < self.trainer.steps:
+            step, best = int(jax.device_get(state.step)), checkpoints.best
+            if best is not None and self._without_progress(step, best):
+                say(
+                    console,
+                    f"Stopped after step {step} of {self.trainer.steps}: none of the last {self.config.recipe.patience} epochs "
+                    f"beat epoch {best.number}, {best.accuracy:.2%} on the validation images; --checkpoint best has it.",
+                )
+            elif stop.received is not None and step < self.trainer.steps:
                 checkpoints.wait()
                 raise Stopped(
                     f"stopped by {stop.received.name} after step {step} of {self.trainer.steps}, which is saved; go on with "
                     f"lbpwht finetune --resume {self.folder}"
                 )
         return state
+
+    def _without_progress(self, step: int, best: Epoch | None) -> bool:
+        """Whether as many epochs as the recipe's patience have ended by this step since the best one."""
+        patience, per_epoch = self.config.recipe.patience, self.trainer.steps_per_epoch
+        return patience > 0 and best is not None and step % per_epoch == 0 and step // per_epoch - best.number >= patience
 
     def _save(self, snapshot: Snapshot, checkpoints: Checkpoints, metrics: MetricsFile) -> None:
         with writing(self.folder / METRICS, self.folder):

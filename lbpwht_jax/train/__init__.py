@@ -1,5 +1,6 @@
 """Training: the recipe, one step, the loop over epochs, on any number of devices."""
 
+from lbpwht_jax.train.details import Details, detailed
 from lbpwht_jax.train.evaluation import Evaluation, Evaluator, loading
 from lbpwht_jax.train.placement import Placement, Shard, bytes_on_a_device
 from lbpwht_jax.train.recipe import Recipe
@@ -8,6 +9,7 @@ from lbpwht_jax.train.step import Metrics, Sums, make_eval_step, make_train_step
 from lbpwht_jax.train.trainer import Diverged, Epoch, Snapshot, Step, Trainer
 
 __all__ = [
+    "Details",
     "Diverged",
     "Epoch",
     "Evaluation",
@@ -22,6 +24,7 @@ __all__ = [
     "TrainState",
     "Trainer",
     "bytes_on_a_device",
+    "detailed",
     "everything",
     "initial_state",
     "loading",

@@ -250,12 +250,12 @@ class _Best:
 def better(epoch: Epoch, best: Epoch | None) -> bool:
     """Whether an epoch is now the best one.
 
-    It is if its accuracy on validation images is as high as the best one's. Without validation images the last epoch is always
-    the best: choosing by test accuracy would tell too much of the test images.
+    It is if its accuracy on validation images is higher than the best one's: of equal ones the first is the best. Without
+    validation images the last epoch always is: choosing by test accuracy would tell too much of the test images.
     """
     if best is None or epoch.validation_accuracy is None or best.validation_accuracy is None:
         return True
-    return epoch.validation_accuracy >= best.validation_accuracy
+    return epoch.validation_accuracy > best.validation_accuracy
 
 
 def last_step(run: Path) -> int | None:

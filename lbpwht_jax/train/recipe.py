@@ -1,7 +1,7 @@
 """How to train: the numbers, and the optimiser they make."""
 
 import dataclasses
-from typing import Annotated
+from typing import Annotated, Literal
 
 import optax
 import pydantic.dataclasses
@@ -9,8 +9,14 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 
 from lbpwht_jax.data import Augmentation
 from lbpwht_jax.data.validation import STRICT
+from lbpwht_jax.train.depth import scale_by_depth
 
+Algorithm = Literal["adamw", "lion", "sgd", "adafactor"]
+ClassWeights = Literal["none", "balanced"]
 _BelowOne = Annotated[float, Field(ge=0, lt=1)]
+
+
+_MOMENTUM = 0.9
 
 
 @pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
@@ -20,8 +26,8 @@ class Recipe:
     Attributes:
       epochs: passes over the training images.
       batch_size: images per step, over all devices and processes.
-      lr: AdamW's peak learning rate.
-      weight_decay: AdamW's weight decay.
+      lr: the algorithm's peak learning rate.
+      weight_decay: the share of its value, times the learning rate, that a parameter loses in each step.
       clip: the global norm that gradients are clipped to; 0 for no clipping.
       warmup_steps: steps over which the rate rises linearly from a thousandth of ``lr``; at most a fifth of all steps.
       min_ratio: the last learning rate of the cosine, as a fraction of ``lr``.
@@ -31,6 +37,12 @@ class Recipe:
       accumulate: how many equal parts a batch is cut into, computed one after the other; a step takes their mean gradient.
       augmentation: how training images are changed.
       seed: decides data split, new head, shuffling, augmentation and drop path.
+      algorithm: what turns gradients into updates, Optax's: ``"adamw"``, ``"lion"``, ``"sgd"`` (with a momentum of 0.9) or
+        ``"adafactor"``.
+      layer_decay: each block's learning rate over that of the block above it; the head and the last norms have the whole one.
+      patience: how many epochs in a row may not beat the best validation accuracy before training stops; 0 for any number.
+      class_weights: ``"none"``, or ``"balanced"``: an image counts in the loss in inverse proportion to how many training
+        images its class has, 1 on average.
 
     Raises:
       pydantic.ValidationError: (a ValueError) if a value has the wrong type or is out of range.
@@ -49,21 +61,45 @@ class Recipe:
     accumulate: PositiveInt = 1
     augmentation: Augmentation = dataclasses.field(default_factory=Augmentation)
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    algorithm: Algorithm = "adamw"
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
+    patience: NonNegativeInt = 0
+    class_weights: ClassWeights = "none"
 
     @property
     def loss_parts(self) -> tuple[str, ...]:
         """What makes a training loss another than the plain cross-entropy of an evaluation, in words."""
         smoothing = (f"label smoothing of {self.label_smoothing:g}",) * (self.label_smoothing > 0)
         mixing = (name for name in ("mixup", "cutmix") if getattr(self.augmentation, name) > 0)
-        return (*smoothing, *mixing)
+        return (*smoothing, *mixing, *("balanced class weights",) * (self.class_weights == "balanced"))
 
-    def optimizer(self, steps: int) -> optax.GradientTransformation:
-        """Clips gradients, then applies AdamW with linear warm-up and a cosine.
+    def schedule(self, steps: int) -> optax.Schedule:
+        """The learning rate by step, from 0: linear warm-up, then a cosine.
 
         Args:
           steps: number of steps of the whole training.
         """
         warmup = min(self.warmup_steps, steps // 5)
-        schedule = optax.warmup_cosine_decay_schedule(self.lr / 1000, self.lr, warmup, max(steps, 1), self.lr * self.min_ratio)
-        adamw = optax.adamw(schedule, weight_decay=self.weight_decay)
-        return optax.chain(optax.clip_by_global_norm(self.clip), adamw) if self.clip else adamw
+        return optax.warmup_cosine_decay_schedule(self.lr / 1000, self.lr, warmup, max(steps, 1), self.lr * self.min_ratio)
+
+    def optimizer(self, steps: int) -> optax.GradientTransformation:
+        """Clips gradients, then applies the algorithm with linear warm-up and a cosine.
+
+        Args:
+          steps: number of steps of the whole training.
+        """
+        rate, decay = self.schedule(steps), self.weight_decay
+        match self.algorithm:
+            case "adamw":
+                parts = [optax.adamw(rate, weight_decay=decay)]
+            case "lion":
+                parts = [optax.lion(rate, weight_decay=decay)]
+            case "sgd":
+                parts = [optax.trace(_MOMENTUM), optax.add_decayed_weights(decay), optax.scale_by_learning_rate(rate)]
+            case "adafactor":  # which decays weights without regard to the learning rate, and returns descending updates
+                last = optax.scale_by_learning_rate(rate, flip_sign=False)
+                parts = [optax.adafactor(None), optax.add_decayed_weights(-decay), last]
+        clipping = [optax.clip_by_global_norm(self.clip)] * bool(self.clip)
+        decaying = [scale_by_depth(self.layer_decay)] * (self.layer_decay < 1)
+        parts = [*clipping, *parts, *decaying]
+        return optax.chain(*parts) if len(parts) > 1 else parts[0]

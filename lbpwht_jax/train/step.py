@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from lbpwht_jax.data import Batch, make_augmentation
@@ -47,7 +48,14 @@ def normalise(images: jax.Array, info: ModelInfo) -> jax.Array:
 
 
 def make_train_step(
-    model: Any, info: ModelInfo, optimizer: Any, recipe: Recipe, image_size: int, classes: int, axis: str | None = None
+    model: Any,
+    info: ModelInfo,
+    optimizer: Any,
+    recipe: Recipe,
+    image_size: int,
+    classes: int,
+    axis: str | None = None,
+    class_weights: np.ndarray | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """Makes the training step, which computes no gradients for frozen parameters.
 
@@ -63,6 +71,8 @@ def make_train_step(
       classes: number of the model's outputs.
       axis: for ``jax.pmap``, the mapped axis over which gradients and metrics are averaged; each device then draws its own
         random numbers. ``None`` under ``jax.jit``, for any number of devices.
+      class_weights: float32 ``[classes]``: how much an image of each class counts in the loss; ``None`` for all the same. A
+        mixed image counts as its shares.
 
     Returns:
       ``step(state, batch) -> (state, metrics)``.
@@ -75,9 +85,10 @@ def make_train_step(
             key = jax.random.fold_in(key, jax.lax.axis_index(axis))
         dropout, augmentation = jax.random.split(key)
         images, targets = augment(augmentation, batch.images, batch.aspect, batch.labels, classes)
+        weights = [] if class_weights is None else [targets @ jnp.asarray(class_weights)]
         targets = optax.smooth_labels(targets, recipe.label_smoothing)
 
-        def gradients(others, key, images, targets, labels):
+        def gradients(others, key, images, targets, labels, weights=None):
             def loss_of(params):
                 logits, new = model.apply(
                     state._replace(params=params, others=others).variables,
@@ -87,13 +98,15 @@ def make_train_step(
                     mutable=list(others),
                 )
                 logits = jnp.asarray(logits, jnp.float32)
-                return optax.softmax_cross_entropy(logits, targets).mean(), (new, (logits.argmax(-1) == labels).mean())
+                losses = optax.softmax_cross_entropy(logits, targets)
+                losses = losses if weights is None else losses * weights
+                return losses.mean(), (new, (logits.argmax(-1) == labels).mean())
 
             (loss, (others, accuracy)), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params)
             return others, (loss, accuracy, grads)
 
         others, means = _accumulated(
-            gradients, recipe.accumulate, state.others, dropout, images, targets, batch.labels, average_over=axis
+            gradients, recipe.accumulate, state.others, dropout, images, targets, batch.labels, *weights, average_over=axis
         )
         loss, accuracy, grads = means
         norm = optax.tree.norm(grads)

@@ -135,6 +135,11 @@ class Trainer:
         self.placement.check(self.recipe.batch_size, self.recipe.accumulate)
         steps_per_epoch(self.dataset, self.recipe.batch_size)
         self._load(None)
+        if self.recipe.patience and self.dataset.validation is None:
+            raise ValueError(
+                f"patience {self.recipe.patience} needs validation images to choose by, and {self.dataset.name} has none; hold "
+                "some out with --validation 0.1"
+            )
         classes = len(self.dataset.classes)
         if classes < 2:
             raise ValueError(f"{self.dataset.name} has {classes} class alone, which leaves nothing to learn; two are needed")
@@ -142,6 +147,8 @@ class Trainer:
             labels = getattr(getattr(self.dataset, part), "labels", None)
             if labels is not None:
                 check_labels(np.asarray(labels), classes, f"the {part} images of {self.dataset.name}")
+        if self.recipe.class_weights == "balanced":
+            _ = self._class_weights
 
     @property
     def steps_per_epoch(self) -> int:
@@ -152,6 +159,15 @@ class Trainer:
     def steps(self) -> int:
         """How many steps the whole training has."""
         return self.recipe.epochs * self.steps_per_epoch
+
+    @functools.cached_property
+    def _class_weights(self) -> np.ndarray:
+        """Float32 ``[classes]``: in inverse proportion to the training images of each class, 1 on average over the images."""
+        labels = getattr(self.dataset.train, "labels", None)
+        if labels is None:
+            raise ValueError(f"balanced class weights need the labels of {self.dataset.name} without reading its images")
+        counts = np.bincount(np.asarray(labels), minlength=len(self.dataset.classes))
+        return (len(labels) / (np.maximum(counts, 1) * np.count_nonzero(counts))).astype(np.float32)
 
     @functools.cached_property
     def _optimizer(self) -> Any:
@@ -170,7 +186,9 @@ class Trainer:
     def train_step(self) -> Any:
         """The compiled ``step(state, batch) -> (state, metrics)``, which reuses the memory of the state it is given."""
         recipe, classes = self.recipe, len(self.dataset.classes)
-        step = make_train_step(self.model, self.info, self._optimizer, recipe, self.image_size, classes)
+        weights = self._class_weights if recipe.class_weights == "balanced" else None
+        size = self.image_size
+        step = make_train_step(self.model, self.info, self._optimizer, recipe, size, classes, class_weights=weights)
         return placed_step(step, self.placement)
 
     @functools.cached_property
@@ -229,7 +247,7 @@ class Trainer:
                 stopping, ends = stop(number), number % self.steps_per_epoch == 0
                 if not (stopping or ends or (save_every and number % save_every == 0)):
                     continue
-                mark, step = self._report(state, number, pending, mark)
+                mark, step = self._report(state, number, metrics, mark)
                 yield step
                 pending, epoch, skipped = None, None, dict(batches.skipped)
                 if ends:

@@ -15,6 +15,7 @@ from lbpwht_jax.weights.torch_file import read_torch_file
 _HUB = re.compile(r"hf-hub:|\w[\w.-]*/\w[\w.-]*$")
 _SUFFIXES = (".safetensors", ".pth", ".bin")
 _NAMES = ("model.safetensors", "pytorch_model.bin")
+_OF_A_RUN = "weights.safetensors"
 
 
 def read_weights(source: str | os.PathLike, *, offline: bool = False) -> dict[str, np.ndarray]:
@@ -48,9 +49,9 @@ def local_file(source: str | os.PathLike) -> Path | None:
     """
     path = Path(source)
     if path.is_dir():
-        found = [path / name for name in _NAMES if (path / name).is_file()]
+        found = [path / name for name in (*_NAMES, _OF_A_RUN) if (path / name).is_file()]
         if not found:
-            raise FileNotFoundError(f"{source}: the folder has neither {' nor '.join(_NAMES)}")
+            raise FileNotFoundError(f"{source}: the folder has neither {' nor '.join(_NAMES)}, nor the {_OF_A_RUN} of a run")
         return found[0]
     if path.is_file():
         return path

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
+from sklearn import metrics
 from terminal import terminal
 
 from lbpwht_jax.bench import layers as bench_layers
@@ -18,9 +19,12 @@ from lbpwht_jax.cli.commands import COMMANDS
 from lbpwht_jax.cli.run_flags import RunFlags
 from lbpwht_jax.compile.report import table as compile_table
 from lbpwht_jax.compile.request import Row
+from lbpwht_jax.data import Loading, evaluation_batches, open_dataset
 from lbpwht_jax.runs import folder as run_folder
+from lbpwht_jax.runs.finished import load_run
 from lbpwht_jax.runs.results import Result, table
 from lbpwht_jax.screen import console, show
+from lbpwht_jax.train import normalise
 from lbpwht_jax.weights import save_weights
 
 MICRO = "vit_micro_patch4_28"
@@ -95,6 +99,27 @@ def test_predict(columns, run, images):
     text = "\n".join(screen(columns, "predict", run, images))
     assert [f"{number}.png" in text for number in range(3)] == [True] * 3
     assert "cannot read the image" in text and "broken.png" in text
+
+
+def test_evaluate(run, tmp_path):
+    """Counts by class against scikit-learn's, from the logits of all test images at once."""
+    text = "\n".join(screen(80, "evaluate", run, "--output", tmp_path / "found"))
+    found = json.loads((tmp_path / "found" / "evaluation.json").read_text())
+    loaded, dataset = load_run(run), open_dataset("digits")
+    loading = Loading(360, 28, 1)
+    with evaluation_batches(dataset.test, loading, loaded.config.crop) as batches:
+        batch = next(batches)
+    images = normalise(batch.images.astype(np.float32) / np.float32(255), loaded.config.info)
+    logits = np.asarray(jax.jit(loaded.module.apply)(loaded.variables, images))
+    matrix = metrics.confusion_matrix(batch.labels, logits.argmax(1), labels=range(10))
+    assert found["confusion"] == matrix.tolist()
+    assert found["top5_accuracy"] == metrics.top_k_accuracy_score(batch.labels, logits, k=5, labels=range(10))
+    assert [row["images"] for row in found["classes"]] == matrix.sum(1).tolist()
+    assert [row["accuracy"] for row in found["classes"]] == (matrix.diagonal() / matrix.sum(1)).tolist()
+    assert found["loss"] == pytest.approx(metrics.log_loss(batch.labels, jax.nn.softmax(logits)), rel=1e-4)
+    assert f"accuracy {found['accuracy']:.2%}" in text and "most often taken for" in text
+    with Image.open(tmp_path / "found" / "confusion.png") as picture:
+        assert np.asarray(picture.convert("L")).std() > 5
 
 
 @WIDTHS

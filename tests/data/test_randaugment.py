@@ -40,7 +40,7 @@ def pillow(name, s, image):
             return affine(image, 1, 0, 0.45 * s * image.width, 0, 1, 0)
         case "translate_y":
             return affine(image, 1, 0, 0, 0, 1, 0.45 * s * image.height)
-        case "brightness" | "color" | "contrast":
+        case "brightness" | "color" | "contrast" | "sharpness":
             return getattr(ImageEnhance, name.capitalize())(image).enhance(1 + 0.9 * s)
         case "posterize":
             return ImageOps.posterize(image, 8 - int(4 * abs(s)))
@@ -48,6 +48,10 @@ def pillow(name, s, image):
             return ImageOps.solarize(image, 255 - 255 * abs(s) + 1e-3)
         case "autocontrast":
             return ImageOps.autocontrast(image)
+        case "equalize":
+            return ImageOps.equalize(image)
+        case "solarize_add":
+            return image.point([min(255, value + round(110 * abs(s))) if value < 128 else value for value in range(256)] * 3)
         case "invert":
             return ImageOps.invert(image)
 
@@ -91,9 +95,9 @@ def test_every_operation_is_drawn_with_either_sign():
     found = np.isclose(ours[:, None], wanted, atol=1e-2).all((2, 3, 4))
     assert found.any(1).all()
     chosen = np.asarray([OPERATIONS.index(kinds[i][0]) for i in found.argmax(1)])
-    # five standard deviations of a binomial with p = 1/13
-    assert abs(np.bincount(chosen, minlength=13) - count / 13).max() < 5 * (count * 12 / 169) ** 0.5
-    signed = [i for i, (name, _) in enumerate(kinds) if name in (*GEOMETRIC, "brightness", "color", "contrast")]
+    # five standard deviations of a binomial with p = 1/16
+    assert abs(np.bincount(chosen, minlength=16) - count / 16).max() < 5 * (count * 15 / 256) ** 0.5
+    signed = [i for i, (name, _) in enumerate(kinds) if name in (*GEOMETRIC, "brightness", "color", "contrast", "sharpness")]
     assert found[:, signed].any(0).all()
 
 

@@ -109,7 +109,7 @@ def test_the_last_two_and_the_best_are_kept(whole, tmp_path):
         assert checkpoints.steps == [18, 20]
         facts = checkpoints.facts(20)
     assert facts.best == whole[1][-1] and (facts.step, facts.config) == (20, CONFIG)
-    # with them it is the last of those with the highest accuracy on them
+    # with them it is the first of those with the highest accuracy on them
     state = trainer().initial_state(variables())
     accuracies = {5: 0.2, 10: 0.9, 15: 0.9, 20: 0.1}
     with Checkpoints(tmp_path, CONFIG) as checkpoints:
@@ -118,7 +118,7 @@ def test_the_last_two_and_the_best_are_kept(whole, tmp_path):
             epoch = Epoch(step // 5, step, None, None, accuracies[step], 1.0) if step in accuracies else None
             checkpoints.save(state._replace(step=jnp.asarray(step, jnp.int32)), epoch)
         checkpoints.wait()
-        assert checkpoints.steps == [15, 17, 20] and checkpoints.facts(20).best == Epoch(3, 15, None, None, 0.9, 1.0)
+        assert checkpoints.steps == [10, 17, 20] and checkpoints.facts(20).best == Epoch(2, 10, None, None, 0.9, 1.0)
 
 
 DAMAGED = [("metrics", "metrics"), ("facts", "metadata"), ("_CHECKPOINT_METADATA",)]
