@@ -17,7 +17,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.extend.core import Jaxpr, Literal
 
 from lbpwht_jax.layers.linen import LowRankDense
-from lbpwht_jax.ops.flops import equation_macs, inner_program
+from lbpwht_jax.ops.flops import cpu_branch, equation_macs, inner_program
 from lbpwht_jax.ops.spec import Grid
 
 # What a module that does element-wise work alone counts as, all its equations together: the first of these found in the name
@@ -199,6 +199,9 @@ class _Walk:
         inner = inner_program(equation)
         if inner is not None:
             return self(inner, operands, path)
+        branch = cpu_branch(equation)
+        if branch is not None:
+            return self(branch, operands[1:], path)
         if name in ("scan", "while", "cond"):
             raise ValueError(f"{path or 'the model'}: the layers inside a {name} cannot be told apart; unroll it")
         active = name != "stop_gradient" and any(operand.active for operand in operands)

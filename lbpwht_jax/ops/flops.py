@@ -81,6 +81,15 @@ def inner_program(equation: Any) -> Jaxpr | None:
     return inner[0] if same else None
 
 
+def cpu_branch(equation: Any) -> Jaxpr | None:
+    """What CPUs run of a choice by platform, on the operands but for the first; ``None`` for all other equations."""
+    platforms = equation.params.get("branches_platforms")
+    if platforms is None:
+        return None
+    branch = next(k for k, names in enumerate(platforms) if names is None or "cpu" in names)
+    return equation.params["branches"][branch].jaxpr
+
+
 def _inner_programs(equation: Any) -> list[Jaxpr]:
     return [
         item.jaxpr if isinstance(item, ClosedJaxpr) else item
@@ -109,10 +118,9 @@ def _equation_flops(equation: Any, outputs: list[bool], padding: bool) -> tuple[
     called = inner_program(equation)
     if called is not None:
         return _flops(called, outputs, padding)
-    if equation.params.get("branches_platforms") is not None:
-        platforms = equation.params["branches_platforms"]
-        branch = next(k for k, names in enumerate(platforms) if names is None or "cpu" in names)
-        count, inputs = _flops(equation.params["branches"][branch].jaxpr, outputs, padding)
+    branch = cpu_branch(equation)
+    if branch is not None:
+        count, inputs = _flops(branch, outputs, padding)
         return count, [True, *inputs]
     counts = [_flops(jaxpr, [True] * len(jaxpr.outvars), padding)[0] for jaxpr in _inner_programs(equation)]
     if equation.primitive.name == "cond":
