@@ -136,7 +136,7 @@ class TrainingRun:
         say(
             console,
             f"Trained ({config.train}): {_scalars(trained):,} of {_scalars(parameters):,} parameters, "
-            f"{_scalars(trained) / _scalars(parameters):.1%}. Layers that low rank can adapt: "
+            f"{_scalars(trained) / _scalars(parameters):.2%}. Layers that low rank can adapt: "
             f"{layer_counts(config.info, self.model)} (--when {config.when}).",
         )
         say(

@@ -73,7 +73,7 @@ def test_a_run_on_the_screen(images, tmp_path):
     text = " ".join(" ".join(recording.lines).split())
     for part in (
         "25 training, 8 validation and 8 test images are listed, 2 classes",
-        "Trained (head): 194 of 677,954 parameters, 0.0%.",
+        "Trained (head): 194 of 677,954 parameters, 0.03%.",
         "24 frozen (--when faster).",
         "Training losses contain label smoothing of 0.1; the others do not.",
         "Batch size 24: the recipe's 64 is more than the 25 training images.",

@@ -68,6 +68,7 @@ def test_models(columns):
         assert any(name in line and count in line for line in lines)
 
 
+@pytest.mark.heavy
 def test_cost_by_layer():
     text = "\n".join(screen(80, "cost", MICRO, "--method", "lp_l1-4+lora_all-8", "--per-layer"))
     assert "blocks_5/mlp/fc2" in text and "MB kept per image" in text and "speed-up" not in text

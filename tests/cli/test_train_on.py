@@ -41,6 +41,7 @@ def run(images, tmp_path_factory):
     return folder
 
 
+@pytest.mark.heavy
 def test_epochs_train_on(run, tmp_path, capsys):
     folder = shutil.copytree(run, tmp_path / "run")
     capsys.readouterr()
@@ -76,6 +77,7 @@ def test_what_was_planned_after_a_checkpoint_is_forgotten():
         check_unchanged(again, config.to_json() | {"recipe": config.to_json()["recipe"] | {"epochs": 14}}, Path("run"), 300)
 
 
+@pytest.mark.heavy
 def test_training_stops_where_validation_does_not_get_better(images, tmp_path, capsys):
     """With a learning rate of next to nothing no epoch beats the first: patience 2 ends it after the third."""
     folder = tmp_path / "run"
@@ -113,6 +115,7 @@ def test_alpha_and_batch_normalisation_reach_the_model():
         assert dataclasses.replace(config, pretrained=pretrained).module().settings.frozen_batch_norm is frozen
 
 
+@pytest.mark.heavy
 def test_a_run_as_a_start(run, images):
     config, _, notes = RunFlags(pretrained=str(run), dataset=f"folder:{images}").new_run(None)
     assert notes[1:] == [f"The head is that of {run}, which has the same classes."] and config.keeps_head()
