@@ -47,7 +47,7 @@ def trainer(placement=ONE, width=32, recipe=RECIPE):
 
 
 def variables(width=32):
-    return Small(width).init(jax.random.key(0), jnp.zeros((1, 6, 6, 1)))
+    return jax.jit(Small(width).init)(jax.random.key(0), jnp.zeros((1, 6, 6, 1)))
 
 
 def abstract(training, width=32):
