@@ -50,7 +50,7 @@ class Outcome:
       resumed_after: the step that the run went on after; 0 if it began again, ``None`` if it came to its end all the same.
       same_metrics: whether losses, accuracies and gradient norms are equal.
       same_weights: whether the weights are.
-      error: the last line printed when the disk was full.
+      error: what the command said when the disk was full.
     """
 
     phase: str
@@ -183,7 +183,8 @@ def filled(phase: str, number: int, draw: random.Random, wholes: Wholes) -> Outc
         with full(disk):
             seen = Seen.of(run)
             codes = job.wait()
-        error = job.printed().rstrip().rpartition("\n")[2].replace(str(run), "RUN")
+        said = [line for line in job.printed().splitlines() if line.startswith("lbpwht: ")]
+        error = said[-1].replace(str(run), "RUN") if said else ""
         finished = Seen.of(run).finished
         if codes != [0 if finished else 1] or not (finished or no_space(error)):
             raise SystemExit(f"{run} ended with {codes}, not by the full disk: {job.printed()}")

@@ -58,7 +58,7 @@ def execute(name: str, command: Command, arguments: Sequence[str]) -> int:
 
 
 def _end_quietly() -> None:
-    """Keeps other writers, such as TensorBoard's, from saying at the end what has been said: that a file cannot be written."""
+    """Keeps other writers, such as a checkpoint's threads, from saying at the end what has been said: that a file cannot be written."""
     sys.unraisablehook = threading.excepthook = lambda arguments: None
 
 
