@@ -56,8 +56,8 @@ class Job:
     processes: list[BaseProcess]
 
     @classmethod
-    def start(cls, run: Path, arguments: list[str], processes: int = 1, cache: Path | None = None) -> "Job":
-        """Starts ``lbpwht finetune`` in one or several processes; ``run`` names the log files as well."""
+    def start(cls, run: Path, logs: Path, arguments: list[str], processes: int = 1, cache: Path | None = None) -> "Job":
+        """Starts ``lbpwht finetune`` in one or several processes, whose output goes to files in the folder ``logs``."""
         several: list[list[str]] = [[]]
         if processes > 1:
             with socket.socket() as free:
@@ -65,13 +65,13 @@ class Job:
                 where = f"localhost:{free.getsockname()[1]}"
             joined = ["--coordinator", where, "--num-processes", str(processes), "--process-id"]
             several = [[*joined, str(process)] for process in range(processes)]
-        logs = [run.with_name(f"{run.name}.{time.time_ns()}.{i}.log") for i in range(processes)]
+        files = [logs / f"{run.name}.{time.time_ns()}.{i}.log" for i in range(processes)]
         jobs = []
-        for log, more in zip(logs, several, strict=True):
+        for log, more in zip(files, several, strict=True):
             arrange = [*arguments, *more], str(log), None if cache is None else str(cache)
             jobs.append(_CONTEXT.Process(target=_finetune, args=arrange))
             jobs[-1].start()
-        return cls(run, logs, jobs)
+        return cls(run, files, jobs)
 
     @property
     def alive(self) -> bool:

@@ -92,7 +92,9 @@ class Wholes:
             return
         for cached in (False, True):
             shutil.rmtree(run, ignore_errors=True)
-            job = Job.start(run, [*self.arguments, "--output", str(run)], processes, self.cache if cached else None)
+            job = Job.start(
+                run, self.folder, [*self.arguments, "--output", str(run)], processes, self.cache if cached else None
+            )
             if not cached:
                 self.seconds[processes, "compile"] = until(job, lambda seen: seen.configured, lambda seen: seen.step > 0)
             else:
@@ -134,12 +136,12 @@ def moment(phase: str, draw: random.Random, seconds: float) -> tuple[Callable[[S
 def started(phase: str, run: Path, processes: int, wholes: Wholes) -> Job:
     """A new run, which compiles again if that is when it will end."""
     cache = None if phase == "compile" else wholes.cache
-    return Job.start(run, [*wholes.arguments, "--output", str(run)], processes, cache)
+    return Job.start(run, wholes.folder, [*wholes.arguments, "--output", str(run)], processes, cache)
 
 
 def resumed(run: Path, processes: int, wholes: Wholes) -> int:
     """Resumes a run; the step that it went on after."""
-    job = Job.start(run, ["--resume", str(run), "--checkpoint-every", str(EVERY)], processes, wholes.cache)
+    job = Job.start(run, wholes.folder, ["--resume", str(run), "--checkpoint-every", str(EVERY)], processes, wholes.cache)
     if any(job.wait()):
         raise SystemExit(f"{run} could not be resumed: {job.printed()}")
     after = job.printed().partition("going on after step ")[2].split()

@@ -6,6 +6,7 @@ import logging
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from types import TracebackType
 from typing import Protocol
 
 import tyro
@@ -40,6 +41,8 @@ def execute(name: str, command: Command, arguments: Sequence[str]) -> int:
     # where a checkpoint cannot be read or written, the error is reported once; what others log of it is not worth a trace
     for library in ("asyncio", "absl"):
         logging.getLogger(library).setLevel(logging.CRITICAL)
+    if sys.excepthook is sys.__excepthook__:
+        sys.excepthook = _of_the_main_thread
     try:
         run = parsed.prepare()
     except (TypeError, ValueError, FileNotFoundError, ImportError) as error:
@@ -57,8 +60,14 @@ def execute(name: str, command: Command, arguments: Sequence[str]) -> int:
         return 1
 
 
+def _of_the_main_thread(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Shows no trace of callbacks in tensorstore's own threads: those of a write that failed find nobody waiting any more."""
+    if threading.current_thread() is threading.main_thread():
+        sys.__excepthook__(kind, error, trace)
+
+
 def _end_quietly() -> None:
-    """Keeps other writers, such as a checkpoint's threads, from saying at the end what has been said: that a file cannot be written."""
+    """Keeps other writers, such as a checkpoint's threads, from saying again at the end that a file cannot be written."""
     sys.unraisablehook = threading.excepthook = lambda arguments: None
 
 
