@@ -41,9 +41,16 @@ LONGEST = (
     "test_notebooks",
     "test_transfer",
     "test_processes",
+    "test_efficientformer",
+    "test_freeze",
+    "test_damage",
+    "test_adapt",
+    "test_docs",
+    "test_report",
     "test_checkpoint",
     "test_swin_v2",
-    "test_efficientformer",
+    "test_create",
+    "test_lora",
 )
 
 

@@ -6,7 +6,6 @@ import logging
 import sys
 import threading
 from collections.abc import Callable, Sequence
-from types import TracebackType
 from typing import Protocol
 
 import tyro
@@ -41,8 +40,8 @@ def execute(name: str, command: Command, arguments: Sequence[str]) -> int:
     # where a checkpoint cannot be read or written, the error is reported once; what others log of it is not worth a trace
     for library in ("asyncio", "absl"):
         logging.getLogger(library).setLevel(logging.CRITICAL)
-    if sys.excepthook is sys.__excepthook__:
-        sys.excepthook = _of_the_main_thread
+    if sys.unraisablehook is sys.__unraisablehook__:
+        sys.unraisablehook = _of_python_s_threads
     try:
         run = parsed.prepare()
     except (TypeError, ValueError, FileNotFoundError, ImportError) as error:
@@ -60,10 +59,10 @@ def execute(name: str, command: Command, arguments: Sequence[str]) -> int:
         return 1
 
 
-def _of_the_main_thread(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Shows no trace of callbacks in tensorstore's own threads: those of a write that failed find nobody waiting any more."""
-    if threading.current_thread() is threading.main_thread():
-        sys.__excepthook__(kind, error, trace)
+def _of_python_s_threads(unraisable: "sys.UnraisableHookArgs") -> None:
+    """Shows no trace from a thread of tensorstore's: once one file could not be written, nobody waits for the others."""
+    if unraisable.object is not None or threading.current_thread() is threading.main_thread():
+        sys.__unraisablehook__(unraisable)
 
 
 def _end_quietly() -> None:
