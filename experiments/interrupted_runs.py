@@ -38,7 +38,10 @@ def _finetune(arguments: list[str], log: str, cache: str | None) -> None:
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_compilation_cache_dir", cache)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    sys.exit(lbpwht(["finetune", *arguments]))
+    code = lbpwht(["finetune", *arguments])
+    if jax.distributed.is_initialized():  # a forked process runs no exit handlers, and JAX's makes processes leave together
+        jax.distributed.shutdown()
+    sys.exit(code)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,9 +99,9 @@ class Job:
             codes.append(process.exitcode)
         return codes
 
-    def printed(self, process: int = 0) -> str:
-        """What a process printed, its errors included."""
-        return self.logs[process].read_text()
+    def printed(self) -> str:
+        """What the processes printed, one after another, errors included."""
+        return "".join(log.read_text() for log in self.logs)
 
 
 def events(run: Path) -> list[dict]:

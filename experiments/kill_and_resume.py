@@ -142,8 +142,8 @@ def started(phase: str, run: Path, processes: int, wholes: Wholes) -> Job:
 def resumed(run: Path, processes: int, wholes: Wholes) -> int:
     """Resumes a run; the step that it went on after."""
     job = Job.start(run, wholes.folder, ["--resume", str(run), "--checkpoint-every", str(EVERY)], processes, wholes.cache)
-    if any(job.wait()):
-        raise SystemExit(f"{run} could not be resumed: {job.printed()}")
+    if any(codes := job.wait()):
+        raise SystemExit(f"{run} could not be resumed, exit codes {codes}: {job.printed()}")
     after = job.printed().partition("going on after step ")[2].split()
     return int(after[0]) if after else 0
 
