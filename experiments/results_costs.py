@@ -95,24 +95,33 @@ def loader_speed(results: Mapping[str, Any]) -> str:
 
 
 def kill_and_resume(results: Mapping[str, Any]) -> str:
-    """Interrupted runs."""
+    """Interrupted runs, those of the same kind in a row."""
+    kinds: dict[tuple[str, str, str], list[Mapping[str, Any]]] = {}
+    for run in results["runs"].values():
+        kinds.setdefault((str(run["processes"]), run["phase"], run["ended_by"]), []).append(run)
+
+    def listed(runs: list[Mapping[str, Any]], name: str) -> str:
+        return ", ".join("-" if run[name] is None else str(run[name]) for run in runs)
+
+    def equal(runs: list[Mapping[str, Any]], name: str) -> str:
+        return f"{sum(run[name] for run in runs)} of {len(runs)}"
+
     rows = [
         [
-            run["signal"],
-            str(run["last_step_written"]),
-            str(run["resumed_after"]),
-            "yes" if run["unfinished_checkpoint"] else "no",
-            "equal" if run["same_metrics"] else "differ",
-            "equal" if run["same_weights"] else "differ",
+            *kind,
+            *(listed(runs, name) for name in ("last_step_written", "checkpoint_before", "resumed_after")),
+            *(equal(runs, name) for name in ("same_metrics", "same_weights")),
         ]
-        for run in results["runs"]
+        for kind, runs in kinds.items()
     ]
     text = f"""
-        A run of {results["steps"]} steps, with a moving average and augmentation, was ended at random moments and resumed. Its
-        loss curve and weights are compared with those of an uninterrupted run, bit for bit. {results["device"]}, JAX
-        {results["jax"]}.
+        Runs of {results["steps"]} steps, with a moving average and augmentation, were ended at {len(results["runs"])} random
+        moments and resumed. Losses, gradient norms, accuracies and weights are compared with those of a run left alone, bit for
+        bit. A row has the steps of each of its runs in turn: the last one written, the last whole checkpoint at that moment (0
+        for none yet), and the one that the run went on after (0 for beginning again, - where a signal came too late to stop the
+        run). {results["device"]}, JAX {results["jax"]}.
     """
-    header = ["ended by", "last step written", "resumed after step", "in the middle of a save", "loss curve", "weights"]
+    header = ["processes", "while", "ended by", "last step", "checkpoint", "resumed after", "equal metrics", "equal weights"]
     return f"{prose(text)}\n\n{markdown(header, rows)}"
 
 

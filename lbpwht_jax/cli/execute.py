@@ -45,6 +45,8 @@ def execute(name: str, command: Command, arguments: Sequence[str]) -> int:
     for library in ("asyncio", "absl"):
         logging.getLogger(library).setLevel(logging.CRITICAL)
     logging.getLogger("huggingface_hub").propagate = False  # it shows its warnings itself
+    if sys.unraisablehook is sys.__unraisablehook__:
+        sys.unraisablehook = _of_python_s_threads
     try:
         run = parsed.prepare()
     except (TypeError, ValueError, FileNotFoundError, ImportError) as error:
@@ -62,8 +64,14 @@ def execute(name: str, command: Command, arguments: Sequence[str]) -> int:
         return 1
 
 
+def _of_python_s_threads(unraisable: "sys.UnraisableHookArgs") -> None:
+    """Shows no trace from a thread of tensorstore's: once one file could not be written, nobody waits for the others."""
+    if unraisable.object is not None or threading.current_thread() is threading.main_thread():
+        sys.__unraisablehook__(unraisable)
+
+
 def _end_quietly() -> None:
-    """Keeps other writers, such as TensorBoard's, from saying at the end what has been said: that a file cannot be written."""
+    """Keeps other writers, such as a checkpoint's threads, from saying again at the end that a file cannot be written."""
     sys.unraisablehook = threading.excepthook = lambda arguments: None
 
 

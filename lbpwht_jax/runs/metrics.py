@@ -4,13 +4,14 @@ import contextlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 from pydantic import TypeAdapter
-from tensorboardX import SummaryWriter
 
+from lbpwht_jax.runs.board import Board
 from lbpwht_jax.train import Epoch, Step
 
 METRICS, TENSORBOARD = "metrics.jsonl", "tensorboard"
@@ -55,9 +56,9 @@ class MetricsFile:
             new = run / f"{METRICS}.new"
             new.write_text("".join(map(_line, kept)))
             os.replace(new, run / METRICS)
-        self._write, self._batch_size = write, batch_size
+        self._batch_size = batch_size
         self._file = (run / METRICS if write else Path(os.devnull)).open("a", buffering=1)
-        self._board = SummaryWriter(str(run / TENSORBOARD), purge_step=done + 1, write_to_disk=write)
+        self._board = Board(run / TENSORBOARD, done) if write else None
 
     def __enter__(self) -> "MetricsFile":
         return self
@@ -65,7 +66,8 @@ class MetricsFile:
     def __exit__(self, *_: object) -> None:
         for file in (self._file, self._board):
             with contextlib.suppress(OSError):  # ``write`` and ``sync`` report what cannot be written
-                file.close()
+                if file is not None:
+                    file.close()
 
     def write(self, event: Step | Epoch) -> None:
         """Adds one event: ``{"kind": "step" or "epoch", ...its fields}``; losses are means, times in seconds.
@@ -79,13 +81,18 @@ class MetricsFile:
             values["images_per_second"] = self._batch_size / event.seconds
         else:
             values = event.measured
-        for name, value in values.items():
-            self._board.add_scalar(name, value, _step(event))
+        if self._board is not None:
+            self._board.add(values, _step(event), time.time())
 
     def sync(self) -> None:
-        """Waits until all that was written is on the disk."""
-        if self._write:
+        """Waits until all that was written is on the disk.
+
+        Raises:
+          OSError: if it cannot be written.
+        """
+        if self._board is not None:
             os.fsync(self._file.fileno())
+            self._board.sync()
 
 
 def read_metrics(run: Path) -> tuple[list[Step], list[Epoch]]:

@@ -139,7 +139,8 @@ class Checkpoints:
         """Waits until the checkpoint that ``save`` started is written.
 
         Raises:
-          OSError: if it cannot be written.
+          OSError: if it cannot be written. Other threads may still be writing parts of it; if there is room for them again, and
+            for what failed, the checkpoint appears all the same, and is whole.
         """
         with _failing_to_save(f"checkpoint {self._last} of {self._run}"):
             self._manager.wait_until_finished()

@@ -25,7 +25,7 @@ IMAGES = random(2, 16, 20, 3)
 SHAPE = jax.ShapeDtypeStruct(IMAGES.shape, IMAGES.dtype)
 G = random(2, 3, seed=1)
 VIT = ViT()
-VARIABLES = VIT.init(jax.random.key(0), IMAGES)
+VARIABLES = jax.jit(VIT.init)(jax.random.key(0), IMAGES)
 # every way in: Dense, the DenseGeneral layers of Flax's attention, a 1x1 Conv
 ALL = r"block_\d/(attn/\w+|fc\d)$"
 
@@ -35,7 +35,7 @@ def rules(spec, pattern=ALL):
 
 
 def gradients(model, variables):
-    grads = jax.grad(lambda v: (model.apply(v, IMAGES) * G).sum())(variables)
+    grads = jax.jit(jax.grad(lambda v: (model.apply(v, IMAGES) * G).sum()))(variables)
     return traverse_util.flatten_dict(grads["params"], sep="/")
 
 
@@ -69,7 +69,7 @@ def test_only_matched_layers_change():
 
 def test_it_is_used_as_the_model_is():
     adapted = adapt(VIT, [LoRA("fc1", spec=LOW, **TOKENS), *rules(LOW)], SHAPE, train=True)
-    fresh = adapted.init(jax.random.key(0), IMAGES)
+    fresh = jax.jit(adapted.init)(jax.random.key(0), IMAGES)
     flat, plain = (traverse_util.flatten_dict(v["params"], sep="/") for v in (fresh, VARIABLES))
     assert flat.keys() - plain.keys() == {f"block_{i}/fc1/lora_{m}" for i in range(2) for m in "ab"}
     chex.assert_trees_all_equal({name: flat[name] for name in plain}, plain)
@@ -114,10 +114,10 @@ def test_scanned_layers():
 def test_our_own_models_know_their_grids():
     model = create_model("vit_micro_patch4_28", num_classes=10)
     images = random(1, 28, 28, 1)
-    variables = model.init(jax.random.key(0), images)
+    variables = jax.jit(model.init)(jax.random.key(0), images)
     by_rule = adapt(model, [LowRank(r"blocks_\d+/(attn/(qkv|proj)|mlp/fc[12])$", LOW)], images)
     by_plan = create_model("vit_micro_patch4_28", num_classes=10, spec=LOW)
-    one, other = (jax.grad(lambda v, m=m: (m.apply(v, images) ** 2).sum())(variables) for m in (by_rule, by_plan))
+    one, other = (jax.jit(jax.grad(lambda v, m=m: (m.apply(v, images) ** 2).sum()))(variables) for m in (by_rule, by_plan))
     chex.assert_trees_all_equal(one, other)
     assert {a.shown_grid for a in by_rule.resolution.adaptations} == {(7, 7)}
     assert {a.prefix_tokens for a in by_rule.resolution.adaptations} == {1}

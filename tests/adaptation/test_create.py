@@ -18,7 +18,7 @@ FC1 = create_model(NAME, num_classes=10, spec=lp_l1(2), layers="mlp/fc1$")
 
 @pytest.fixture(scope="module")
 def variables():
-    return PLAIN.init(jax.random.key(0), IMAGES)
+    return jax.jit(PLAIN.init)(jax.random.key(0), IMAGES)
 
 
 def gradients(model, variables, **options):
@@ -30,7 +30,7 @@ def gradients(model, variables, **options):
 
 def test_the_variables_are_the_plain_model_s(variables):
     assert isinstance(FC1, nn.Module) and (FC1.image_size, FC1.num_classes) == (28, 10)
-    chex.assert_trees_all_equal(FC1.init(jax.random.key(0), IMAGES), variables)
+    chex.assert_trees_all_equal(jax.jit(FC1.init)(jax.random.key(0), IMAGES), variables)
     chex.assert_trees_all_equal(FC1.apply(variables, IMAGES), PLAIN.apply(variables, IMAGES))
     assert hash(FC1) == hash(FC1.clone())
 

@@ -115,9 +115,8 @@ def trainer(name, method, train):
     adapted = adapt(model, parse_method(method).rules(info, train), images)
     data = Dataset("noise", *[noise(info)] * 2, tuple("abcd"))
     one = Placement(devices=jax.devices()[:1])
-    return Trainer(adapted, info, data, RECIPE, info.images.size, adapted.trainable, one), adapted.init(
-        jax.random.key(0), images
-    )
+    variables = jax.jit(adapted.init)(jax.random.key(0), images)
+    return Trainer(adapted, info, data, RECIPE, info.images.size, adapted.trainable, one), variables
 
 
 def noise(info, count=4):

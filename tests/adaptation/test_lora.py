@@ -50,7 +50,7 @@ MODELS = {
 def made(name):
     model, rules, shape = MODELS[name]
     images = random(*shape)
-    variables = model.init(jax.random.key(0), images)
+    variables = jax.jit(model.init)(jax.random.key(0), images)
     adapted = adapt(model, rules, images)
     return adapted, variables, adapted.with_branches(jax.random.key(1), variables), images
 

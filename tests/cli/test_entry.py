@@ -3,6 +3,8 @@
 import json
 import subprocess
 import sys
+import threading
+import types
 
 import pytest
 
@@ -60,3 +62,24 @@ def test_a_command_loads_what_it_needs(arguments, unused):
 def test_python_m_does_the_same():
     done = subprocess.run([sys.executable, "-m", "lbpwht_jax.cli", "--version"], capture_output=True, text=True, check=True)
     assert done.stdout == f"lbpwht {lbpwht_jax.__version__}\n"
+
+
+def test_no_traces_from_threads_that_are_not_python_s(monkeypatch, capsys):
+    """tensorstore's callbacks of a write that failed: an error without an object, in a thread of its own."""
+    monkeypatch.setattr(sys, "unraisablehook", sys.__unraisablehook__)
+    assert main(["models", "vit_micro*"]) == 0
+
+    class Unlucky:
+        def __del__(self):
+            raise RuntimeError("cannot go")
+
+    capsys.readouterr()
+    error = types.SimpleNamespace(exc_type=RuntimeError, exc_value=RuntimeError("closed"), exc_traceback=None, object=None)
+    thread = threading.Thread(target=sys.unraisablehook, args=(error,))
+    thread.start()
+    thread.join()
+    assert capsys.readouterr().err == ""
+    thread = threading.Thread(target=Unlucky)
+    thread.start()
+    thread.join()
+    assert "cannot go" in capsys.readouterr().err

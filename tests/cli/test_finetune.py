@@ -15,6 +15,7 @@ import chex
 import jax
 import numpy as np
 import pytest
+from interrupted_runs import digits
 from PIL import Image
 from sklearn.datasets import load_digits
 
@@ -29,8 +30,16 @@ from lbpwht_jax.train import Placement
 from lbpwht_jax.weights.files import BUNDLED, load_bundled, load_weights
 from lbpwht_jax.weights.peft import load_adapter
 
-# Two epochs of 22 steps; a rate that gets somewhere in them
-SHORT = ["--train", "last_stage", "--epochs", "2", "--lr", "2e-3", "--warmup-steps", "5"]
+# 44 steps; a rate that gets somewhere in them
+SHORT = ["--train", "last_stage", "--epochs", "1", "--batch-size", "32", "--lr", "2e-3", "--warmup-steps", "5"]
+
+
+@pytest.fixture(scope="module")
+def few_digits(tmp_path_factory):
+    """A data set of 240 images of digits to train on and 20 to test on."""
+    folder = tmp_path_factory.mktemp("digits") / "few"
+    digits(folder, train=24, test=2)
+    return f"folder:{folder}"
 
 
 @pytest.fixture(scope="module")
@@ -76,11 +85,11 @@ def test_the_run_folder_is_complete(compared):
     for method, folder in folders(compared[0]).items():
         config = json.loads((folder / "config.json").read_text())
         assert config["method"] == method and config["dataset"] == "digits"
-        assert config["recipe"]["epochs"] == 2
+        assert config["recipe"]["epochs"] == 1
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         assert [line["number"] for line in lines if line["kind"] == "step"] == list(range(1, 45))
         accuracies = [line["test_accuracy"] for line in lines if line["kind"] == "epoch"]
-        assert len(accuracies) == 2
+        assert len(accuracies) == 1
         assert json.loads((folder / "result.json").read_text())["test_accuracy"] == accuracies[-1]
         with Image.open(folder / "curves.png") as plot:
             assert np.asarray(plot.convert("L")).std() > 5
@@ -90,7 +99,7 @@ def test_the_folder_is_all_that_evaluation_needs(compared, capsys):
     accuracy = json.loads((compared[0] / "result.json").read_text())["test_accuracy"]
     found = json.loads(lbpwht(capsys, "evaluate", compared[0], "--json"))
     assert (found["accuracy"], found["images"]) == (accuracy, 360)
-    # far from chance after two epochs, short of what fifteen come to
+    # far from chance after an epoch, short of what fifteen come to
     assert accuracy > 0.5
     best = json.loads(lbpwht(capsys, "evaluate", compared[0], "--checkpoint", "best", "--batch-size", "40", "--json"))
     # without validation images, the best checkpoint is the last epoch's
@@ -186,7 +195,7 @@ def test_a_resumed_run_keeps_its_configuration(compared, capsys):
             ["--model", "vit_tiny_patch16_224"],
             "--model vit_tiny_patch16_224: the run in .* was started with vit_m",
         ),
-        (compared[0], ["--batch-size", "60"], "--batch-size 60: the run in .* was started with 64"),
+        (compared[0], ["--batch-size", "60"], "--batch-size 60: the run in .* was started with 32"),
         (compared[0], ["--crop-scale", "0.5", "1"], r"--crop-scale \(0\.5, 1\.0\): the run in .* was started with None"),
         (compared[0], ["--remat"], "--remat True: the run in .* was started with False"),
         (compared[0], ["--compare"], "--compare does not go with --resume"),
@@ -195,7 +204,7 @@ def test_a_resumed_run_keeps_its_configuration(compared, capsys):
         (full, ["--train", "all"], "--train all: the run in .* was started with last_stage"),
         # what agrees is accepted: it is only then that the run turns out to be finished
         (full, ["--method", "full", "--train", "last_stage", "--dataset", "digits", "--when", "faster"], "is finished"),
-        (full, ["--batch-size", "64", "--image-size", "28", "--pretrained", "bundled", "--flip", "False"], "is finished"),
+        (full, ["--batch-size", "32", "--image-size", "28", "--pretrained", "bundled", "--flip", "False"], "is finished"),
     ):
         assert re.search(message, mistake(capsys, "finetune", "--resume", folder, *arguments)), arguments
 
@@ -211,8 +220,21 @@ def test_a_checkpoint_of_another_configuration(compared, capsys, tmp_path):
     assert "no configuration of this version's" in mistake(capsys, "finetune", "--resume", other)
 
 
-def test_a_signal_stops_and_saves_and_the_run_goes_on_bit_for_bit(capsys, tmp_path):
-    options = ["--epochs", "2", "--batch-size", "96", "--method", "full", "--train", "last_stage", "--ema", "0.5"]
+def test_a_signal_stops_and_saves_and_the_run_goes_on_bit_for_bit(few_digits, capsys, tmp_path):
+    options = [
+        "--dataset",
+        few_digits,
+        "--epochs",
+        "2",
+        "--batch-size",
+        "24",
+        "--method",
+        "full",
+        "--train",
+        "last_stage",
+        "--ema",
+        "0.5",
+    ]
     options += ["--flip", "True", "--drop-path", "0.1", "--accumulate", "3", "--checkpoint-every", "4"]
     lbpwht(capsys, "finetune", *options, "--output", tmp_path / "whole")
 
@@ -228,8 +250,8 @@ def test_a_signal_stops_and_saves_and_the_run_goes_on_bit_for_bit(capsys, tmp_pa
     thread.join()
     steps, _ = read_metrics(tmp_path / "run")
     done = len(steps)
-    assert 1 <= done < 28
-    message = f"stopped by SIGTERM after step {done} of 28, which is saved; go on with lbpwht finetune --resume"
+    assert 1 <= done < 20
+    message = f"stopped by SIGTERM after step {done} of 20, which is saved; go on with lbpwht finetune --resume"
     assert message in capsys.readouterr().err
     assert f"going on after step {done}" in lbpwht(capsys, "finetune", "--resume", tmp_path / "run")
     untimed = [
@@ -261,10 +283,10 @@ def test_low_rank_is_cheaper_than_full(compared):
         assert results["lp_l1-2"][key] < results["lp_l1-4"][key] < results["full"][key]
 
 
-def test_a_sum_on_the_last_stage(tmp_path):
+def test_a_sum_on_the_last_stage(few_digits, tmp_path):
     method = "lp_l1-2+lora-4"
-    arguments = ["--method", method, "--train", "last_stage", "--epochs", "1", "--batch-size", "480", "--output", str(tmp_path)]
-    assert main(["finetune", *arguments]) == 0
+    arguments = ["--method", method, "--train", "last_stage", "--dataset", few_digits, "--epochs", "1", "--batch-size", "120"]
+    assert main(["finetune", *arguments, "--output", str(tmp_path)]) == 0
     config, result = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("config", "result"))
     assert (config["method"], config["train"]) == (method, "last_stage")
     # the last block but for its attention layers, their branches of rank 12 and 4, the last norm and the head

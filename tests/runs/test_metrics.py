@@ -1,4 +1,8 @@
 import json
+import resource
+import threading
+
+import pytest
 
 from lbpwht_jax.runs.metrics import MetricsFile, read_metrics
 from lbpwht_jax.train import Epoch, Step
@@ -37,3 +41,19 @@ def test_processes_that_leave_the_writing_to_the_first(tmp_path):
         metrics.write(EVENTS[0])
         metrics.sync()
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("limit", [100, 3000])
+def test_a_disk_that_is_full_is_an_error_and_prints_nothing(limit, tmp_path, capfd):
+    # the lower limit stops the first line, the higher one TensorBoard's file, which is written in larger pieces
+    threads, limits = threading.active_count(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    with MetricsFile(tmp_path, 8) as metrics:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))
+        try:
+            with pytest.raises(OSError, match="File too large"):
+                for _ in range(100):
+                    metrics.write(EVENTS[0])
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert threading.active_count() == threads
+    assert capfd.readouterr() == ("", "")

@@ -41,8 +41,8 @@ class Tiny(nn.Module):
 
 INFO = ModelInfo(Tiny, {}, Images(4, channels=1, mean=(0.5,), std=(0.25,)))
 MODEL, PLAIN = Tiny(), Tiny(batch_norm=False)
-VARIABLES = MODEL.init(jax.random.key(3), jnp.zeros((1, 4, 4, 1)))
-PLAIN_VARIABLES = PLAIN.init(jax.random.key(3), jnp.zeros((1, 4, 4, 1)))
+VARIABLES = jax.jit(MODEL.init)(jax.random.key(3), jnp.zeros((1, 4, 4, 1)))
+PLAIN_VARIABLES = jax.jit(PLAIN.init)(jax.random.key(3), jnp.zeros((1, 4, 4, 1)))
 RECIPE = Recipe(epochs=3, batch_size=8, lr=3e-2)
 ONE = Placement(devices=jax.devices()[:1])
 

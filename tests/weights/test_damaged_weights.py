@@ -88,7 +88,7 @@ ADAPTED = adapt(nn.Dense(2, name="fc"), [LoRA("", rank=1, alpha=4)], IMAGES)
 
 @pytest.fixture(scope="module")
 def adapter(folder):
-    variables = ADAPTED.init(jax.random.key(0), IMAGES)
+    variables = jax.jit(ADAPTED.init)(jax.random.key(0), IMAGES)
     save_adapter(folder / "adapter", ADAPTED, variables)
     return folder / "adapter" / "adapter_config.json", variables
 

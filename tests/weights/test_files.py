@@ -84,12 +84,12 @@ def test_the_bundled_model_knows_what_it_learned():
     assert metadata["model"] == BUNDLED and len(metadata["classes"]) == 10
     # its test accuracy on Fashion-MNIST, as its pretraining measured it
     assert metadata["test_accuracy"] > 0.8
-    fresh = create_model(BUNDLED, num_classes=10).init(jax.random.key(0), jnp.zeros((1, 28, 28, 1)))
+    fresh = jax.jit(create_model(BUNDLED, num_classes=10).init)(jax.random.key(0), jnp.zeros((1, 28, 28, 1)))
     chex.assert_trees_all_equal_shapes(variables, fresh)
 
 
 def test_a_new_head_replaces_the_head_alone():
-    fresh = create_model(BUNDLED, num_classes=3).init(jax.random.key(0), jnp.zeros((1, 28, 28, 1)))
+    fresh = jax.jit(create_model(BUNDLED, num_classes=3).init)(jax.random.key(0), jnp.zeros((1, 28, 28, 1)))
     variables, _ = load_bundled()
     merged = replace_head(variables, fresh)
     chex.assert_trees_all_equal(merged["params"].pop("head"), fresh["params"]["head"])

@@ -20,7 +20,7 @@ ADAPTED = adapt(nn.Dense(2, name="fc"), [LoRA("", rank=1, alpha=4)], IMAGES)
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     folder = tmp_path_factory.mktemp("adapter")
-    variables = ADAPTED.init(jax.random.key(0), IMAGES)
+    variables = jax.jit(ADAPTED.init)(jax.random.key(0), IMAGES)
     save_adapter(folder, ADAPTED, variables)
     return folder, variables
 
