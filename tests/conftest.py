@@ -15,7 +15,9 @@ import pytest
 DEVICES = 8
 
 OPTIMISATION = "--xla_backend_optimization_level"
-COMPILES_FAST = f"{OPTIMISATION}=0 --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+COMPILES_FAST = f"{OPTIMISATION}=0 --xla_cpu_parallel_codegen_split_count=1"
+if jax.__version_info__ < (0, 11):  # later versions do not know the flag
+    COMPILES_FAST += " --xla_cpu_use_fusion_emitters=false"
 if OPTIMISATION not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {COMPILES_FAST}"
 PROGRAMS = tempfile.TemporaryDirectory(prefix="programs", ignore_cleanup_errors=True)
