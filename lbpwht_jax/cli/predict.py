@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from lbpwht_jax.data import ImageFile, UnreadableImage, find_images, load_image
+from lbpwht_jax.data import ImageFile, UnreadableImage, decode_image, find_images
 from lbpwht_jax.runs.finished import FINAL, FinishedRun, load_run
 from lbpwht_jax.screen import console, say
 from lbpwht_jax.train import normalise
@@ -103,7 +103,7 @@ def predict(run: FinishedRun, files: Sequence[ImageFile]) -> Iterator[Prediction
         part = files[start : start + _AT_ONCE]
         for row, file in enumerate(part):
             try:
-                images[row] = load_image(file.read(), size, like.channels, like.crop, like.interpolation)
+                images[row] = decode_image(file.read(), size, like.channels, like.crop, like.interpolation)
             except (OSError, UnreadableImage) as error:
                 errors[row] = str(error)
         found = np.asarray(probabilities(variables, images)) if len(errors) < len(part) else images

@@ -2,7 +2,7 @@
 
 from lbpwht_jax.data.augmentation import Augmentation, make_augmentation
 from lbpwht_jax.data.batches import Batch, Batches, Loading, evaluation_batches, steps_per_epoch, training_batches
-from lbpwht_jax.data.decode import UnreadableImage, load_image
+from lbpwht_jax.data.decode import UnreadableImage, decode_image, load_image
 from lbpwht_jax.data.images import ImageFile, find_images
 from lbpwht_jax.data.open import open_dataset
 from lbpwht_jax.data.split import ArraySplit, Dataset, Split
@@ -17,6 +17,7 @@ __all__ = [
     "Loading",
     "Split",
     "UnreadableImage",
+    "decode_image",
     "evaluation_batches",
     "find_images",
     "load_image",

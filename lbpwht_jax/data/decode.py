@@ -4,11 +4,12 @@ import functools
 import io
 import math
 import re
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
 
-from lbpwht_jax.data.files import SUFFIXES
+from lbpwht_jax.data.files import SUFFIXES, read_file
 
 MOST_PIXELS = 2**27
 """Most pixels of an image; 134 million, while a photo of 10,000 x 8,000 has 80 million."""
@@ -107,7 +108,7 @@ def resize_and_crop(image: Image.Image, size: int, crop: float, interpolation: s
     return _array(image.crop((left, top, left + size, top + size)))
 
 
-def load_image(source: bytes, image_size: int, channels: int, crop: float, interpolation: str = "bicubic") -> np.ndarray:
+def decode_image(source: bytes, image_size: int, channels: int, crop: float, interpolation: str = "bicubic") -> np.ndarray:
     """Decodes one image into the form that an evaluation uses: uint8, ``[image_size, image_size, channels]``.
 
     Args:
@@ -121,6 +122,18 @@ def load_image(source: bytes, image_size: int, channels: int, crop: float, inter
       UnreadableImage: as ``decode``.
     """
     return resize_and_crop(decode(source, channels)[0], image_size, crop, interpolation)
+
+
+def load_image(path: Path, image_size: int, channels: int, crop: float, interpolation: str = "bicubic") -> np.ndarray:
+    """Reads one file in the form that an evaluation uses; arguments and result are otherwise those of ``decode_image``.
+
+    Raises:
+      ValueError: if the file cannot be read or is not an image; the text names it.
+    """
+    try:
+        return decode_image(read_file(path), image_size, channels, crop, interpolation)
+    except (OSError, UnreadableImage) as error:
+        raise ValueError(f"cannot read the image {path}: {error}") from None
 
 
 def _array(image: Image.Image) -> np.ndarray:

@@ -51,4 +51,4 @@ def _meant(name: str) -> str:
         return f"for the images in this folder or zip file write folder:{name}"
     near = difflib.get_close_matches(name.lower(), ("digits", *(f"tfds:{known}" for known in RECIPES)), 1)
     others = "digits, folder:PATH, tfds:NAME or tfds:NAME:VERSION"
-    return f"did you mean {near[0]}? The others are {others}" if near else f"write {others}"
+    return f"did you mean {near[0]}? Or write {others}" if near else f"write {others}"

@@ -216,7 +216,7 @@ def test_a_home_folder_that_is_nobody_s():
         open_dataset("folder:~nosuchuser/x")
 
 
-@pytest.mark.parametrize("name", ["digit", "folder", "folder:", "tfds:", "mnist:1.0.0"])
+@pytest.mark.parametrize("name", ["numbers", "folder", "folder:", "tfds:", "mnist:1.0.0"])
 def test_unknown_names(name):
     with pytest.raises(
         ValueError, match=rf"unknown data set '{name}'; write digits, folder:PATH, tfds:NAME or tfds:NAME:VERSION"
