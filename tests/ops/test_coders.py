@@ -63,7 +63,7 @@ def test_levels_are_means_between_borders_halfway(bits):
     weights, nearest = np.exp(-x * x / 2), np.argmin(abs(slope(x)[:, None] - levels), axis=1)
     means = [np.average(slope(x)[nearest == k], weights=weights[nearest == k]) for k in range(len(levels))]
     np.testing.assert_allclose(levels, means, atol=2e-4)  # the grids of x differ
-    np.testing.assert_allclose(levels + levels[::-1], 1, atol=1e-6)  # slope(-x) = 1 - slope(x)
+    np.testing.assert_allclose(levels + levels[::-1], 1, atol=2e-4)  # slope(-x) = 1 - slope(x)
 
 
 @pytest.mark.parametrize("bits", ROW_BITS)
