@@ -120,7 +120,7 @@ def check(
     shard: Shard,
     fit: bool,
     kernels: bool,
-    residuals: ResidualsName,
+    residuals: ResidualsName = "plain",
 ) -> list[Request]:
     """What ``compile_model`` is to compile, checked as it says."""
     machine = parse_target(target)
