@@ -5,6 +5,7 @@ ways that compile fastest, unless XLA_FLAGS says otherwise: ``XLA_FLAGS=--xla_ba
 What took longer to compile is kept while the process lives: a run, and the run that goes on from it, compile the same program.
 """
 
+import gc
 import os
 import tempfile
 
@@ -20,6 +21,7 @@ if jax.__version_info__ < (0, 11):  # later versions do not know the flag
     COMPILES_FAST += " --xla_cpu_use_fusion_emitters=false"
 if OPTIMISATION not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {COMPILES_FAST}"
+gc.set_threshold(100_000, 20, 100)  # an eighth of the time went to looking for cycles in what tracing leaves behind
 PROGRAMS = tempfile.TemporaryDirectory(prefix="programs", ignore_cleanup_errors=True)
 
 hypothesis.settings.register_profile("suite", deadline=None, derandomize=True)
@@ -41,6 +43,7 @@ LONGEST = (
     "test_finetune",
     "test_accelerator",
     "test_notebooks",
+    "test_residuals",
     "test_transfer",
     "test_processes",
     "test_efficientformer",

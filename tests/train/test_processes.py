@@ -33,6 +33,7 @@ def start(process, port, run):
     )
 
 
+@pytest.mark.heavy  # four processes, each of which loads and compiles everything, on as many cores as the suite has for two
 def test_two_processes_stop_together_and_one_goes_on(tmp_path):
     with socket.socket() as free:
         free.bind(("localhost", 0))
