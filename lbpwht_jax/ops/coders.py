@@ -163,13 +163,12 @@ def _pack(codes: jax.Array, bits: int) -> jax.Array:
 def _unpack(packed: jax.Array, bits: int, channels: int) -> jax.Array:
     if bits == 8:
         return packed
-    codes, start, shift = None, 0, 0
+    parts, start, shift = [], 0, 0
     for width in _widths(bits):
         count = 8 // width
         length = -(-channels // count)
         part = packed[..., start : start + length]
         pieces = [lax.shift_right_logical(part, jnp.uint8(k * width)) & jnp.uint8(2**width - 1) for k in range(count)]
-        values = lax.shift_left(jnp.concatenate(pieces, axis=-1)[..., :channels], jnp.uint8(shift))
-        codes = values if codes is None else codes | values
+        parts.append(lax.shift_left(jnp.concatenate(pieces, axis=-1)[..., :channels], jnp.uint8(shift)))
         start, shift = start + length, shift + width
-    return codes
+    return functools.reduce(jnp.bitwise_or, parts)

@@ -139,17 +139,17 @@ def _forward(x: Any, mean: Any, inverse: Any, scale: Any, bias: Any, static: _St
             if static.activation == "relu":  # rounding would turn slopes near zero over
                 mask = Mask.of(_apply(normalised, scale, bias) > 0)
             kept = Rows.of(normalised, static.bits)
-    y = _normalise(x, mean, inverse, scale, bias, static)
+    y: Any = _normalise(x, mean, inverse, scale, bias, static)
     if isinstance(kept, Rows):
         kept, mask, y = apart((kept, mask, y))
     return y, (kept, mask, mean, inverse, scale, bias)
 
 
-def _backward(static: _Static, residuals: tuple, g: jax.Array | SymbolicZero) -> tuple:
-    if isinstance(g, SymbolicZero):
+def _backward(static: _Static, residuals: tuple, cotangent: jax.Array | SymbolicZero) -> tuple:
+    if isinstance(cotangent, SymbolicZero):
         return (None,) * 5
-    (kept, mask, mean, inverse, scale, bias), g = apart((residuals, g))
-    g = g.astype(inverse.dtype)
+    (kept, mask, mean, inverse, scale, bias), cotangent = apart((residuals, cotangent))
+    g: Any = cotangent.astype(inverse.dtype)
     rows, factor = tuple(range(g.ndim - 1)), scale.reshape((1,) * (g.ndim - 1) + (-1,)).astype(g.dtype)
     if kept is None:
         return (g * factor * inverse).astype(static.x), None, None, None, None

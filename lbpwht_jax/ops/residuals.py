@@ -49,7 +49,7 @@ class Residuals:
 
 
 ResidualsName = Literal["plain", "exact", "lean", "tiny"]
-RESIDUALS: Mapping[ResidualsName, Residuals | None] = {
+RESIDUALS: Mapping[str, Residuals | None] = {
     "plain": None,
     "exact": Residuals(),
     "lean": Residuals(slope_bits=8, norm_bits=8, attention_bits=8),

@@ -28,7 +28,12 @@ SHELL = [
 ]
 
 
-@pytest.mark.parametrize("page", [page for page, examples in EXAMPLES.items() if examples])
+HEAVY = {"compile.md": pytest.mark.heavy}  # a process of its own for each program
+
+
+@pytest.mark.parametrize(
+    "page", [pytest.param(page, marks=HEAVY.get(page, ())) for page, examples in EXAMPLES.items() if examples]
+)
 def test_the_examples_of_a_page_run_in_turn(page, capsys):
     names = {}
     for number, block in enumerate(EXAMPLES[page], 1):
