@@ -40,7 +40,7 @@ def create_model(
       remat: recomputes each block in the backward pass instead of keeping its activations.
       frozen_batch_norm: keeps batch normalisation on its running statistics while training.
       residuals: what norms, activations, attention and convolutions keep for the backward pass: ``"plain"``, what JAX keeps
-        of itself; ``"exact"``, less, without rounding; ``"lean"``, 8 bits; ``"tiny"``, 2 to 4 bits; or a ``Residuals``.
+        of itself; ``"exact"``, less, without rounding; ``"lean"``, 8 bits; ``"tiny"``, 2 to 8 bits; or a ``Residuals``.
       spec: low-rank backprop for the layers that ``layers`` matches; ``None`` backpropagates exactly. With a spec the model
         is traced once, on shapes alone.
       layers: regular expression searched in the paths of the layers on token grids, such as ``"mlp/fc[12]$"``; by default
@@ -52,9 +52,10 @@ def create_model(
 
     Raises:
       ValueError: if the name is unknown; if ``num_classes`` is not positive or ``image_size`` is not from 1 to 8192; if
-        ``layers`` is given without ``spec``, is no regular expression or matches no
-        layer; if the spec does not suit a layer's token grid, or the image size the model.
-      TypeError: if ``spec`` is no ``LowRankSpec``, or ``num_classes`` or ``image_size`` no integer.
+        ``layers`` is given without ``spec``, is no regular expression or matches no layer; if ``residuals`` is an
+        unknown name; if the spec does not suit a layer's token grid, or the image size the model.
+      TypeError: if ``spec`` is no ``LowRankSpec``, ``residuals`` neither a name nor a ``Residuals``, or ``num_classes`` or
+        ``image_size`` no integer.
     """
     info = model_info(name)
     fields: dict[str, Any] = {"num_classes": num_classes, "image_size": image_size, "dtype": dtype, "drop_path": drop_path}

@@ -98,6 +98,8 @@ def split_method(method: str) -> tuple[str, dict[str, Any]]:
     fields: dict[str, Any] = {}
     while True:
         shorter, _, option = method.rpartition("+")
+        if not shorter:
+            return method, fields
         if option == "remat" and "remat" not in fields:
             fields["remat"] = True
         elif option in RESIDUALS and "residuals" not in fields:

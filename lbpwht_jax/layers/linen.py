@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
 
-from lbpwht_jax.ops.gelu import coded_gelu
+from lbpwht_jax.ops.gelu import check_slope_bits, coded_gelu
 from lbpwht_jax.ops.matmul import low_rank_matmul
 from lbpwht_jax.ops.spec import Grid, LowRankSpec, lp_l1
 
@@ -64,11 +64,12 @@ class LowRankDense(nn.Module):
           Array of the inputs' shape with ``features`` channels.
 
         Raises:
-          ValueError, TypeError: for a scalar, and whatever ``low_rank_matmul`` raises when tracing; the message names this
-            module's path.
+          ValueError, TypeError: for a scalar, for ``slope_bits`` that there are not, and whatever ``low_rank_matmul`` raises
+            when tracing; the message names this module's path.
         """
         if not jnp.ndim(inputs):
             raise ValueError(f"{self._name}: the inputs must be [..., tokens, channels] or maps [..., channels], got a scalar")
+        check_slope_bits(self.slope_bits, self._name)
         kernel = self.param("kernel", self.kernel_init, (jnp.shape(inputs)[-1], self.features), self.param_dtype)
         bias = self.param("bias", self.bias_init, (self.features,), self.param_dtype) if self.use_bias else None
         inputs, kernel, bias = self.promote_dtype(inputs, kernel, bias, dtype=self.dtype)

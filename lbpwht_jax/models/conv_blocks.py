@@ -1,4 +1,4 @@
-"""What the EfficientFormer families share: batch normalisation, layer scale, attention biases of a map and their files."""
+"""What the EfficientFormer families share: convolutions, pooling, attention on a map with its biases, and their files."""
 
 import dataclasses
 import functools
@@ -127,6 +127,23 @@ class DenseNorm(Part):
 def softmax(x: jax.Array, axis: int) -> jax.Array:
     """Softmax computed in at least float32 and returned in ``x``'s dtype."""
     return nn.softmax(widen(x), axis).astype(x.dtype)
+
+
+def biased_attention(query: jax.Array, key: jax.Array, value: jax.Array, biases: jax.Array) -> jax.Array:
+    """Softmax attention, head by head, with biases added to the scores.
+
+    Args:
+      query: ``[batch, queries, heads, head_dim]``.
+      key: ``[batch, keys, heads, head_dim]``.
+      value: ``[batch, keys, heads, channels]``.
+      biases: ``[1, queries, keys, heads]``.
+
+    Returns:
+      ``[batch, queries, heads, channels]``.
+    """
+    logits = jnp.einsum("bqhc,bkhc->bqkh", query, key) * query.shape[-1] ** -0.5
+    weights = softmax(logits + biases.astype(logits.dtype), axis=2)
+    return jnp.einsum("bqkh,bkhc->bqhc", weights, value)
 
 
 def offset_index(height: int, width: int, stride: int = 1) -> np.ndarray:

@@ -15,10 +15,10 @@ from lbpwht_jax.models.conv_blocks import (
     AveragePool,
     attention_biases,
     batch_counters,
+    biased_attention,
     conv3x3,
     offset_index,
     resample_attention_biases,
-    softmax,
 )
 from lbpwht_jax.models.info import Images, Layers, ModelInfo, TimmFiles
 from lbpwht_jax.models.norms import batch_norm, layer_norm, layer_scale
@@ -98,14 +98,8 @@ class Attention(Part):
         qkv = dense(self, "qkv", 6 * self.heads * self.key_dim)(x).reshape(batch, height * width, self.heads, -1)
         query, key, value = jnp.split(qkv, [self.key_dim, 2 * self.key_dim], axis=-1)
         biases = attention_biases(self, self.heads, height, width)
-        x = kept_attention(_attend, self.settings.residuals, (query, key, value), biases)
+        x = kept_attention(biased_attention, self.settings.residuals, (query, key, value), biases)
         return dense(self, "proj", channels)(x.reshape(batch, height, width, -1))
-
-
-def _attend(query: jax.Array, key: jax.Array, value: jax.Array, biases: jax.Array) -> jax.Array:
-    logits = jnp.einsum("bqhc,bkhc->bqkh", query, key) * query.shape[-1] ** -0.5
-    weights = softmax(logits + biases.astype(logits.dtype), axis=2)
-    return jnp.einsum("bqkh,bkhc->bqhc", weights, value)
 
 
 class PoolBlock(Part):

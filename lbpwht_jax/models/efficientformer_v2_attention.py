@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from lbpwht_jax.models.blocks import Part, dense
-from lbpwht_jax.models.conv_blocks import ConvNorm, DenseNorm, attention_biases, conv3x3, softmax
+from lbpwht_jax.models.conv_blocks import ConvNorm, DenseNorm, attention_biases, biased_attention, conv3x3, softmax
 from lbpwht_jax.ops.attention import kept_attention
 from lbpwht_jax.ops.gelu import coded_gelu
 
@@ -14,19 +14,6 @@ _HEADS = 8
 
 def _heads(x: jax.Array) -> jax.Array:
     return x.reshape(x.shape[0], x.shape[1] * x.shape[2], _HEADS, -1)
-
-
-def _products(query: jax.Array, key: jax.Array) -> jax.Array:
-    return jnp.einsum("bqhc,bkhc->bqkh", _heads(query), _heads(key))
-
-
-def _sums(weights: jax.Array, value: jax.Array) -> jax.Array:
-    return jnp.einsum("bqkh,bkhc->bqhc", weights, _heads(value))
-
-
-def _attend(query: jax.Array, key: jax.Array, value: jax.Array, biases: jax.Array) -> jax.Array:
-    logits = _products(query, key) * (query.shape[-1] // _HEADS) ** -0.5
-    return _sums(softmax(logits + biases.astype(logits.dtype), axis=2), value)
 
 
 class Attention(Part):
@@ -64,10 +51,11 @@ class Attention(Part):
 
     def _attend(self, query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
         """The attended values, a map like ``value``."""
-        logits = _products(query, key) * self.key_dim**-0.5
+        logits = jnp.einsum("bqhc,bkhc->bqkh", _heads(query), _heads(key)) * self.key_dim**-0.5
         logits = logits + attention_biases(self, _HEADS, *query.shape[1:3]).astype(logits.dtype)
         weights = softmax(dense(self, "talking_head1", _HEADS)(logits), axis=2)
-        return _sums(dense(self, "talking_head2", _HEADS)(weights), value).reshape(value.shape)
+        weights = dense(self, "talking_head2", _HEADS)(weights)
+        return jnp.einsum("bqkh,bkhc->bqhc", weights, _heads(value)).reshape(value.shape)
 
 
 class StridedQuery(Part):
@@ -106,5 +94,6 @@ class AttentionDownsample(Part):
         value = DenseNorm(values, settings=self.settings, name="v")(x, train)
         local = ConvNorm(values, 2, depthwise=True, settings=self.settings, name="v_local")(value, train)
         biases = attention_biases(self, _HEADS, *x.shape[1:3], stride=2)
-        x = kept_attention(_attend, self.settings.residuals, (query, key, value), biases).reshape(local.shape) + local
+        heads = [_heads(map_) for map_ in (query, key, value)]
+        x = kept_attention(biased_attention, self.settings.residuals, heads, biases).reshape(local.shape) + local
         return DenseNorm(self.features, settings=self.settings, name="proj")(coded_gelu(x, self.settings.slope_bits), train)

@@ -1,4 +1,4 @@
-"""Norms, layer scale and convolutions of the model families, keeping for the backward pass what the settings say."""
+"""Norms and layer scale of the model families, keeping for the backward pass what the settings say."""
 
 from typing import Any
 

@@ -1,5 +1,6 @@
 """Products of an array and weights, whose backward pass keeps the array in few bits."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -29,6 +30,14 @@ def bilinear(function: Callable[[Any, Any], jax.Array], x: jax.Array, weights: j
     return _bilinear(function, bits, *vary_alike(x, weights))
 
 
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class _Type:
+    """The type of an array, as a part of residuals that is no array; ``None`` of one that is not differentiated."""
+
+    type: Any
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _bilinear(function: Callable[[Any, Any], jax.Array], bits: int, x: Any, weights: Any) -> jax.Array:
     return function(x, weights)
@@ -55,17 +64,3 @@ def _backward(function: Callable[[Any, Any], jax.Array], bits: int, residuals: t
 
 
 _bilinear.defvjp(_forward, _backward, symbolic_zeros=True)
-
-
-@jax.tree_util.register_static
-class _Type:
-    """The type of an array, as a part of residuals that is no array."""
-
-    def __init__(self, type: Any):
-        self.type = type
-
-    def __eq__(self, other: Any) -> bool:
-        return isinstance(other, _Type) and self.type == other.type
-
-    def __hash__(self) -> int:
-        return hash(self.type)

@@ -14,6 +14,7 @@ from jax import lax
 # Least and largest slope of the exact GELU, at x = -sqrt(2) and sqrt(2).
 _LARGEST_SLOPE = 0.5 * (1 + math.erf(1)) + math.exp(-1) / math.sqrt(math.pi)
 _LEAST_SLOPE = 1 - _LARGEST_SLOPE
+SLOPE_BITS, ROW_BITS = (2, 3, 4, 8), (4, 8)
 _LEAST_CHANNELS = 16  # of a row with a step of its own
 
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lbpwht_jax.ops.coders import Slopes
+from lbpwht_jax.ops.coders import SLOPE_BITS, Slopes
 from lbpwht_jax.ops.dtypes import accumulation_dtype
 from lbpwht_jax.ops.platforms import apart
 
@@ -36,6 +36,12 @@ def gelu_slope(x: jax.Array) -> jax.Array:
     wide = x.astype(accumulation_dtype(x.dtype))
     density = jnp.exp(-0.5 * wide * wide) / math.sqrt(2 * math.pi)
     return (_normal_cdf(wide) + wide * density).astype(x.dtype)
+
+
+def check_slope_bits(bits: int | None, name: str) -> None:
+    """Raises ``ValueError``, opened by ``name``, unless a slope can be kept in so many bits."""
+    if bits not in (None, *SLOPE_BITS):
+        raise ValueError(f"{name}: slope_bits must be {', '.join(map(str, SLOPE_BITS))} or None, got {bits!r}")
 
 
 def coded_gelu(x: jax.Array, bits: int | None) -> jax.Array:

@@ -22,7 +22,7 @@ from jax.custom_derivatives import SymbolicZero
 
 from lbpwht_jax.ops.basis import coefficient_count, holds_token_sum, token_sum_weights
 from lbpwht_jax.ops.dtypes import accumulation_dtype
-from lbpwht_jax.ops.gelu import coded_gelu, decoded_slope, gelu, gelu_and_slope, gelu_slope
+from lbpwht_jax.ops.gelu import check_slope_bits, coded_gelu, decoded_slope, gelu, gelu_and_slope, gelu_slope
 from lbpwht_jax.ops.heuristic import chosen
 from lbpwht_jax.ops.kernels import kernel_forms
 from lbpwht_jax.ops.platforms import apart, by_platform, is_narrow
@@ -286,8 +286,7 @@ def low_rank_matmul(
     token_grid = check_operands(x, kernel, bias, spec, grid, prefix_tokens, name)
     if activation not in (None, "gelu"):
         raise ValueError(f"{name}: activation must be 'gelu' or None, got {activation!r}; apply others to x beforehand")
-    if slope_bits not in (None, 2, 3, 4, 8):
-        raise ValueError(f"{name}: slope_bits must be 2, 3, 4, 8 or None, got {slope_bits!r}")
+    check_slope_bits(slope_bits, name)
     prefix_tokens = operator.index(prefix_tokens)
     # Elsewhere the coefficients do not hold the bias's cotangent, or XLA shards it: JAX adds the bias, and differentiates it.
     folded = None if is_explicit(x) or not holds_token_sum(spec, token_grid) else bias

@@ -4,8 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal
 
-_SLOPE_BITS = (2, 3, 4, 8)
-_ROW_BITS = (4, 8)
+from lbpwht_jax.ops.coders import ROW_BITS, SLOPE_BITS
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,7 +34,7 @@ class Residuals:
     recompute_scores: bool = True
 
     def __post_init__(self):
-        for field, allowed in (("slope_bits", _SLOPE_BITS), ("norm_bits", _ROW_BITS), ("attention_bits", _ROW_BITS)):
+        for field, allowed in (("slope_bits", SLOPE_BITS), ("norm_bits", ROW_BITS), ("attention_bits", ROW_BITS)):
             bits = getattr(self, field)
             if bits is not None and (isinstance(bits, bool) or bits not in allowed):
                 raise ValueError(f"Residuals: {field} must be one of {', '.join(map(str, allowed))} or None, got {bits!r}")

@@ -37,15 +37,8 @@ def scale_by_depth(decay: float) -> optax.GradientTransformation:
     """
 
     def update(updates: Any, params: Any) -> Any:
-        leaves = {
-            jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in jax.tree.leaves_with_path(updates)
-        }
-        below = distances(leaves)
-
-        def scaled(path: Any, leaf: Any) -> Any:
-            return leaf * decay ** below[jax.tree_util.keystr(path, simple=True, separator="/")]
-
-        return jax.tree.map_with_path(scaled, updates)
+        below = distances(_name(path) for path, _ in jax.tree.leaves_with_path(updates))
+        return jax.tree.map_with_path(lambda path, leaf: leaf * decay ** below[_name(path)], updates)
 
     return optax.stateless(update)
 

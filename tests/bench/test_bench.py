@@ -11,9 +11,25 @@ import pytest
 
 from lbpwht_jax import lp_l1
 from lbpwht_jax.bench import authors_form
+from lbpwht_jax.bench.program import split_method
 from lbpwht_jax.bench.timing import interleaved, machine
 from lbpwht_jax.cli import main
 from lbpwht_jax.ops.matmul import low_rank_matmul
+
+
+@pytest.mark.parametrize(
+    ("method", "name", "fields"),
+    [
+        ("full", "full", {}),
+        ("full+remat", "full", {"remat": True}),
+        ("lp_l1-4+lora_all-8+remat+lean", "lp_l1-4+lora_all-8", {"residuals": "lean", "remat": True}),
+        # what is said twice, or alone, stays for the parser of methods to refuse
+        ("full+lean+tiny", "full+lean", {"residuals": "tiny"}),
+        ("lean", "lean", {}),
+    ],
+)
+def test_options_at_the_end_of_a_method(method, name, fields):
+    assert split_method(method) == (name, fields)
 
 
 def test_medians_of_interleaved_calls():

@@ -11,7 +11,7 @@ import chex
 import jax
 import numpy as np
 import pytest
-from PIL import Image
+from pictures import dark_and_bright
 
 import lbpwht_jax
 from lbpwht_jax.cli import main
@@ -26,13 +26,7 @@ OPTIONS = ["--method", "full", "--train", "head", "--epochs", "2", "--batch-size
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
     """Two classes of twelve small images each: twenty to train on, four to test on."""
-    folder, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
-    for name in ("dark", "bright"):
-        (folder / name).mkdir()
-        for i in range(12):
-            pixels = rng.integers(0, 128, (8, 8)) + 127 * (name == "bright")
-            Image.fromarray(pixels.astype(np.uint8)).save(folder / name / f"{i}.png")
-    return folder
+    return dark_and_bright(tmp_path_factory.mktemp("images"), 12)
 
 
 def finetune(capsys, *arguments):

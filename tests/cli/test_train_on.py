@@ -6,9 +6,8 @@ import shutil
 from pathlib import Path
 
 import chex
-import numpy as np
 import pytest
-from PIL import Image
+from pictures import dark_and_bright
 
 from lbpwht_jax.cli import main
 from lbpwht_jax.cli.run_flags import RunFlags
@@ -24,13 +23,7 @@ OPTIONS = ["--method", "full", "--train", "head", "--batch-size", "8", "--warmup
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
     """Two classes of ten small images each: sixteen to train on, two steps an epoch."""
-    folder, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
-    for name in ("dark", "bright"):
-        (folder / name).mkdir()
-        for i in range(10):
-            pixels = rng.integers(0, 128, (8, 8)) + 127 * (name == "bright")
-            Image.fromarray(pixels.astype(np.uint8)).save(folder / name / f"{i}.png")
-    return folder
+    return dark_and_bright(tmp_path_factory.mktemp("images"), 10)
 
 
 @pytest.fixture(scope="module")

@@ -28,9 +28,13 @@ FAMILIES = {
     "efficientformer": (EfficientFormer(**CONVOLUTIONAL, depths=(1, 1, 1, 2)), r"mlp/fc[12]$"),
     "efficientformer_v2": (EfficientFormerV2(**CONVOLUTIONAL, mlp_ratios=((8,), (2,), (2, 2), (2, 2))), r"fc[12]/conv$"),
 }
-# 1 - cosine of each parameter's gradient with the plain one's, at most. These models are narrow, their rows short, and the last
-# batch norm takes its statistics from 16 positions.
-TURNED = {"exact": 1e-9, "lean": 2e-3, "tiny": 0.35}
+# 1 - cosine of each parameter's gradient with the plain one's, at most, from random weights: twice what was found in lean. In
+# EfficientFormerV2 a gradient passes three rounded norms per block, and 4 bits turn some of them far.
+EXACT = 1e-9
+TURNED = {
+    "lean": {"vit": 4e-5, "swin_v2": 2e-4, "efficientformer": 4e-4, "efficientformer_v2": 2.4e-3},
+    "tiny": {"vit": 0.01, "swin_v2": 0.01, "efficientformer": 0.06, "efficientformer_v2": 0.35},
+}
 
 
 def model(family, residuals, frozen_batch_norm=True):
@@ -92,7 +96,7 @@ def plain(family):
     return params, others, step(params)
 
 
-@pytest.mark.parametrize("residuals", TURNED)
+@pytest.mark.parametrize("residuals", ["exact", *TURNED])
 def test_gradients(family, plain, residuals):
     params, others, ((_, wanted), exact) = plain
     own = model(family, residuals, frozen_batch_norm=False)
@@ -106,7 +110,7 @@ def test_gradients(family, plain, residuals):
         if min(norms) < 1e-5 * largest:  # a bias before batch normalisation has no gradient but rounding
             continue
         cosine = np.vdot(a, b) / (norms[0] * norms[1])
-        assert cosine > 1 - TURNED[residuals], jax.tree_util.keystr(path)
+        assert cosine > 1 - (TURNED[residuals][family] if residuals in TURNED else EXACT), jax.tree_util.keystr(path)
         if residuals == "exact":
             assert np.linalg.norm(a - b) <= 1e-5 * max(norms[1], 1e-2 * largest), jax.tree_util.keystr(path)
 

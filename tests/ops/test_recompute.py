@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-from lbpwht_jax import low_rank_matmul, lp_l1
+from lbpwht_jax import LowRankDense, low_rank_matmul, lp_l1
 from lbpwht_jax.ops.bilinear import bilinear
 from lbpwht_jax.ops.gelu import coded_gelu, gelu
 from lbpwht_jax.ops.recompute import recomputed
@@ -79,6 +79,13 @@ def test_coded_gelu(bits):
     assert jnp.sqrt(jnp.mean((slope - exact) ** 2)) < {2: 0.1, 3: 0.05, 4: 0.025, 8: 0.002}[bits]
     sizes = [kept.size for kept in residuals(lambda x: coded_gelu(x, bits), x)]
     assert sum(sizes) <= 4 * -(-30 // (8 // bits)) + (4 * 8 if bits == 3 else 0)
+
+
+@pytest.mark.parametrize("spec", [None, lp_l1(2, block=4)])
+def test_bits_that_there_are_not(spec):
+    layer = LowRankDense(16, spec=spec, grid=(4, 4), activation="gelu", slope_bits=5)
+    with pytest.raises(ValueError, match=r"LowRankDense .top level.: slope_bits must be 2, 3, 4, 8 or None, got 5"):
+        layer.init(jax.random.key(0), sample(2, 16, 24))
 
 
 @pytest.mark.parametrize("bits", [2, 8])
