@@ -22,7 +22,7 @@ def attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
     """Softmax attention, ``softmax(q k^T / sqrt(head_dim)) v`` (Vaswani et al., 2017, equation 1), head by head.
 
     On NVIDIA GPUs it is cuDNN's fused attention, which keeps no scores, for bfloat16 and float16 where JAX finds cuDNN when
-    tracing and takes the shapes; otherwise, and on all other platforms, products and a softmax (on CPUs head by head).
+    tracing and takes the shapes; otherwise, and on all other platforms, products and a softmax.
 
     Args:
       query: ``[batch, tokens, heads, head_dim]``, floating point.
@@ -40,8 +40,11 @@ def attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
         raise ValueError(f"attention: query, key and value must be [batch, tokens, heads, head_dim] of one dtype, got {given}")
     if explicit_sharding(query) is not None:
         return _plain(query, key, value)
-    fused = is_narrow(query.dtype) and _cudnn_takes(query.shape, query.dtype)
-    return by_platform(_head_by_head, query, key, value, cuda=_cudnn if fused else _plain, tpu=_plain)
+    if not is_narrow(query.dtype):
+        return _head_by_head(query, key, value)
+    if _cudnn_takes(query.shape, query.dtype):
+        return by_platform(_plain, query, key, value, cuda=_cudnn)
+    return _plain(query, key, value)
 
 
 def kept_attention(
@@ -71,7 +74,10 @@ def _plain(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
 
 
 def _head_by_head(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
-    """On CPU XLA takes a fifth longer where heads are an inner axis."""
+    """With heads beside the batch: XLA's CPU backend takes a fifth longer where they are an inner axis.
+
+    It is for wider dtypes alone, and not by platform: JAX would keep what every platform's form needs for its backward pass.
+    """
     batch, tokens, heads, channels = query.shape
     query, key, value = (
         jnp.swapaxes(x, 1, 2).reshape(batch * heads, tokens, channels) for x in (query * channels**-0.5, key, value)

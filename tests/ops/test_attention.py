@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-from lbpwht_jax.ops.attention import attention
+from lbpwht_jax.ops.attention import _cudnn_takes, attention
 
 
 def sample(dtype, shape=(3, 17, 4, 8)):
@@ -44,6 +44,18 @@ def test_float64_is_kept():
 def test_gradients():
     # central differences of float32 values of order 1
     check_grads(attention, sample(jnp.float32, (1, 5, 2, 4)), order=1, modes=["rev"], atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_keeps_the_scores_of_one_form_alone(dtype):
+    """The weights, in float32 for the softmax and in the values' dtype for the product; queries, keys and values."""
+    operands = sample(dtype)
+    if dtype == jnp.bfloat16 and _cudnn_takes(operands[0].shape, operands[0].dtype):
+        pytest.skip("JAX finds cuDNN, whose form is kept beside the other where a program is traced for any platform")
+    kept = jax.tree.leaves(jax.eval_shape(lambda *operands: jax.vjp(attention, *operands)[1], *operands))
+    scores = [array for array in kept if array.size == 3 * 4 * 17 * 17]
+    assert len(scores) <= 2
+    assert sum(array.size for array in kept) < 2 * 3 * 4 * 17 * 17 + 4 * operands[0].size
 
 
 def test_vmap():
