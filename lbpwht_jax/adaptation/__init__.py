@@ -2,6 +2,7 @@
 
 from lbpwht_jax.adaptation.create import create_model
 from lbpwht_jax.adaptation.linen import AdaptedModule, adapt, resolve
+from lbpwht_jax.adaptation.loops import unrolled, with_loops
 from lbpwht_jax.adaptation.nnx import FrozenParam, merge, with_branches
 from lbpwht_jax.adaptation.partition import join_params, split_params
 from lbpwht_jax.adaptation.presets import (
@@ -37,5 +38,7 @@ __all__ = [
     "parse_method",
     "resolve",
     "split_params",
+    "unrolled",
     "with_branches",
+    "with_loops",
 ]

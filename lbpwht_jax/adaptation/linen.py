@@ -12,6 +12,7 @@ from flax import nnx, traverse_util
 from jax import lax
 
 from lbpwht_jax.adaptation import lora
+from lbpwht_jax.adaptation.loops import has_loops, with_loops
 from lbpwht_jax.adaptation.nnx import adapt_nnx, find_nnx_layers
 from lbpwht_jax.adaptation.resolution import Adaptation, Layer, Resolution, resolve_rules
 from lbpwht_jax.adaptation.rules import Rule
@@ -193,7 +194,10 @@ def adapt(model: Any, rules: Sequence[Rule], *args: Any, **kwargs: Any) -> Any:
     resolution = resolve(model, rules, *args, **kwargs)
     if isinstance(model, nnx.Module):
         return adapt_nnx(model, resolution)
-    adapted = AdaptedModule(model.module if isinstance(model, LowRankModel) else model, resolution)
+    module = model.module if isinstance(model, LowRankModel) else model
+    adapted = AdaptedModule(module, resolution)
+    if has_loops(module):  # rules may treat the blocks of a loop differently
+        adapted = with_loops(adapted, *args, **kwargs)
     abstract_call(lambda *args, **kwargs: adapted.init(jax.random.key(0), *args, **kwargs), args, kwargs)
     return adapted
 

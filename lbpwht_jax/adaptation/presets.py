@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from lbpwht_jax.adaptation.linen import AdaptedModule, adapt
+from lbpwht_jax.adaptation.loops import with_loops
 from lbpwht_jax.adaptation.rules import Freeze, LoRA, LowRank, Rule
 from lbpwht_jax.models import model_info, plain_model
 from lbpwht_jax.models.info import ModelInfo
@@ -177,6 +178,7 @@ def adapted_model(
     num_classes: int = 1000,
     image_size: int | None = None,
     when: Literal["always", "faster"] = "always",
+    scan_blocks: bool = False,
     **fields: Any,
 ) -> AdaptedModule:
     """A model of the registry under a method, with batch normalisation on its running statistics.
@@ -188,6 +190,7 @@ def adapted_model(
       num_classes: outputs of the head.
       image_size: height and width of the images, in pixels; by default the model's.
       when: whether layers that low rank would make slower stay exact, as in ``LowRankSpec``.
+      scan_blocks: runs equal blocks as a loop, as in ``create_model``.
       **fields: further arguments of ``create_model``, such as ``dtype`` and ``remat``.
 
     Raises:
@@ -197,4 +200,5 @@ def adapted_model(
     rules = parse_method(method, when=when).rules(info, train)
     module = plain_model(name, num_classes=num_classes, image_size=image_size, frozen_batch_norm=True, **fields)
     images = jax.ShapeDtypeStruct((1, module.image_size, module.image_size, info.images.channels), jnp.float32)
-    return adapt(module, rules, images)
+    adapted = adapt(module, rules, images)
+    return with_loops(adapted, images) if scan_blocks else adapted

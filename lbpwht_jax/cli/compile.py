@@ -29,8 +29,8 @@ class Compile:
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     """Name of the model; "lbpwht models" lists them."""
     methods: tuple[str, ...] = ("full", "lp_l1-4")
-    """Short names, as for "lbpwht finetune"; "+remat" at the end computes each block again in the backward pass, and "+lean"
-    or the like says what is kept for that method."""
+    """Short names, as for "lbpwht finetune"; "+remat" at the end computes each block again in the backward pass, "+scan" runs
+    equal blocks as a loop, and "+lean" or the like says what is kept for that method."""
     target: str = "cpu:1"
     """The machine: v5e:2x2, v6e:1x1, v5p:2x2x1, v4:2x2x1 (TPUs, on several hosts too, such as v5e:16x16), h100, or cpu:1
     (this machine's compiler, so many devices)."""

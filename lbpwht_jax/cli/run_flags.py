@@ -212,6 +212,9 @@ class RunFlags:
     remat: tyro.conf.FlagCreatePairsOff[bool] = False
     """Computes each block again in the backward pass instead of keeping its activations."""
 
+    scan_blocks: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Runs equal blocks as one loop: a CPU's memory then falls to what is kept, for a few per cent of its time."""
+
     residuals: Annotated[ResidualsName | None, flag("{plain,exact,lean,tiny}", "plain")] = None
     """What is kept for the backward pass besides what dense layers keep: plain (what JAX keeps of itself), exact (less, without
     rounding), lean (8 bits) or tiny (2 to 8 bits); norms, activations, attention and convolutions then keep so much."""
@@ -235,6 +238,7 @@ class RunFlags:
             when=_or(self.when, base.when),
             dtype=_or(self.dtype, base.dtype),
             remat=self.remat or base.remat,
+            scan_blocks=self.scan_blocks or base.scan_blocks,
             residuals=_or(self.residuals, base.residuals),
             recipe=self.numbers.over(base.recipe),
             validation=_or(self.validation, base.validation),
