@@ -38,6 +38,8 @@ from transfer_training import AUGMENTATION, make_trainer, train
 from lbpwht_jax.adaptation import AdaptedModule, Method, adapt, parse_method
 from lbpwht_jax.cost import backward_flops, layer_costs, residual_bytes
 from lbpwht_jax.data import Dataset
+from lbpwht_jax.models.blocks import Settings
+from lbpwht_jax.ops.residuals import RESIDUALS, ResidualsName
 from lbpwht_jax.train import Recipe
 from lbpwht_jax.weights import load_weights, replace_head
 
@@ -55,18 +57,20 @@ class Variant:
       projection: projection of low-rank backpropagation.
       dx: how the gradients of inputs are computed.
       lr_scale: multiplies the learning rate.
+      residuals: what is kept for the backward pass besides what dense layers keep.
     """
 
     method: str
     projection: str = "fitted"
     dx: str = "low_rank"
     lr_scale: float = 1.0
+    residuals: ResidualsName = "plain"
 
     @property
     def name(self) -> str:
         """Its name in tables."""
         notes = [self.projection] * (self.projection != "fitted") + ["dW only"] * (self.dx == "exact")
-        notes += [f"{self.lr_scale:g} x lr"] * (self.lr_scale != 1)
+        notes += [f"{self.lr_scale:g} x lr"] * (self.lr_scale != 1) + [self.residuals] * (self.residuals != "plain")
         return f"{self.method} ({', '.join(notes)})" if notes else self.method
 
     def parse(self) -> Method:
@@ -88,6 +92,9 @@ VARIANTS = (
     Variant("lp_l1-4+lora_all-8"),
     Variant("lora-8", lr_scale=4.0),
     Variant("lora_all-8", lr_scale=4.0),
+    Variant("lp_l1-4", residuals="lean"),
+    Variant("lp_l1-4", residuals="tiny"),
+    Variant("full", residuals="lean"),
 )
 
 
@@ -118,7 +125,8 @@ def adapted_backbone(variant: Variant, train: Literal["last_stage", "all", "head
     """The backbone under a method, batch normalisation on its running statistics."""
     info = backbone_info()
     images = jax.ShapeDtypeStruct((1, *info.images.shape), jnp.float32)
-    return adapt(backbone(num_classes, frozen_batch_norm=True), variant.parse().rules(info, train), images)
+    module = backbone(num_classes, Settings(frozen_batch_norm=True, residuals=RESIDUALS[variant.residuals]))
+    return adapt(module, variant.parse().rules(info, train), images)
 
 
 def pretrained(weights: Path, num_classes: int, seed: int) -> dict[str, Any]:
