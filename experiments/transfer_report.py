@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from scipy import stats
 
 TRAINS = {"last_stage": "last stage and head", "all": "whole model"}
+HEAD = "branches and head"
 RANKS = (2, 4, 6, 8)
 _L1 = tuple(f"lp_l1-{r}" for r in RANKS)
 FAMILIES: Mapping[str, tuple[tuple[str, ...], str, str]] = {
@@ -120,22 +121,26 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def table(runs: Sequence[Mapping[str, Any]], train: str) -> str:
-    """The runs of one kind of training as a Markdown table, one row per variant, in the order of ``FAMILIES``."""
-    rows, found = [], accuracies(runs, train)
-    for name in (name for names, *_ in FAMILIES.values() for name in names if name in found):
-        by_seed = found[name]
-        own = [run for run in runs if run["train"] == train and run["variant"] == name]
-        values = list(by_seed.values())
-        rows.append(
-            [
-                name,
-                f"{statistics.mean(values):.2f} % ({min(values):.2f} to {max(values):.2f})",
-                str(len(values)),
-                f"{own[0]['backward_flops'] / 1e6:.1f}",
-                f"{own[0]['saved_bytes'] / 1e6:.2f}",
-                f"{own[0]['trainable_parameters']:,}",
-            ]
-        )
+    """The runs of one kind of training as a Markdown table, one row per variant, in the order of ``FAMILIES``.
+
+    Beside LoRA on the whole model stands what its branches and the head come to alone.
+    """
+    rows = []
+    for name in (name for names, *_ in FAMILIES.values() for name in names):
+        for part in (train, *["head"] * (train == "all")):
+            own = [run for run in runs if run["train"] == part and run["variant"] == name]
+            if own:
+                values = [100 * run["test_accuracy"] for run in own]
+                rows.append(
+                    [
+                        f"{name}, {HEAD}" if part == "head" else name,
+                        f"{statistics.mean(values):.2f} % ({min(values):.2f} to {max(values):.2f})",
+                        str(len(values)),
+                        f"{own[0]['backward_flops'] / 1e6:.1f}",
+                        f"{own[0]['saved_bytes'] / 1e6:.2f}",
+                        f"{own[0]['trainable_parameters']:,}",
+                    ]
+                )
     header = [
         "method",
         "test accuracy, mean (lowest to highest)",

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lbpwht_jax import LowRankDense, lp_l1
+from lbpwht_jax import LoRA, LowRankDense, adapt, lp_l1
 from lbpwht_jax.data import ArraySplit, Augmentation, Batch, Dataset, training_batches
 from lbpwht_jax.data.split import hold_out
 from lbpwht_jax.models.info import Images, ModelInfo
@@ -276,6 +276,20 @@ def test_devices_share_a_run(shard):
     placement = Placement(shard, jax.devices()[:4])
     together = losses(model=PLAIN, variables=PLAIN_VARIABLES, placement=placement)
     np.testing.assert_allclose(together, alone, rtol=0, atol=1e-5)
+
+
+def test_devices_share_the_draws_of_dropout():
+    model = adapt(PLAIN, [LoRA("LowRankDense_0", rank=1, dropout=0.5)], jax.ShapeDtypeStruct((1, 4, 4, 1), jnp.float32))
+    variables = model.with_branches(jax.random.key(0), PLAIN_VARIABLES)
+    variables["params"]["LowRankDense_0"]["lora_b"] += 1.0
+    alone = losses(model=model, variables=variables)
+    together = losses(model=model, variables=variables, placement=Placement(devices=jax.devices()[:4]))
+    np.testing.assert_allclose(together, alone, rtol=0, atol=1e-5)
+    # step after step from where it stopped, too
+    training = trainer(model=model)
+    *_, (state, _, _) = training.fit(training.initial_state(variables), stop=lambda number: number == 7)
+    later = [event.loss for event in training.fit(state) if isinstance(event, Step)]
+    assert later == alone[7:]
 
 
 def test_sharing_parameters_saves_memory():
