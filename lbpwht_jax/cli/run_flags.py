@@ -46,6 +46,10 @@ class AugmentationFlags:
     crop_scale: Annotated[tuple[float, float] | None, flag("LEAST MOST", "no crop; paper: 0.08 1")] = None
     """Random resized crop: least and largest area, as fractions of the image's, such as 0.08 1."""
 
+    crop_from: Annotated[Literal["canvas", "image"] | None, flag("{canvas,image}", "canvas")] = None
+    """What random crops are cut out of. canvas: images squashed to 1.5 times the size, on the device. image: the whole image as
+    it was decoded, while loading, as timm does."""
+
     flip: Annotated[bool | None, flag("{True,False}", "False; paper: True")] = None
     """Whether half of the training images are mirrored left to right, such as True."""
 
@@ -65,6 +69,7 @@ class AugmentationFlags:
         """``base`` with what was given."""
         return Augmentation(
             crop_scale=_or(self.crop_scale, base.crop_scale),
+            crop_from=_or(self.crop_from, base.crop_from),
             flip=_or(self.flip, base.flip),
             shift=_or(self.shift, base.shift),
             randaugment=_or(self.randaugment, base.randaugment),

@@ -2,18 +2,16 @@
 
 import math
 from collections.abc import Callable
-from typing import Annotated
+from typing import Annotated, Literal
 
 import jax
 import jax.numpy as jnp
 import pydantic.dataclasses
-from pydantic import AfterValidator, Field, NonNegativeFloat, NonNegativeInt
+from pydantic import AfterValidator, Field, NonNegativeFloat, NonNegativeInt, model_validator
 
+from lbpwht_jax.data.crops import RATIO, TRIES, first_boxes
 from lbpwht_jax.data.randaugment import randaugment
 from lbpwht_jax.data.validation import STRICT
-
-RATIO = (3 / 4, 4 / 3)
-_TRIES = 10
 
 
 def _rising(scale: tuple[float, float]) -> tuple[float, float]:
@@ -34,6 +32,9 @@ class Augmentation:
     Attributes:
       crop_scale: least and largest area of the random resized crop, as shares of the image's area, in (0, 1]. The crop's
         width over its height, in the original's proportions, is drawn from 3/4 to 4/3. None takes the whole image, squashed.
+      crop_from: ``"canvas"``: on the device, out of images that were squashed to one and a half times the model's size before;
+        ``"image"``: while loading, out of the whole image as it was decoded, as timm does, which keeps its detail and takes the
+        host longer.
       flip: whether half of the images are mirrored left to right.
       shift: largest number of pixels by which images are moved along both axes; their edges are repeated.
       randaugment: number of operations per image, at most 100, and their magnitude in [0, 10]; None for no operations.
@@ -47,11 +48,18 @@ class Augmentation:
     """
 
     crop_scale: Annotated[tuple[_Area, _Area], AfterValidator(_rising)] | None = None
+    crop_from: Literal["canvas", "image"] = "canvas"
     flip: bool = False
     shift: NonNegativeInt = 0
     randaugment: tuple[_Operations, _Magnitude] | None = None
     mixup: NonNegativeFloat = 0.0
     cutmix: NonNegativeFloat = 0.0
+
+    @model_validator(mode="after")
+    def _has_crops(self) -> "Augmentation":
+        if self.crop_from == "image" and self.crop_scale is None:
+            raise ValueError("crops from the whole image need their area: --crop-scale 0.08 1")
+        return self
 
 
 Augment = Callable[[jax.Array, jax.Array, jax.Array, jax.Array, int], tuple[jax.Array, jax.Array]]
@@ -73,7 +81,7 @@ def make_augmentation(augmentation: Augmentation, image_size: int) -> Augment:
     def augment(key, images, aspect, labels, num_classes):
         crop_key, flip_key, shift_key, ops_key, mix_key = jax.random.split(key, 5)
         images = images.astype(jnp.float32) / 255
-        if augmentation.crop_scale is not None:
+        if augmentation.crop_scale is not None and augmentation.crop_from == "canvas":
             boxes = crop_boxes(crop_key, aspect, augmentation.crop_scale)
             images = resample(images, boxes, image_size)
         elif images.shape[1] != image_size:
@@ -105,19 +113,10 @@ def crop_boxes(key: jax.Array, aspect: jax.Array, scale: tuple[float, float]) ->
       ``[batch, 4]``: top, left, height and width, as shares of the image's height and width.
     """
     area_key, ratio_key, place_key = jax.random.split(key, 3)
-    shape = (len(aspect), _TRIES)
+    shape = (len(aspect), TRIES)
     area = jax.random.uniform(area_key, shape, minval=scale[0], maxval=scale[1])
     ratio = jnp.exp(jax.random.uniform(ratio_key, shape, minval=math.log(RATIO[0]), maxval=math.log(RATIO[1])))
-    heights, widths = jnp.sqrt(area * aspect[:, None] / ratio), jnp.sqrt(area * ratio / aspect[:, None])
-    fits = (heights <= 1) & (widths <= 1)
-    first = jnp.argmax(fits, 1)[:, None]
-    height, width = (jnp.take_along_axis(edges, first, 1)[:, 0] for edges in (heights, widths))
-    # where no draw fits: the largest central box whose proportions are allowed
-    found, limited = fits.any(1), jnp.clip(aspect, *RATIO)
-    height = jnp.where(found, height, jnp.minimum(aspect / limited, 1))
-    width = jnp.where(found, width, jnp.minimum(limited / aspect, 1))
-    place = jnp.where(found[:, None], jax.random.uniform(place_key, (len(aspect), 2)), 0.5)
-    return jnp.stack([place[:, 0] * (1 - height), place[:, 1] * (1 - width), height, width], 1)
+    return first_boxes(aspect, area, ratio, jax.random.uniform(place_key, (len(aspect), 2)))
 
 
 def resample(images: jax.Array, boxes: jax.Array, size: int) -> jax.Array:

@@ -110,6 +110,14 @@ def test_augmentation_is_applied():
     assert losses(shifted) != losses()
 
 
+def test_crops_are_cut_once():
+    """On the device out of a larger canvas, or out of the whole image while it is loaded."""
+    for crop_from, canvas, scale in (("canvas", 6, None), ("image", None, (0.2, 0.9))):
+        augmentation = Augmentation(crop_scale=(0.2, 0.9), crop_from=crop_from)
+        found = trainer(dataclasses.replace(RECIPE, augmentation=augmentation)).loading
+        assert (found.canvas, found.crop_scale) == (canvas, scale)
+
+
 def test_evaluation_counts_every_image_once():
     logits = MODEL.apply(VARIABLES, normalise(jnp.asarray(DATA.test.images) / 255, INFO))
     labels = jnp.asarray(DATA.test.labels)
