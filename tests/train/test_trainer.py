@@ -1,6 +1,7 @@
 import dataclasses
 import functools
 import math
+import types
 
 import chex
 import flax.linen as nn
@@ -116,6 +117,29 @@ def test_crops_are_cut_once():
         augmentation = Augmentation(crop_scale=(0.2, 0.9), crop_from=crop_from)
         found = trainer(dataclasses.replace(RECIPE, augmentation=augmentation)).loading
         assert (found.canvas, found.crop_scale) == (canvas, scale)
+
+
+def test_no_step_s_time_contains_the_compilation(monkeypatch):
+    """On a clock that a compilation moves by a thousand seconds and a step by one."""
+    now = [0.0]
+    monkeypatch.setattr("lbpwht_jax.train.trainer.time", types.SimpleNamespace(perf_counter=lambda: now[0]))
+    training = Trainer(PLAIN, INFO, DATA, RECIPE, 4, placement=ONE)
+    step = training.train_step
+
+    class Timed:
+        def lower(self, *_):
+            return self
+
+        def compile(self):
+            now[0] += 1000
+
+        def __call__(self, *arguments):
+            now[0] += 1
+            return step(*arguments)
+
+    vars(training)["train_step"] = Timed()
+    events = list(training.fit(training.initial_state(PLAIN_VARIABLES)))
+    assert now == [1015] and sum(event.seconds for event in events if isinstance(event, Step)) == 15
 
 
 def test_evaluation_counts_every_image_once():
