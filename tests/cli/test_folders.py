@@ -1,6 +1,8 @@
 """Fine-tuning on image folders as people have them: three layouts, any names, every kind of image, one that is broken."""
 
 import json
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ from terminal import terminal
 
 from lbpwht_jax.cli import main
 from lbpwht_jax.cli.run_flags import RecipeFlags, RunFlags
+from lbpwht_jax.runs.metrics import read_metrics
 
 CLASSES = ("Häuser", "猫")
 
@@ -62,6 +65,36 @@ def test_three_layouts_and_a_batch_that_fits(images, tmp_path):
     assert config.recipe.batch_size == 8
     config, dataset, notes = flags(images / "train", batch_size=8).new_run(None)
     assert (len(dataset.train), dataset.validation, len(dataset.test), notes) == (20, None, 5, [])
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("layout", ["train_val_test", "train_test", "flat", "zip"])
+def test_each_layout_is_trained_on(images, layout, tmp_path, capsys):
+    """Two epochs of one step on crops of whole images; what cannot be read is told, whichever part it is in."""
+    path, run = {"train_val_test": images, "flat": images / "train"}.get(layout, tmp_path / layout), tmp_path / "run"
+    if layout == "train_test":
+        path.mkdir()
+        for part in ("train", "test"):
+            (path / part).symlink_to(images / part)
+    elif layout == "zip":
+        path = Path(shutil.make_archive(str(path), "zip", images))
+    arguments = ["--dataset", f"folder:{path}", "--method", "lora-2", "--lora-dropout", "0.1", "--epochs", "2"]
+    arguments += ["--crop-scale", "0.3", "1", "--crop-from", "image", "--flip", "True", "--output", str(run)]
+    assert main(["finetune", *arguments]) == 0
+    validated, tests = layout in ("train_val_test", "zip"), 5 if layout == "flat" else 8
+    epochs = read_metrics(run)[1]
+    assert [epoch.number for epoch in epochs] == [1, 2]
+    assert all((epoch.test_accuracy is None) == validated for epoch in epochs)
+    [broken] = json.loads((run / "skipped.json").read_text())
+    assert broken.endswith(f"{CLASSES[1]}/broken.jpg")
+    config, adapter = (json.loads((run / name).read_text()) for name in ("config.json", "adapter/adapter_config.json"))
+    assert config["classes"] == [*CLASSES] and config["lora_dropout"] == adapter["lora_dropout"] == 0.1
+    capsys.readouterr()
+    assert main(["evaluate", str(run), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    accuracy = json.loads((run / "result.json").read_text())["test_accuracy"]
+    assert (found["accuracy"], found["images"] + len(found["skipped"])) == (accuracy, tests)
+    assert [row["class"] for row in found["classes"]] == [*CLASSES]
 
 
 def test_a_run_on_the_screen(images, tmp_path):
