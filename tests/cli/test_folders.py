@@ -1,6 +1,7 @@
 """Fine-tuning on image folders as people have them: three layouts, any names, every kind of image, one that is broken."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from lbpwht_jax.cli import main
 from lbpwht_jax.cli.run_flags import RecipeFlags, RunFlags
 from lbpwht_jax.runs.metrics import read_metrics
 
+ROOT = Path(__file__).parents[2]
 CLASSES = ("Häuser", "猫")
 
 
@@ -89,6 +91,11 @@ def test_each_layout_is_trained_on(images, layout, tmp_path, capsys):
     assert broken.endswith(f"{CLASSES[1]}/broken.jpg")
     config, adapter = (json.loads((run / name).read_text()) for name in ("config.json", "adapter/adapter_config.json"))
     assert config["classes"] == [*CLASSES] and config["lora_dropout"] == adapter["lora_dropout"] == 0.1
+    # docs/command_line.md lists the folder's files; of these the run has all but what other flags, or damage, bring
+    table = (ROOT / "docs" / "command_line.md").read_text().split("## The run folder")[1].split("\n\n")[2]
+    listed = {re.sub("/.*", "/", name) for row in table.splitlines() for name in re.findall("`(.*?)`", row.split("|")[1])}
+    made = {each.name + "/" * each.is_dir() for each in run.iterdir()}
+    assert listed - made == {"compare/", "compare.json", "compare.png", "*.damaged"} and made <= listed
     capsys.readouterr()
     assert main(["evaluate", str(run), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
