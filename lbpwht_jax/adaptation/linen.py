@@ -52,7 +52,7 @@ class AdaptedModule:
         With ``rngs={"dropout": key}`` the branches' inputs undergo the rules' dropout.
 
         Raises:
-          ValueError: if a branch's dropout gets no key, for a loop such as ``nn.scan`` does not pass the rng on.
+          ValueError: if a branch's dropout gets no key, as in a loop such as ``nn.scan`` that does not pass the rng on.
         """
 
         def stop(path, leaf):

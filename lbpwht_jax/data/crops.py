@@ -28,7 +28,7 @@ def first_boxes(aspect: Any, area: Any, ratio: Any, place: Any) -> Any:
     Returns:
       ``[batch, 4]``: top, left, height and width, as shares of the image's height and width; JAX's if the draws are.
     """
-    xp = jnp if isinstance(area, jax.Array) else np
+    xp: Any = jnp if isinstance(area, jax.Array) else np
     heights, widths = xp.sqrt(area * aspect[:, None] / ratio), xp.sqrt(area * ratio / aspect[:, None])
     fits = (heights <= 1) & (widths <= 1)
     first = xp.argmax(fits, 1)[:, None]

@@ -119,7 +119,8 @@ def test_evaluate(run, tmp_path):
     assert [row["images"] for row in found["classes"]] == matrix.sum(1).tolist()
     assert [row["accuracy"] for row in found["classes"]] == (matrix.diagonal() / matrix.sum(1)).tolist()
     assert found["loss"] == pytest.approx(metrics.log_loss(batch.labels, jax.nn.softmax(logits)), rel=1e-4)
-    assert f"accuracy {found['accuracy']:.2%}" in text and "most often taken for" in text
+    assert f"digits, test: accuracy {found['accuracy']:.2%}, loss {found['loss']:.4f}, 360 images" in text
+    assert "most often taken for" in text
     with Image.open(tmp_path / "found" / "confusion.png") as picture:
         assert np.asarray(picture.convert("L")).std() > 5
 
