@@ -183,8 +183,13 @@ def readme_table(runs: Sequence[Mapping[str, Any]], seconds: Mapping[str, Mappin
 
 def head_sentence(runs: Sequence[Mapping[str, Any]]) -> str:
     """What the README says of LoRA where its branches and the head alone are trained."""
-    means = {name: statistics.mean(values.values()) for name, values in accuracies(runs, "head").items()}
-    return f"lora-8 comes to {means['lora-8']:.1f} % and lora_all-8 to {means['lora_all-8']:.1f} %"
+    parts = []
+    for name in ("lora-8", "lora_all-8"):
+        own = [run for run in runs if run["train"] == "head" and run["variant"] == name]
+        accuracy = 100 * statistics.mean(run["test_accuracy"] for run in own)
+        costs = f"{own[0]['backward_flops'] / 1e6:.0f} MFLOPs, {own[0]['saved_bytes'] / 1e6:.2f} MB"
+        parts.append(f"{name} comes to {accuracy:.1f} % ({costs})")
+    return " and ".join(parts)
 
 
 def claims_table(runs: Sequence[Mapping[str, Any]]) -> str:
