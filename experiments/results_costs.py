@@ -170,7 +170,8 @@ def kept_by_setting(results: Mapping[str, Any]) -> str:
     """Bytes kept for the backward pass, by setting."""
     names = [name for name in results["rows"][0] if name not in ("model", "method")]
     rows = [[row["model"], row["method"], *(f"{row[name]:.1f}" for name in names)] for row in results["rows"]]
-    return f"MB per image, in float32, with 100 classes; the whole model is trained.\n\n{markdown(['model', 'method', *names], rows)}"
+    text = "MB per image, in float32, with 100 classes; the whole model is trained."
+    return f"{text}\n\n{markdown(['model', 'method', *names], rows)}"
 
 
 def kept_bytes(results: Mapping[str, Any]) -> str:

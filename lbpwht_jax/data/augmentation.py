@@ -32,9 +32,6 @@ class Augmentation:
     Attributes:
       crop_scale: least and largest area of the random resized crop, as shares of the image's area, in (0, 1]. The crop's
         width over its height, in the original's proportions, is drawn from 3/4 to 4/3. None takes the whole image, squashed.
-      crop_from: ``"canvas"``: on the device, out of images that were squashed to one and a half times the model's size before;
-        ``"image"``: while loading, out of the whole image as it was decoded, as timm does, which keeps its detail and takes the
-        host longer.
       flip: whether half of the images are mirrored left to right.
       shift: largest number of pixels by which images are moved along both axes; their edges are repeated.
       randaugment: number of operations per image, at most 100, and their magnitude in [0, 10]; None for no operations.
@@ -42,23 +39,26 @@ class Augmentation:
         0 for no mixup.
       cutmix: a box of an image is replaced by another image's, and the share of the area that it keeps is drawn from a Beta
         distribution with this alpha; 0 for no cutmix. With both mixup and cutmix, each image undergoes one or the other.
+      crop_from: where crops are made. ``"canvas"``: on the device, out of images that were squashed to one and a half times the
+        model's size before. ``"image"``: while loading, out of the whole image as it was decoded, as timm does, which keeps its
+        detail and takes the host longer.
 
     Raises:
       pydantic.ValidationError: (a ValueError) if a value has the wrong type or is out of range.
     """
 
     crop_scale: Annotated[tuple[_Area, _Area], AfterValidator(_rising)] | None = None
-    crop_from: Literal["canvas", "image"] = "canvas"
     flip: bool = False
     shift: NonNegativeInt = 0
     randaugment: tuple[_Operations, _Magnitude] | None = None
     mixup: NonNegativeFloat = 0.0
     cutmix: NonNegativeFloat = 0.0
+    crop_from: Literal["canvas", "image"] = "canvas"
 
     @model_validator(mode="after")
     def _has_crops(self) -> "Augmentation":
         if self.crop_from == "image" and self.crop_scale is None:
-            raise ValueError("crops from the whole image need their area: --crop-scale 0.08 1")
+            raise ValueError("crop_from 'image' needs crop_scale (--crop-scale), such as 0.08 1")
         return self
 
 

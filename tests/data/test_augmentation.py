@@ -176,7 +176,7 @@ def test_the_key_decides_and_devices_do_not():
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"crop_from": "image"}, "crops from the whole image need their area: --crop-scale 0.08 1"),
+        ({"crop_from": "image"}, r"crop_from 'image' needs crop_scale \(--crop-scale\), such as 0\.08 1"),
         ({"crop_scale": (0.0, 1.0)}, r"crop_scale\.0 must be greater than 0, got 0\.0"),
         ({"crop_scale": (0.5, 0.1)}, r"crop_scale: the least area must not be above the largest, got \(0\.5, 0\.1\)"),
         ({"shift": -1}, "shift must be greater than or equal to 0, got -1"),
