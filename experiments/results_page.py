@@ -55,7 +55,6 @@ SECTIONS: tuple[tuple[str, str, str, Section], ...] = (
     ("A long run", "soak", "soak.py", costs.soak),
     ("The paper's cost tables", "cost_tables", "cost_tables.py", costs.cost_tables),
     ("Bytes kept", "saved_bytes", "saved_bytes.py", costs.kept_bytes),
-    ("Bytes kept, by setting", "kept_bytes", "kept_bytes.py", costs.kept_by_setting),
     ("Accuracy, the paper's Table 5", "paper_table_5", "paper_tables.py 5 --data DATA --hub", accuracy.paper_table),
     ("Accuracy, the paper's Table 6", "paper_table_6", "paper_tables.py 6 --data DATA --hub", accuracy.paper_table),
     ("Accuracy, the paper's Table 7", "paper_table_7", "paper_tables.py 7 --data DATA --hub", accuracy.paper_table),
