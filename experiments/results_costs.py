@@ -180,8 +180,8 @@ def kept_bytes(results: Mapping[str, Any]) -> str:
         for row in results["rows"]
     ]
     text = f"""
-        MB per image, in float32, with 100 classes: what dense layers keep, what the whole model does by setting
-        ({", ".join(settings)}; [Residuals](residuals.md)), and what is left between blocks that are computed again.
+        MB per image, in float32, with 100 classes, training the whole model: what dense layers keep, what the whole model does
+        by setting ({", ".join(settings)}; [Residuals](residuals.md)), and what is left between blocks that are computed again.
     """
     header = ["model", "method", "layers", *settings, "with remat", "backward MFLOPs", "with remat"]
     return f"{prose(text)}\n\n{markdown(header, rows)}"

@@ -94,6 +94,8 @@ def main(check: bool = False) -> None:
     IMAGES.mkdir(parents=True, exist_ok=True)
     if (sweep := read("transfer")) and (steps := read("transfer_steps")):
         transfer_report.plot(sweep["runs"], steps["seconds"], IMAGES / "transfer.png")
+        shown = ("all",), transfer_report.README_FAMILIES
+        transfer_report.plot(sweep["runs"], steps["seconds"], IMAGES / "transfer_summary.png", *shown)
     if compared := read("transfer_gradients"):
         transfer_report.plot_gradients(compared["rows"], IMAGES / "transfer_gradients.png")
 

@@ -23,6 +23,7 @@ from lbpwht_jax.ops.spec import LowRankSpec
 
 M = TypeVar("M", bound=nnx.Module)
 
+_DROPOUT = "dropout"
 _DENSE = (nn.Dense, nn.DenseGeneral, LowRankDense)
 
 
@@ -47,13 +48,21 @@ class AdaptedModule:
             return self.module.init(rngs, *args, **kwargs)
 
     def apply(self, variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """Returns what ``module.apply`` returns; the backward pass follows the rules."""
+        """Returns what ``module.apply`` returns; the backward pass follows the rules.
+
+        With ``rngs={"dropout": key}`` the branches' inputs undergo the rules' dropout.
+
+        Raises:
+          ValueError: if a branch's dropout gets no key, as in a loop such as ``nn.scan`` that does not pass the rng on.
+        """
 
         def stop(path, leaf):
             return leaf if self.trainable(_joined(path)) else lax.stop_gradient(leaf)
 
         variables = {**variables, "params": jax.tree.map_with_path(stop, variables["params"])}
-        with nn.intercept_methods(self.intercept):
+        rngs = kwargs.get("rngs")
+        drops = isinstance(rngs, Mapping) and _DROPOUT in rngs
+        with nn.intercept_methods(functools.partial(self.intercept, drops=drops)):
             return self.module.apply(variables, *args, **kwargs)
 
     def trainable(self, path: str) -> bool:
@@ -123,12 +132,15 @@ class AdaptedModule:
     def _branches(self) -> dict[str, Adaptation]:
         return {path: adaptation for path, adaptation in self._by_path.items() if adaptation.rank}
 
-    def intercept(self, call: Any, args: Any, kwargs: Any, context: Any) -> Any:
-        """Calls a layer as the rules say: an interceptor for ``nn.intercept_methods``, around calls of ``module``."""
+    def intercept(self, call: Any, args: Any, kwargs: Any, context: Any, drops: bool = False) -> Any:
+        """Calls a layer as the rules say: an interceptor for ``nn.intercept_methods``, around calls of ``module``.
+
+        ``drops`` says whether the branches' inputs undergo dropout.
+        """
         adaptation = self._by_path.get("/".join(context.module.path))
         if adaptation is None or not _is_layer_call(context) or _is_adapted(context.module, adaptation):
             return call(*args, **kwargs)
-        return _twin(context.module, adaptation)(*args, **kwargs)
+        return _twin(context.module, adaptation, drops)(*args, **kwargs)
 
 
 class LowRankModel(nn.Module):
@@ -304,8 +316,8 @@ def _refuse_jit(module: nn.Module) -> None:
         )
 
 
-def _twin(module: Any, adaptation: Adaptation) -> Any:
-    """The bound module with the same parameters and another product."""
+def _twin(module: Any, adaptation: Adaptation, drops: bool) -> Any:
+    """The bound module with the same parameters and another product; ``drops``: whether the branch's dropout acts."""
     field = "conv_general_dilated" if isinstance(module, nn.Conv) else "dot_general"
     if not isinstance(module, LowRankDense) and (getattr(module, field) or getattr(module, f"{field}_cls")):
         raise ValueError(f"adapt: {adaptation.layer.path} has a {field} of its own; leave it out of the rules' patterns")
@@ -316,9 +328,19 @@ def _twin(module: Any, adaptation: Adaptation) -> Any:
         a = scope.param(lora.A, lora.init_a, shapes[lora.A], module.param_dtype)
         return a, scope.param(lora.B, lora.init_b, shapes[lora.B], module.param_dtype)
 
+    def dropped(x: jax.Array) -> jax.Array:
+        if not (drops and adaptation.dropout):
+            return x
+        if not scope.has_rng(_DROPOUT):
+            raise ValueError(
+                f"adapt: the rng 'dropout' does not reach {adaptation.layer.path}, whose branch has dropout; the nn.scan or "
+                "nn.vmap around it must pass it on: split_rngs={'dropout': True}"
+            )
+        return lora.drop(scope.make_rng(_DROPOUT), x, adaptation.dropout)
+
     if isinstance(module, LowRankDense) and not adaptation.rank:
         at = {"grid": adaptation.grid, "prefix_tokens": adaptation.prefix_tokens}
         return module.clone(parent=scope, dot_general=None, spec=adaptation.spec, **at)
     dense = lora.convolution(adaptation) if isinstance(module, nn.Conv) else lora.dense_product(adaptation)
-    replaced: dict[str, Any] = {field: lora.AdaptedProduct(adaptation, dense, branch)}
+    replaced: dict[str, Any] = {field: lora.AdaptedProduct(adaptation, dense, branch, dropped)}
     return module.clone(parent=scope, **replaced)

@@ -36,10 +36,13 @@ class AdaptedNNXProduct(nnx.Module):
         shapes = lora.shapes(adaptation)
         self.lora_a = nnx.LoRAParam(lora.init_a(key, shapes[lora.A], dtype))
         self.lora_b = nnx.LoRAParam(lora.init_b(key, shapes[lora.B], dtype))
+        if adaptation.dropout:
+            self.dropout = nnx.Dropout(adaptation.dropout, rngs=nnx.Rngs(jax.random.fold_in(key, 1)))
 
     def __call__(self, lhs: jax.Array, rhs: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
         """The product plus the branch's output; the arguments are those of the function that this stands in for."""
-        product = lora.AdaptedProduct(self.adaptation, self.dense, lambda: (self.lora_a[...], self.lora_b[...]))
+        dropped = self.dropout if self.adaptation.dropout else lambda x: x
+        product = lora.AdaptedProduct(self.adaptation, self.dense, lambda: (self.lora_a[...], self.lora_b[...]), dropped)
         return product(lhs, rhs, *args, **kwargs)
 
 
@@ -72,7 +75,7 @@ def find_nnx_layers(model: nnx.Module, args: Sequence[Any], kwargs: Mapping[str,
 
 
 def adapt_nnx(model: M, resolution: Resolution) -> M:
-    """A copy of the model under resolved rules; the branches' ``A`` are drawn from ``jax.random.key(0)``.
+    """A copy of the model under resolved rules; the branches' ``A`` and dropout are drawn from ``jax.random.key(0)``.
 
     Raises:
       ValueError: if a layer that a rule matches has a product of its own.

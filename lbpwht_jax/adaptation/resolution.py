@@ -58,6 +58,7 @@ class Adaptation:
       shown_grid: tokens along each axis, given for maps too.
       rank: rank of the LoRA branch, 0 without one.
       alpha: alpha of the LoRA branch.
+      dropout: probability of zeros in the input of the LoRA branch while training.
       slower: whether the rule's spec, whose ``when`` is ``"faster"``, was left out because low rank is predicted to be slower.
     """
 
@@ -68,6 +69,7 @@ class Adaptation:
     shown_grid: Grid | None = None
     rank: int = 0
     alpha: float = 0.0
+    dropout: float = 0.0
     slower: bool = False
 
     @property
@@ -176,7 +178,7 @@ def _adaptation(layer: Layer, rule: LowRank | LoRA) -> Adaptation:
     branch = {}
     if isinstance(rule, LoRA):
         times = 3 if re.search(rule.fused, layer.path) else 1
-        branch = {"rank": times * rule.rank, "alpha": times * rule.alpha}
+        branch = {"rank": times * rule.rank, "alpha": times * rule.alpha, "dropout": rule.dropout}
     if rule.spec is None:
         return Adaptation(layer, None, **branch)
     grid, prefix_tokens = rule.grid, rule.prefix_tokens

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import tyro
 
-from lbpwht_jax.adaptation.presets import Train
+from lbpwht_jax.adaptation import LayerCounts, Train
 from lbpwht_jax.bench.program import DType
 from lbpwht_jax.cli.help import flag
 from lbpwht_jax.compile.compiling import CompilerError, check, compile_model
@@ -73,7 +73,10 @@ class Compile:
             shown = console()
             show(shown, table(rows, self.fit))
             trained = {request.method: request.train for request in check(**self._arguments())}
-            say(shown, f"trained: {', '.join(f'{train} ({method})' for method, train in trained.items())}")
+            say(shown, f"Trained, and layers that low rank can adapt (--when {self.when}):")
+            for row in rows:
+                counts = f"; {LayerCounts(**row.layers)}" if row.layers else ""
+                say(shown, f"  {row.method}: {trained[row.method]}{counts}")
             for row in rows if self.kernels else ():
                 show(shown, kernel_table(row))
         if failures:

@@ -63,6 +63,7 @@ class RunConfig:
       validation: the share of the training images that is held out to choose the best epoch by; 0 for none. A data set that has
         validation images of its own needs none.
       lora_alpha: LoRA's branches are multiplied by this over their rank (``Method.alpha``).
+      lora_dropout: probability of zeros in the input of LoRA's branches while training.
       extended: for each time that the run went on with another number of epochs, the step from which it did, and the number of
         epochs until then; ``recipe`` has the number since.
 
@@ -92,6 +93,7 @@ class RunConfig:
     scan_blocks: bool = False
     validation: Annotated[float, Field(ge=0, lt=1)] = 0.0
     lora_alpha: PositiveFloat = 8.0
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     extended: tuple[tuple[NonNegativeInt, PositiveInt], ...] = ()
 
     @model_validator(mode="after")
@@ -144,8 +146,8 @@ class RunConfig:
           ValueError: if the method trains nothing.
         """
         method = parse_method(self.method, projection=self.projection, when=self.when)
-        rules = dataclasses.replace(method, alpha=self.lora_alpha).rules(self.info, self.train)
-        adapted = adapt(self.module(), rules, self.images())
+        method = dataclasses.replace(method, alpha=self.lora_alpha, dropout=self.lora_dropout)
+        adapted = adapt(self.module(), method.rules(self.info, self.train), self.images())
         return with_loops(adapted, self.images()) if self.scan_blocks else adapted
 
     def start(self, model: AdaptedModule) -> dict[str, Any]:

@@ -37,7 +37,7 @@ def save_adapter(folder: str | Path, adapted: AdaptedModule, variables: Mapping[
     The tensors are the parameters that were trained, and the other variables (running statistics) of modules that are not
     frozen. Their keys are ``base_model.model.`` and timm's key; for a branch timm's module path with ``lora_A.weight``,
     ``[rank, inputs]``, and ``lora_B.weight``, ``[outputs, rank]`` (and two dimensions of 1 for 1x1 convolutions; those of a
-    stack of scanned layers have the stack's dimensions first).
+    stack of scanned layers have the stack's dimensions first). PEFT has one dropout for all branches: the largest.
 
     Args:
       folder: made if it does not exist; files of these two names are replaced.
@@ -168,6 +168,7 @@ def _config(info: ModelInfo, adapted: AdaptedModule, tensors: Iterable[str]) -> 
     targets = _targets(info, adapted)
     counts = collections.Counter((adaptation.rank, adaptation.alpha) for adaptation in targets.values())
     rank, alpha = max(counts, key=lambda pair: counts[pair]) if counts else (0, 0)
+    dropout = max((adaptation.dropout for adaptation in targets.values()), default=0.0)
     trained = {key.removeprefix(_PREFIX).rpartition(".")[0] for key in tensors if ".lora_" not in key}
     return {
         "peft_type": "LORA",
@@ -178,7 +179,7 @@ def _config(info: ModelInfo, adapted: AdaptedModule, tensors: Iterable[str]) -> 
         "alpha_pattern": {re.escape(key): a.alpha for key, a in targets.items() if a.alpha != alpha},
         "modules_to_save": sorted(trained - {""}),
         "bias": "none",
-        "lora_dropout": 0.0,
+        "lora_dropout": dropout,
         "fan_in_fan_out": False,
         "init_lora_weights": True,
         "inference_mode": True,

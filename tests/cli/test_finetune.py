@@ -105,9 +105,6 @@ def test_the_folder_is_all_that_evaluation_needs(compared, capsys):
     best = json.loads(lbpwht(capsys, "evaluate", compared[0], "--checkpoint", "best", "--batch-size", "40", "--json"))
     # without validation images, the best checkpoint is the last epoch's
     assert best["accuracy"] == read_metrics(compared[0])[1][-1].test_accuracy
-    assert f"digits, test: accuracy {accuracy:.2%}, loss {found['loss']:.4f}, 360 images" in lbpwht(
-        capsys, "evaluate", compared[0]
-    )
 
 
 def test_the_weights_rebuild_the_model(compared):
@@ -231,7 +228,9 @@ def test_a_signal_stops_and_saves_and_the_run_goes_on_bit_for_bit(few_digits, ca
         "--batch-size",
         "24",
         "--method",
-        "full",
+        "lora-4",
+        "--lora-dropout",
+        "0.2",
         "--train",
         "last_stage",
         "--ema",
