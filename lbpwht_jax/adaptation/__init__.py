@@ -5,6 +5,7 @@ from lbpwht_jax.adaptation.linen import AdaptedModule, adapt, resolve
 from lbpwht_jax.adaptation.loops import unrolled, with_loops
 from lbpwht_jax.adaptation.nnx import FrozenParam, merge, with_branches
 from lbpwht_jax.adaptation.partition import join_params, split_params
+from lbpwht_jax.adaptation.plan import Plan, PlannedLayer, load_plan
 from lbpwht_jax.adaptation.presets import (
     LayerCounts,
     Method,
@@ -13,6 +14,7 @@ from lbpwht_jax.adaptation.presets import (
     default_train,
     layer_counts,
     parse_method,
+    stored_method,
 )
 from lbpwht_jax.adaptation.resolution import Resolution
 from lbpwht_jax.adaptation.rules import Freeze, LoRA, LowRank, Rule
@@ -25,6 +27,8 @@ __all__ = [
     "LoRA",
     "LowRank",
     "Method",
+    "Plan",
+    "PlannedLayer",
     "Resolution",
     "Rule",
     "Train",
@@ -34,10 +38,12 @@ __all__ = [
     "default_train",
     "join_params",
     "layer_counts",
+    "load_plan",
     "merge",
     "parse_method",
     "resolve",
     "split_params",
+    "stored_method",
     "unrolled",
     "with_branches",
     "with_loops",

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from lbpwht_jax.adaptation.linen import LowRankModel, find_layers
 from lbpwht_jax.adaptation.loops import with_loops
+from lbpwht_jax.adaptation.plan import Plan
 from lbpwht_jax.adaptation.resolution import resolve_rules
 from lbpwht_jax.adaptation.rules import LowRank
 from lbpwht_jax.models import model_info, plain_model
@@ -30,6 +31,7 @@ def create_model(
     scan_blocks: bool = False,
     spec: LowRankSpec | None = None,
     layers: str | None = None,
+    plan: Plan | None = None,
 ) -> nn.Module:
     """A Linen model by its timm name; call it as ``model.apply(variables, images, train=False)``.
 
@@ -50,6 +52,7 @@ def create_model(
         is traced once, on shapes alone.
       layers: regular expression searched in the paths of the layers on token grids, such as ``"mlp/fc[12]$"``; by default
         the paper's choice.
+      plan: what each layer keeps, instead of ``spec`` and ``layers``, as ``lbpwht_jax.plan.plan`` or ``load_plan`` returns it.
 
     Returns:
       The module, taking ``[batch, image_size, image_size, channels]`` and returning ``[batch, num_classes]`` logits. Its
@@ -58,7 +61,8 @@ def create_model(
     Raises:
       ValueError: if the name is unknown; if ``num_classes`` is not positive or ``image_size`` is not from 1 to 8192; if
         ``layers`` is given without ``spec``, is no regular expression or matches no layer; if ``residuals`` is an
-        unknown name; if the spec does not suit a layer's token grid, or the image size the model.
+        unknown name; if the spec does not suit a layer's token grid, or the image size the model; if a plan was made for
+        another model or image size, or is given together with a spec.
       TypeError: if ``spec`` is no ``LowRankSpec``, ``residuals`` neither a name nor a ``Residuals``, or ``num_classes`` or
         ``image_size`` no integer.
     """
@@ -66,18 +70,27 @@ def create_model(
     fields: dict[str, Any] = {"num_classes": num_classes, "image_size": image_size, "dtype": dtype, "drop_path": drop_path}
     model = plain_model(name, **fields, remat=remat, frozen_batch_norm=frozen_batch_norm, residuals=residuals)
     images = jax.ShapeDtypeStruct((1, model.image_size, model.image_size, info.images.channels), jnp.float32)
-    if spec is None:
+    if plan is not None:
+        if spec is not None or layers is not None:
+            raise ValueError(f"create_model({name!r}): a plan says what each layer keeps; leave spec and layers out")
+        plan.check(name, model.image_size)
+    elif spec is None:
         if layers is not None:
             raise ValueError(f"create_model({name!r}): layers={layers!r} needs a spec to apply, such as spec=lp_l1(4)")
         return with_loops(model, images) if scan_blocks else model
-    rule = LowRank(info.layers.low_rank if layers is None else layers, spec)
     found, parameters = find_layers(model, (images,), {})
     gridded = [layer for layer in found if layer.kind == "LowRankDense"]
-    if not any(re.search(rule.pattern, layer.path) for layer in gridded):
-        nearest = difflib.get_close_matches(rule.pattern, [layer.path for layer in gridded], n=5, cutoff=0.0)
-        raise ValueError(
-            f"create_model({name!r}): layers={layers!r} matches no layer on a token grid; "
-            f"the nearest paths: {', '.join(nearest)}"
-        )
-    low_rank = LowRankModel(model, resolve_rules(gridded, parameters, [rule]))
+    if plan is not None:
+        rules = plan.rules()
+    else:
+        assert spec is not None
+        rules = [LowRank(info.layers.low_rank if layers is None else layers, spec)]
+        pattern = rules[0].pattern
+        if not any(re.search(pattern, layer.path) for layer in gridded):
+            nearest = difflib.get_close_matches(pattern, [layer.path for layer in gridded], n=5, cutoff=0.0)
+            raise ValueError(
+                f"create_model({name!r}): layers={layers!r} matches no layer on a token grid; "
+                f"the nearest paths: {', '.join(nearest)}"
+            )
+    low_rank = LowRankModel(model, resolve_rules(gridded, parameters, rules))
     return with_loops(low_rank, images) if scan_blocks else low_rank

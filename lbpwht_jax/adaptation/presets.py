@@ -9,19 +9,20 @@ import jax.numpy as jnp
 
 from lbpwht_jax.adaptation.linen import AdaptedModule, adapt
 from lbpwht_jax.adaptation.loops import with_loops
-from lbpwht_jax.adaptation.rules import Freeze, LoRA, LowRank, Rule
+from lbpwht_jax.adaptation.plan import Plan, Train, load_plan
+from lbpwht_jax.adaptation.rules import NOTHING, Freeze, LoRA, LowRank, Rule
 from lbpwht_jax.models import model_info, plain_model
 from lbpwht_jax.models.info import ModelInfo
 from lbpwht_jax.ops.spec import LowRankSpec, lp_l1, lp_linf
-
-Train = Literal["all", "last_stage", "head"]
 
 _SELECTIONS = {"lp_l1": lp_l1, "lp_linf": lp_linf}
 _BRANCHES = {"lora": "attention", "lora_all": "all"}
 _HELP = (
     "write full, lp_l1-R or lp_linf-R (low-rank backpropagation, such as lp_l1-4), lora-R or lora_all-R (LoRA of rank R on the "
-    "attention layers or on all, such as lora-8), or a sum of one of each kind, such as lp_l1-4+lora_all-8"
+    "attention layers or on all, such as lora-8), a sum of one of each kind, such as lp_l1-4+lora_all-8, or plan:FILE (what "
+    "lbpwht plan wrote), which may be summed with LoRA"
 )
+_PLANNED = re.compile(r"plan(?::(?P<file>.+?))?(?:\+(?P<branches>lora(?:_all)?-[0-9]{1,9}))?")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +35,7 @@ class Method:
       rank: rank of the branches; layers that make query, key and value at once get three times as much.
       alpha: the branches are multiplied by it over their rank; it is three times as much where the rank is.
       dropout: probability of zeros in the branches' inputs while training, as in ``LoRA``.
+      plan: the functions that each layer keeps, in place of ``spec``.
     """
 
     spec: LowRankSpec | None = None
@@ -41,10 +43,16 @@ class Method:
     rank: int = 0
     alpha: float = 8
     dropout: float = 0.0
+    plan: Plan | None = None
 
     @property
     def default_train(self) -> Train:
-        """What the commands train unless told: ``"head"`` (branches and head) for LoRA without low rank, else ``"all"``."""
+        """What the commands train unless told.
+
+        ``"head"`` (branches and head) for LoRA without low rank; what a plan was made for; else ``"all"``.
+        """
+        if self.plan is not None:
+            return self.plan.train
         return "head" if self.branches != "none" and self.spec is None else "all"
 
     def rules(self, info: ModelInfo, train: Train = "all") -> tuple[Rule, ...]:
@@ -60,9 +68,12 @@ class Method:
         """
         layers, spec = info.layers.low_rank, self.spec
         rules: list[Rule] = []
-        if self.branches != "none":
-            pattern = layers if self.branches == "all" else _both(info.layers.attention, layers)
-            rules.append(LoRA(pattern, self.rank, self.alpha, spec, fused=info.layers.fused, dropout=self.dropout))
+        pattern = {"none": NOTHING, "all": layers, "attention": _both(info.layers.attention, layers)}[self.branches]
+        branch = {"rank": self.rank, "alpha": self.alpha, "fused": info.layers.fused, "dropout": self.dropout}
+        if self.plan is not None:
+            rules.extend(self.plan.rules(pattern, **branch))
+        elif self.branches != "none":
+            rules.append(LoRA(pattern, spec=spec, **branch))
         if train not in get_args(Train):
             raise ValueError(f"train must be one of {', '.join(get_args(Train))}, got {train!r}")
         if train == "head":
@@ -89,20 +100,41 @@ def _outside(pattern: str) -> str:
     return f"^(?!.*(?:{pattern}))"
 
 
-def parse_method(method: str, **fields: Any) -> Method:
+def stored_method(method: str) -> tuple[str, Plan | None]:
+    """A method's name without the file of its plan, and that plan: ``"plan:FILE+lora-8"`` becomes ``"plan+lora-8"``.
+
+    Raises:
+      FileNotFoundError, ValueError: as ``load_plan``.
+    """
+    planned = _PLANNED.fullmatch(method)
+    if planned is None or planned["file"] is None:
+        return method, None
+    return "+".join(["plan", *([planned["branches"]] if planned["branches"] else [])]), load_plan(planned["file"])
+
+
+def parse_method(method: str, plan: Plan | None = None, **fields: Any) -> Method:
     """The method that a short name stands for.
 
     Args:
       method: ``"full"`` (exact backpropagation); ``"lp_l1-R"`` or ``"lp_linf-R"``; ``"lora-R"`` (LoRA of rank R on the
         attention layers) or ``"lora_all-R"`` (on every layer of the family's default choice); or a sum, such as
-        ``"lp_l1-4+lora_all-8"``, where the low-rank backward also serves the branches.
+        ``"lp_l1-4+lora_all-8"``, where the low-rank backward also serves the branches; or ``"plan:FILE"``, alone or summed with
+        LoRA; ``"plan"`` stands for the plan given beside.
+      plan: what ``"plan"`` stands for.
       **fields: of the ``LowRankSpec``, such as ``projection``.
 
     Raises:
-      ValueError: if the name is none of these, or R is out of range.
+      ValueError: if the name is none of these, or R is out of range; if a file holds no plan.
+      FileNotFoundError: if there is no such file.
     """
     if method == "full":
         return Method()
+    planned = _PLANNED.fullmatch(method)
+    if planned is not None:
+        plan = plan if planned["file"] is None else load_plan(planned["file"])
+        if plan is None:
+            raise ValueError(f"method {method!r} does not say which plan; write plan:FILE, with what lbpwht plan wrote")
+        return dataclasses.replace(parse_method(planned["branches"] or "full"), plan=plan)
     found: dict[str, Any] = {}
     for part in method.split("+"):
         match = re.fullmatch(r"(lp_l1|lp_linf|lora|lora_all)-([0-9]{1,9})", part)
@@ -183,6 +215,7 @@ def adapted_model(
     scan_blocks: bool = False,
     lora_alpha: float = 8,
     lora_dropout: float = 0.0,
+    plan: Plan | None = None,
     **fields: Any,
 ) -> AdaptedModule:
     """A model of the registry under a method, with batch normalisation on its running statistics.
@@ -196,15 +229,18 @@ def adapted_model(
       when: whether layers that low rank would make slower stay exact, as in ``LowRankSpec``.
       scan_blocks: runs equal blocks as a loop, as in ``create_model``.
       lora_alpha, lora_dropout: of LoRA's branches, as in ``Method``.
+      plan: what the method ``"plan"`` stands for.
       **fields: further arguments of ``create_model``, such as ``dtype`` and ``remat``.
 
     Raises:
       ValueError: if a name is unknown, or as ``Method.rules`` does.
     """
     info = model_info(name)
-    parsed = dataclasses.replace(parse_method(method, when=when), alpha=lora_alpha, dropout=lora_dropout)
+    parsed = dataclasses.replace(parse_method(method, plan, when=when), alpha=lora_alpha, dropout=lora_dropout)
     rules = parsed.rules(info, train)
     module = plain_model(name, num_classes=num_classes, image_size=image_size, frozen_batch_norm=True, **fields)
+    if parsed.plan is not None:
+        parsed.plan.check(name, module.image_size, train)
     images = jax.ShapeDtypeStruct((1, module.image_size, module.image_size, info.images.channels), jnp.float32)
     adapted = adapt(module, rules, images)
     return with_loops(adapted, images) if scan_blocks else adapted

@@ -29,6 +29,7 @@ COMMANDS: Mapping[str, Command] = MappingProxyType(
         "models": Command("models", "Models", "lists the models"),
         "convert": Command("weights", "Convert", "rewrites published weights for this library"),
         "cost": Command("cost", "Cost", "counts what training a model costs"),
+        "plan": Command("plan", "Plan", "chooses what each layer keeps, under a budget"),
         "compile": Command("compile", "Compile", "what a training step takes on machines that are not there"),
         "bench": Command("bench", "Bench", "times low-rank against exact backpropagation"),
     }

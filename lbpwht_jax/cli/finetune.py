@@ -13,11 +13,14 @@ from lbpwht_jax.adaptation import default_train
 from lbpwht_jax.cli.compare import compare
 from lbpwht_jax.cli.execute import report
 from lbpwht_jax.cli.help import flag
+from lbpwht_jax.cli.plan import chosen_plan, summary
 from lbpwht_jax.cli.resume import resumed_run
-from lbpwht_jax.cli.run_flags import RunFlags
+from lbpwht_jax.cli.run_flags import AUTO, RunFlags
+from lbpwht_jax.data import Dataset
 from lbpwht_jax.data.validation import plain_errors
 from lbpwht_jax.runs import folder as run_folder
 from lbpwht_jax.runs import training as training_run
+from lbpwht_jax.runs.config import RunConfig
 from lbpwht_jax.runs.results import table
 from lbpwht_jax.runs.training import Stopped, TrainingRun
 from lbpwht_jax.screen import console, say, show
@@ -136,21 +139,36 @@ class Finetune:
     def _new_runs(self, locks: contextlib.ExitStack) -> list[TrainingRun]:
         if self.resume_step is not None:
             raise ValueError("--resume-step goes with --resume RUN")
-        config, dataset, notes = self.run.new_run(self.data_dir)
+        config, dataset, notes = self._planned(*self.run.new_run(self.data_dir))
         methods = [config.method, *(other for other in _COMPARED if self.compare and other != config.method)]
         output = self.output or Path("runs") / f"{datetime.datetime.now():%Y%m%d-%H%M%S}-{config.method}"
         folders = [output, *(output / "compare" / method for method in methods[1:])]
         placement = Placement(self.shard)
-        trained = {method: self.run.train or default_train(method) for method in methods}
+        trained = {config.method: config.train}
+        trained |= {method: self.run.train or default_train(method) for method in methods[1:]}
+        configs = [
+            dataclasses.replace(config, method=method, train=train, plan=config.plan if method == config.method else None)
+            for method, train in trained.items()
+        ]
         runs = [
-            training_run.prepare(
-                dataclasses.replace(config, method=method, train=train), folder, dataset, placement, self.workers, None, notes
-            )
-            for (method, train), folder in zip(trained.items(), folders, strict=True)
+            training_run.prepare(each, folder, dataset, placement, self.workers, None, notes)
+            for each, folder in zip(configs, folders, strict=True)
         ]
         for folder in folders if is_first() else ():
             locks.callback(run_folder.lock(folder, create=True).release)
         return runs
+
+    def _planned(self, config: RunConfig, dataset: Dataset, notes: list[str]) -> tuple[RunConfig, Dataset, list[str]]:
+        """The run with the plan that ``--method auto`` makes first, under ``--budget``."""
+        if self.run.method != AUTO:
+            if self.run.budget is not None:
+                raise ValueError(f"--budget goes with --method auto, not {config.method}")
+            return config, dataset, notes
+        if self.run.budget is None:
+            raise ValueError("--method auto needs --budget, such as --budget flops=0.3")
+        shown = console(quiet=not is_first())
+        made = chosen_plan(config, dataset, self.run.budget, lambda text: say(shown, f"Plan: {text}"))
+        return dataclasses.replace(config, method="plan", plan=made), dataset, [*notes, f"Plan: {summary(made)}"]
 
     def _resumed_run(self, folder: Path, locks: contextlib.ExitStack) -> TrainingRun:
         if self.compare:

@@ -10,7 +10,7 @@ from typing import Annotated, Literal, TypeVar
 import jax
 import tyro
 
-from lbpwht_jax.adaptation import Train, default_train, parse_method
+from lbpwht_jax.adaptation import Train, parse_method, stored_method
 from lbpwht_jax.cli.help import flag
 from lbpwht_jax.data import Augmentation, open_dataset
 from lbpwht_jax.data.recipes import paper_recipe
@@ -37,6 +37,10 @@ def _titled(title: str) -> object:
 
 
 _LEARNING_RATE = tyro.conf.arg(aliases=("--learning-rate",))
+
+
+AUTO = "auto"  # the method that chooses first
+PLANNED_LAYERS = "lp_l1-1"  # the method whose layers it chooses for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,7 +186,12 @@ class RunFlags:
     """How to adapt. full: exact backpropagation. lp_l1-R: low-rank, keeping the Walsh functions whose indices sum to less
     than R (R(R+1)/2 of the 64 in a block for R up to 8); lp_linf-R: those whose indices are all less than R. lora-R: a LoRA
     branch of rank R on each attention layer, which is frozen itself; lora_all-R: on every layer that low-rank backpropagation
-    would adapt. Or a sum, such as lp_l1-4+lora_all-8, where branches too are backpropagated at low rank."""
+    would adapt. Or a sum, such as lp_l1-4+lora_all-8, where branches too are backpropagated at low rank. plan:FILE: what
+    "lbpwht plan" chose for each layer. auto: chooses first, under --budget."""
+
+    budget: Annotated[str | None, flag("flops=SHARE|bytes=SHARE", "none")] = None
+    """With --method auto: the most that the backward pass may take, in FLOPs or in bytes kept, as a share of full
+    backpropagation, such as flops=0.3."""
 
     lora_alpha: Annotated[float | None, flag("FLOAT", "8")] = None
     """LoRA's branches are multiplied by this over their rank, such as 16; layers that make query, key and value at once have
@@ -233,13 +242,16 @@ class RunFlags:
 
     def over(self, base: RunConfig) -> RunConfig:
         """``base`` with what was given."""
+        given = PLANNED_LAYERS if self.method == AUTO else self.method
+        method, plan = (base.method, base.plan) if given is None else stored_method(given)
         return dataclasses.replace(
             base,
             model=_or(self.model, base.model),
             pretrained=_or(self.pretrained, base.pretrained),
             image_size=_or(self.image_size, base.image_size),
             dataset=_or(self.dataset, base.dataset),
-            method=_or(self.method, base.method),
+            method=method,
+            plan=plan,
             lora_alpha=_or(self.lora_alpha, base.lora_alpha),
             lora_dropout=_or(self.lora_dropout, base.lora_dropout),
             train=_or(self.train, base.train),
@@ -264,8 +276,11 @@ class RunFlags:
           FileNotFoundError: if there is no such data.
         """
         method = _or(self.method, "lp_l1-4")
+        method = PLANNED_LAYERS if method == AUTO else method
+        known = parse_method(method)
+        method, chosen = stored_method(method)
         for name in ("lora_alpha", "lora_dropout"):
-            if getattr(self, name) is not None and parse_method(method).branches == "none":
+            if getattr(self, name) is not None and known.branches == "none":
                 raise ValueError(f"--{name.replace('_', '-')} goes with a method that has LoRA, such as lora-8, not {method}")
         model, dataset_name = _or(self.model, self._pretrained_model()), _or(self.dataset, "digits")
         info = model_info(model)
@@ -300,7 +315,8 @@ class RunFlags:
             data_dir=None if data_dir is None else str(data_dir),
             classes=dataset.classes,
             method=method,
-            train=default_train(method),
+            plan=chosen,
+            train=known.default_train,
             projection="fitted",
             when="faster",
             dtype="float32",

@@ -5,7 +5,7 @@ from lbpwht_jax.data.batches import Batch, Batches, Loading, evaluation_batches,
 from lbpwht_jax.data.decode import UnreadableImage, decode_image, load_image
 from lbpwht_jax.data.images import ImageFile, find_images
 from lbpwht_jax.data.open import open_dataset
-from lbpwht_jax.data.split import ArraySplit, Dataset, Split
+from lbpwht_jax.data.split import ArraySplit, Dataset, Split, Subset
 
 __all__ = [
     "ArraySplit",
@@ -16,6 +16,7 @@ __all__ = [
     "ImageFile",
     "Loading",
     "Split",
+    "Subset",
     "UnreadableImage",
     "decode_image",
     "evaluation_batches",

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import pydantic.dataclasses
 from pydantic import AfterValidator, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, TypeAdapter, model_validator
 
-from lbpwht_jax.adaptation import AdaptedModule, Train, adapt, parse_method, with_loops
+from lbpwht_jax.adaptation import AdaptedModule, Plan, Train, adapt, parse_method, with_loops
 from lbpwht_jax.data import Dataset
 from lbpwht_jax.data.validation import STRICT, plain_errors
 from lbpwht_jax.models import ModelInfo, model_info, plain_model
@@ -33,8 +33,11 @@ def _known_model(name: str) -> str:
     return name
 
 
+_SOME_PLAN = Plan((), 8, "flops", 1.0, 1.0, 0.0, 0.0, 0.0)  # stands for that of a run where a method is checked alone
+
+
 def _known_method(method: str) -> str:
-    parse_method(method)
+    parse_method(method, _SOME_PLAN)
     return method
 
 
@@ -64,6 +67,7 @@ class RunConfig:
         validation images of its own needs none.
       lora_alpha: LoRA's branches are multiplied by this over their rank (``Method.alpha``).
       lora_dropout: probability of zeros in the input of LoRA's branches while training.
+      plan: the functions that each layer keeps, where the method is a plan.
       extended: for each time that the run went on with another number of epochs, the step from which it did, and the number of
         epochs until then; ``recipe`` has the number since.
 
@@ -95,12 +99,19 @@ class RunConfig:
     lora_alpha: PositiveFloat = 8.0
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     extended: tuple[tuple[NonNegativeInt, PositiveInt], ...] = ()
+    plan: Plan | None = None
 
     @model_validator(mode="after")
     def _one_per_channel(self) -> "RunConfig":
         for name in ("mean", "std"):
             if len(getattr(self, name)) != self.channels:
                 raise ValueError(f"{name} must have {self.channels} numbers, one per channel, got {getattr(self, name)}")
+        return self
+
+    @model_validator(mode="after")
+    def _a_plan_where_named(self) -> "RunConfig":
+        if (self.plan is None) == (parse_method(self.method, self.plan or _SOME_PLAN).plan is not None):
+            raise ValueError(f"method {self.method} {'needs' if self.plan is None else 'has no use for'} a plan")
         return self
 
     @property
@@ -145,7 +156,9 @@ class RunConfig:
         Raises:
           ValueError: if the method trains nothing.
         """
-        method = parse_method(self.method, projection=self.projection, when=self.when)
+        method = parse_method(self.method, self.plan, projection=self.projection, when=self.when)
+        if method.plan is not None:
+            method.plan.check(self.model, self.image_size, self.train)
         method = dataclasses.replace(method, alpha=self.lora_alpha, dropout=self.lora_dropout)
         adapted = adapt(self.module(), method.rules(self.info, self.train), self.images())
         return with_loops(adapted, self.images()) if self.scan_blocks else adapted
@@ -218,7 +231,7 @@ def differences(ours: Any, theirs: Any, within: str = "") -> Iterator[tuple[str,
     """Fields that differ between two configurations, in order: name, such as ``"recipe.lr"``, and both values."""
     for field in dataclasses.fields(ours):
         name, one, other = f"{within}{field.name}", getattr(ours, field.name), getattr(theirs, field.name)
-        if dataclasses.is_dataclass(one):
+        if dataclasses.is_dataclass(one) and dataclasses.is_dataclass(other):
             yield from differences(one, other, f"{name}.")
         elif one != other:
             yield name, one, other

@@ -1,0 +1,166 @@
+"""The command ``lbpwht plan``, and the plan that ``lbpwht finetune --method auto`` makes first."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from matplotlib.figure import Figure
+
+from lbpwht_jax.adaptation import Plan as Chosen
+from lbpwht_jax.adaptation import Train
+from lbpwht_jax.cli.help import flag
+from lbpwht_jax.cli.run_flags import PLANNED_LAYERS, RunFlags
+from lbpwht_jax.data import Dataset, Subset, evaluation_batches
+from lbpwht_jax.ops.residuals import ResidualsName
+from lbpwht_jax.plan import parse_budget, plan
+from lbpwht_jax.runs.config import RunConfig
+from lbpwht_jax.screen import console, say
+from lbpwht_jax.train import loading, normalise
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Chooses which Walsh functions each layer keeps, under a budget.
+
+    Measures, on a few batches of training images, how much of each layer's gradient every selection of functions would lose,
+    and chooses what loses least within the budget. Prints a table and writes the plan, for
+    "lbpwht finetune --method plan:FILE", and a picture of it beside.
+    """
+
+    model: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="[MODEL]")] = None
+    """Name of the model; by default the one that comes with the package."""
+    budget: Annotated[str, flag("flops=SHARE|bytes=SHARE", "flops=0.3")] = "flops=0.3"
+    """The most that the backward pass may take, in FLOPs of its products or in bytes kept, as a share of full backpropagation
+    with the same flags, such as flops=0.3 or bytes=0.8."""
+    dataset: Annotated[str | None, flag("NAME", "digits")] = None
+    """Where the images come from, as for "lbpwht finetune"."""
+    pretrained: Annotated[str | None, flag("WEIGHTS", "those that come with the package")] = None
+    """The weights at which gradients are measured, as for "lbpwht finetune": a file, a hub id, a run's folder, or none."""
+    train: Annotated[Train | None, flag("{all,last_stage}", "all")] = None
+    """What will be trained: all, or last_stage with the head."""
+    residuals: Annotated[ResidualsName | None, flag("{plain,exact,lean,tiny}", "plain")] = None
+    """What will be kept besides what dense layers keep; it counts in bytes."""
+    image_size: Annotated[int | None, flag("INT", "the model's")] = None
+    """Height and width of the images, in pixels."""
+    batches: int = 2
+    """Batches to measure on."""
+    batch_size: int = 32
+    """Images of each."""
+    seed: int = 0
+    """Determines which images, and the new head."""
+    same_within_stage: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Gives the blocks of a stage the same functions, so that they can run as a loop (--scan-blocks)."""
+    output: Path = Path("plan.json")
+    """Where the plan goes; the picture has the same name, with .png."""
+
+    def prepare(self) -> Callable[[], None]:
+        """Checks what can be checked, and returns the function that makes the plan.
+
+        Raises:
+          ValueError: if a name is unknown, or a number out of range.
+          FileNotFoundError, ImportError: if data or pretrained weights cannot be had.
+        """
+        parse_budget(self.budget)
+        for name in ("batches", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} must be positive, got {getattr(self, name)}")
+        if self.train == "head":
+            raise ValueError("--train head leaves no layer to plan; take all or last_stage")
+        fields = ("model", "dataset", "pretrained", "train", "residuals", "image_size")
+        flags = RunFlags(method=PLANNED_LAYERS, **{name: getattr(self, name) for name in fields})
+        config, dataset, _ = flags.new_run(None)
+        recipe = dataclasses.replace(config.recipe, seed=self.seed)
+        config = dataclasses.replace(config, recipe=recipe)
+
+        def run() -> None:
+            shown = console()
+            numbers = (self.batches, self.batch_size, self.same_within_stage)
+            made = chosen_plan(config, dataset, self.budget, lambda text: say(shown, text), *numbers)
+            print(made)
+            made.save(self.output)
+            picture(made, self.output.with_suffix(".png"))
+            say(shown, summary(made))
+            say(shown, f"Written: {self.output} and {self.output.with_suffix('.png')}")
+
+        return run
+
+
+def summary(made: Chosen) -> str:
+    """What a plan comes to, in a sentence."""
+    exact = sum(layer.functions is None for layer in made.layers)
+    gap = "no plan loses less" if made.gap == 0 else f"the least possible loss is at most {made.gap:.1%} lower"
+    return (
+        f"{made.budget}={made.used:.4f} of full backpropagation, of a budget of {made.limit:g}; {exact} of {len(made.layers)} "
+        f"layers exact; predicted loss {made.loss:.4f} ({gap})."
+    )
+
+
+def chosen_plan(
+    config: RunConfig,
+    dataset: Dataset,
+    budget: str,
+    progress: Callable[[str], None],
+    batches: int = 2,
+    batch_size: int = 32,
+    same_within_stage: bool = False,
+) -> Chosen:
+    """A plan for a run, from its own training images and the weights that it starts from.
+
+    Args:
+      config: the run; its method is not looked at.
+      dataset: its data.
+      budget: as for ``plan``.
+      progress: called with what is done next.
+      batches: batches to measure on.
+      batch_size: images of each.
+      same_within_stage: as for ``plan``.
+    """
+    recipe = dataclasses.replace(config.recipe, drop_path=0.0)
+    config = dataclasses.replace(
+        config, method=PLANNED_LAYERS, plan=None, when="always", dtype="float32", remat=False, scan_blocks=False, recipe=recipe
+    )
+    model = config.adapted()
+    variables = config.start(model)
+    wanted = min(batches * batch_size, len(dataset.train))
+    order = np.random.default_rng(recipe.seed).permutation(len(dataset.train))[:wanted]
+    images = Subset(dataset.train, order)
+    load = loading(config.info, config.image_size, min(batch_size, wanted), recipe.seed)
+    measured = []
+    with evaluation_batches(images, load, config.crop, config.interpolation) as loaded:
+        for batch in loaded:
+            valid = np.asarray(batch.valid)
+            pixels = jnp.asarray(batch.images)[valid].astype(jnp.float32) / 255
+            measured.append((normalise(pixels, config.info), jnp.asarray(batch.labels)[valid]))
+    made = plan(model, variables, measured, budget, same_within_stage=same_within_stage, progress=progress)
+    return dataclasses.replace(made, model=config.model, image_size=config.image_size, train=config.train)
+
+
+def picture(made: Chosen, file: Path) -> None:
+    """Draws, for each layer, the functions that it keeps by their indices, the energies kept, and its share of the cost."""
+    axes_of_functions = 2
+    figure = Figure(figsize=(9, 1 + 0.28 * len(made.layers)), layout="constrained")
+    masks, bars = figure.subplots(1, 2, sharey=True, width_ratios=[2, 3])
+    names = [layer.path for layer in made.layers]
+    columns = made.block**axes_of_functions
+    grid = np.zeros((len(names), columns))
+    for row, layer in enumerate(made.layers):
+        kept = columns if layer.functions is None else len(layer.functions)
+        grid[row, :kept] = 1
+    masks.imshow(grid, aspect="auto", cmap="Greens", vmin=0, vmax=1.4)
+    masks.set(xlabel=f"functions kept, of {columns}", yticks=range(len(names)), yticklabels=names)
+    places = np.arange(len(names))
+    for shift, values, label in (
+        (-0.25, [100 * layer.dw_kept for layer in made.layers], "dW kept"),
+        (0.0, [100 * layer.dx_kept for layer in made.layers], "dx kept"),
+        (0.25, [100 * layer.share for layer in made.layers], f"share of {made.budget}"),
+    ):
+        bars.barh(places + shift, values, 0.25, label=label)
+    bars.set(xlabel="%", xlim=(0, 100))
+    figure.legend(loc="outside lower right", ncols=3, fontsize="small")
+    bars.grid(axis="x", alpha=0.3)
+    figure.suptitle(f"{made.model}: {made.budget}={made.used:.3f} of full backpropagation")
+    figure.savefig(file, dpi=120)
