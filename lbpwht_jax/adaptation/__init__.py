@@ -1,8 +1,11 @@
 """Models under rules: low rank, LoRA and freezing, for Linen and NNX."""
 
 from lbpwht_jax.adaptation.create import create_model
-from lbpwht_jax.adaptation.linen import AdaptedModule, adapt, resolve
-from lbpwht_jax.adaptation.nnx import FrozenParam, merge, with_branches
+from lbpwht_jax.adaptation.entry import adapt, resolve
+from lbpwht_jax.adaptation.linen import AdaptedModule
+from lbpwht_jax.adaptation.nnx import resolution_of
+from lbpwht_jax.adaptation.nnx_branches import merge, unmerge, with_branches
+from lbpwht_jax.adaptation.nnx_layers import FrozenParam
 from lbpwht_jax.adaptation.partition import join_params, split_params
 from lbpwht_jax.adaptation.presets import (
     LayerCounts,
@@ -13,7 +16,7 @@ from lbpwht_jax.adaptation.presets import (
     layer_counts,
     parse_method,
 )
-from lbpwht_jax.adaptation.resolution import Resolution
+from lbpwht_jax.adaptation.resolution import Resolution, TrainableParameters
 from lbpwht_jax.adaptation.rules import Freeze, LoRA, LowRank, Rule
 
 __all__ = [
@@ -27,6 +30,7 @@ __all__ = [
     "Resolution",
     "Rule",
     "Train",
+    "TrainableParameters",
     "adapt",
     "adapted_model",
     "create_model",
@@ -35,7 +39,9 @@ __all__ = [
     "layer_counts",
     "merge",
     "parse_method",
+    "resolution_of",
     "resolve",
     "split_params",
+    "unmerge",
     "with_branches",
 ]

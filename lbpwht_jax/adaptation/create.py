@@ -8,8 +8,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from lbpwht_jax.adaptation.linen import LowRankModel, find_layers
-from lbpwht_jax.adaptation.resolution import resolve_rules
+from lbpwht_jax.adaptation.linen import LowRankModel
+from lbpwht_jax.adaptation.linen_layers import find_layers
+from lbpwht_jax.adaptation.matching import resolve_rules
 from lbpwht_jax.adaptation.rules import LowRank
 from lbpwht_jax.models import model_info, plain_model
 from lbpwht_jax.ops.residuals import Residuals
@@ -66,12 +67,12 @@ def create_model(
         return model
     rule = LowRank(info.layers.low_rank if layers is None else layers, spec)
     images = jax.ShapeDtypeStruct((1, model.image_size, model.image_size, info.images.channels), jnp.float32)
-    found, parameters = find_layers(model, (images,), {})
-    gridded = [layer for layer in found if layer.kind == "LowRankDense"]
+    found = find_layers(model, (images,), {})
+    gridded = [layer for layer in found.layers if layer.kind == "LowRankDense"]
     if not any(re.search(rule.pattern, layer.path) for layer in gridded):
         nearest = difflib.get_close_matches(rule.pattern, [layer.path for layer in gridded], n=5, cutoff=0.0)
         raise ValueError(
             f"create_model({name!r}): layers={layers!r} matches no layer on a token grid; "
             f"the nearest paths: {', '.join(nearest)}"
         )
-    return LowRankModel(model, resolve_rules(gridded, parameters, [rule]))
+    return LowRankModel(model, resolve_rules(found._replace(layers=gridded), [rule]))

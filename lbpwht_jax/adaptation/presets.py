@@ -7,7 +7,8 @@ from typing import Any, Literal, NamedTuple, get_args
 import jax
 import jax.numpy as jnp
 
-from lbpwht_jax.adaptation.linen import AdaptedModule, adapt
+from lbpwht_jax.adaptation.entry import adapt
+from lbpwht_jax.adaptation.linen import AdaptedModule
 from lbpwht_jax.adaptation.rules import Freeze, LoRA, LowRank, Rule
 from lbpwht_jax.models import model_info, plain_model
 from lbpwht_jax.models.info import ModelInfo

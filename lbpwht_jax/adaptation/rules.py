@@ -8,6 +8,7 @@ from typing import Any
 from lbpwht_jax.ops.spec import Grid, LowRankSpec
 
 NOTHING = "(?!)"
+ALL_LINEAR = "all-linear"
 _SHOWN = 200
 
 
@@ -15,8 +16,11 @@ _SHOWN = 200
 class LowRank:
     """Backpropagates dense layers at low rank, as ``low_rank_matmul`` does; forward pass and parameters are unchanged.
 
+    Calls of such a layer on vectors, ``[batch, channels]``, which have no tokens, are backpropagated exactly.
+
     Attributes:
-      pattern: regular expression searched in the layers' paths, such as ``"blocks_0/mlp/fc1"``.
+      pattern: regular expression searched in the layers' paths, such as ``"blocks_0/mlp/fc1"``; or ``"all-linear"``: all
+        dense layers and 1x1 convolutions but the head (the last layer, and all others after the last one on tokens or maps).
       spec: the Walsh functions kept.
       grid: tokens along each axis of inputs ``[..., prefix_tokens + tokens, channels]``. ``None`` for layers that know
         their own (this library's) and for channels-last maps, ``[batch, height, width, channels]``.
@@ -45,7 +49,7 @@ class LoRA:
     ``A`` starts random and ``B`` at zero, so that the output is unchanged at first. Kernel and bias are frozen.
 
     Attributes:
-      pattern: regular expression searched in the layers' paths.
+      pattern: see ``LowRank``.
       rank: columns of ``A`` and rows of ``B``.
       alpha: the branch is multiplied by ``alpha / rank``.
       spec: the Walsh functions kept in the backward pass of the layer and its branch; ``None`` backpropagates exactly.
@@ -53,6 +57,8 @@ class LoRA:
       prefix_tokens: see ``LowRank``.
       fused: regular expression, searched in the paths, for layers that compute query, key and value together; they get three
         times the rank and alpha.
+      rslora: multiplies the branch by ``alpha / rank ** 0.5`` instead (Kalajdzievski, 2023), so that a higher rank learns no
+        slower.
 
     Raises:
       ValueError: if a pattern is not a regular expression, or rank or alpha is not positive.
@@ -66,6 +72,7 @@ class LoRA:
     grid: Grid | None = None
     prefix_tokens: int = 0
     fused: str = NOTHING
+    rslora: bool = False
 
     def __post_init__(self):
         _check_pattern(self, self.pattern)
