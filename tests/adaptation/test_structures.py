@@ -13,7 +13,7 @@ from structures import IMAGES, LINEN, NNXBlock, NNXNormalised, NNXStacked, Tower
 
 from lbpwht_jax import Freeze, LoRA, LowRank, adapt, lp_l1, lp_linf
 from lbpwht_jax.adaptation import merge, resolution_of, unmerge, with_branches
-from lbpwht_jax.weights.peft import load_adapter, save_adapter
+from lbpwht_jax.weights import adapt_from, load_adapter, save_adapter
 
 
 def random(*shape, seed=0):
@@ -75,6 +75,9 @@ def test_a_structure(structure, tmp_path):
 
     save_adapter(tmp_path, lora, trained)
     loaded = load_adapter(tmp_path, lora, variables)
+    chex.assert_trees_all_equal(loaded, jax.tree.map(np.asarray, trained))
+    again, loaded = adapt_from(tmp_path, model, x, variables=variables)
+    assert again == lora
     chex.assert_trees_all_equal(loaded, jax.tree.map(np.asarray, trained))
     half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), started)
     with jax.numpy_dtype_promotion("standard"):  # Flax's norms compute in float32
@@ -147,6 +150,9 @@ def test_a_scanned_nnx_model(tmp_path):
     before = nnx.state(fresh)
     chex.assert_trees_all_equal(nnx.state(load_adapter(tmp_path, fresh)), nnx.state(adapted))
     chex.assert_trees_all_equal(before, nnx.state(fresh))
+    again = adapt_from(tmp_path, model, x)
+    assert again.resolution == adapted.resolution
+    chex.assert_trees_all_equal(nnx.state(again), nnx.state(adapted))
 
 
 def test_nnx_calls_with_keys_are_traced():
