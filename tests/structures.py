@@ -88,7 +88,8 @@ class Mixer(nn.Module):
         x = nn.Conv(6, (2, 2), (2, 2), name="embed")(images)
         x = x.reshape(x.shape[0], -1, 6)
         tokens = x.shape[1]
-        y = nn.Dense(tokens, name="tokens")(jnp.swapaxes(nn.LayerNorm(name="norm1")(x), 1, 2))
+        y = nn.Dense(8, name="tokens")(jnp.swapaxes(nn.LayerNorm(name="norm1")(x), 1, 2))
+        y = nn.Dense(tokens, name="tokens2")(jnp.tanh(y))
         x = x + jnp.swapaxes(y, 1, 2)
         x = x + nn.Dense(6, name="fc")(nn.LayerNorm(name="norm2")(x))
         return nn.Dense(3, name="head")(x.mean(1))
@@ -145,6 +146,21 @@ class NNXStacked(nnx.Module):
         x = x.reshape(x.shape[0], -1, 4)
         x = nnx.scan(lambda x, block: block(x), in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)(x, self.blocks)
         return self.head(x.mean(1))
+
+
+class NNXMixer(nnx.Module):
+    """A mixer for six tokens."""
+
+    def __init__(self, rngs):
+        self.embed = nnx.Conv(3, 6, (2, 2), (2, 2), rngs=rngs)
+        self.tokens, self.tokens2 = nnx.Linear(6, 8, rngs=rngs), nnx.Linear(8, 6, rngs=rngs)
+        self.fc, self.head = nnx.Linear(6, 6, rngs=rngs), nnx.Linear(6, 3, rngs=rngs)
+
+    def __call__(self, images):
+        x = self.embed(images)
+        x = x.reshape(x.shape[0], -1, 6)
+        x = x + self.tokens2(jnp.tanh(self.tokens(x.swapaxes(1, 2)))).swapaxes(1, 2)
+        return self.head((x + self.fc(x)).mean(1))
 
 
 class NNXNormalised(nnx.Module):

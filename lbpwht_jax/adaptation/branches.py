@@ -5,6 +5,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import numpy as np
 from flax import traverse_util
 
 from lbpwht_jax.adaptation import lora
@@ -110,6 +111,43 @@ def unmerge_branches(variables: Variables, branches: Variables, adaptations: Seq
         _change_kernel(flat, adaptation, lambda kernel, change: kernel - change, a, b)
         flat |= {own[lora.A]: a, own[lora.B]: b}
     return with_params(variables, flat)
+
+
+def merge_weighted(
+    variables: Variables, adapters: Mapping[str, Variables], weights: Mapping[str, float], adaptations: Sequence[Adaptation]
+) -> dict[str, Any]:
+    """Adds to the parameters the weighted sum of what several adapters change in them.
+
+    Args:
+      variables: the model's own variables.
+      adapters: variables of the adapted model by the adapters' names.
+      weights: the weights by name.
+      adaptations: the layers with a branch.
+
+    Raises:
+      TypeError: if variables have no ``"params"``.
+      ValueError: if a name is unknown, if an adapter's parameters are not those of the model, in names and shapes, and as
+        ``merge_branches`` does.
+    """
+    base = flat_params(variables, "merge_weighted")
+    total = dict(base)
+    for name, weight in weights.items():
+        if name not in adapters:
+            raise ValueError(f"merge_weighted: no adapter is called {name!r}; there are {', '.join(map(repr, adapters))}")
+        own = flat_params(merge_branches(adapters[name], adaptations), "merge_weighted")
+        for path in base.keys() | own.keys():
+            shapes = [jax.tree.map(np.shape, tree.get(path)) for tree in (base, own)]
+            if shapes[0] != shapes[1]:
+                raise ValueError(
+                    f"merge_weighted: {'/'.join(path)} is {shapes[0]} in the model and {shapes[1]} in the adapter {name!r}; "
+                    "adapters of different heads cannot be added"
+                )
+        for path, old in base.items():
+            total[path] = jax.tree.map(
+                lambda sum_, new, old, weight=weight: (sum_ + weight * (new - old)).astype(old.dtype),
+                *(total[path], own[path], old),
+            )
+    return with_params(variables, total)
 
 
 def _kernel(flat: Mapping[Path, Any], adaptation: Adaptation, name: str) -> Any:

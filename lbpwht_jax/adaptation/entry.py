@@ -8,11 +8,10 @@ import flax.linen as nn
 import jax
 from flax import nnx
 
-from lbpwht_jax.adaptation.kernels import kernel_inputs, plain_kernels
-from lbpwht_jax.adaptation.layer import Adaptation
+from lbpwht_jax.adaptation.dataflow import Seen, follow
 from lbpwht_jax.adaptation.linen import AdaptedModule, LowRankModel
 from lbpwht_jax.adaptation.linen_layers import find_layers, intercept_marked, joined
-from lbpwht_jax.adaptation.matching import Found, resolve_rules
+from lbpwht_jax.adaptation.matching import Found, check_mixing, resolve_rules
 from lbpwht_jax.adaptation.nnx import adapt_nnx
 from lbpwht_jax.adaptation.nnx_layers import find_nnx_layers
 from lbpwht_jax.adaptation.resolution import Resolution
@@ -55,21 +54,30 @@ def adapt(model: Any, rules: Sequence[Rule], *args: Any, **kwargs: Any) -> Any:
         cannot be known or do not fit; if a layer that a rule matches has a ``dot_general`` of its own; if a Linen model has
         modules made by ``nn.jit``; if an NNX model is adapted already; if the model asks for arrays' values.
     """
-    resolution = resolve(model, rules, *args, **kwargs)
+    found = find(model, *args, **kwargs)
+    resolution = _resolved(model, found, rules)
     if isinstance(model, nnx.Module):
+        check_mixing(resolution.adaptations)
         return adapt_nnx(model, resolution)
     adapted = AdaptedModule(model.module if isinstance(model, LowRankModel) else model, resolution)
     variables = abstract_call(lambda *args, **kwargs: adapted.init(jax.random.key(0), *args, **kwargs), args, kwargs)
-    if not adapted.resolution.branches:
+    square = any(layer.input_shape[-2:-1] == layer.input_shape[-1:] for layer in found.layers)
+    wanted = [a for a in resolution.adaptations if a.rank or (a.grid is not None and square)]
+    if not wanted:
         return adapted
-    plain = _plain(adapted, variables, args, kwargs)
-    known = [_with_plain(a, a.layer.path in plain) if a.rank else a for a in resolution.adaptations]
-    return AdaptedModule(adapted.module, dataclasses.replace(resolution, adaptations=tuple(known)))
+    seen = _followed(adapted, variables, args, kwargs)
+    told = tuple(dataclasses.replace(a, layer=seen.told(a.layer)) if a in wanted else a for a in resolution.adaptations)
+    check_mixing(told)
+    return AdaptedModule(adapted.module, dataclasses.replace(resolution, adaptations=told))
 
 
 def resolve(model: Any, rules: Sequence[Rule], *args: Any, **kwargs: Any) -> Resolution:
     """How rules apply to a model's layers; arguments and errors are those of ``adapt``."""
-    resolution = resolve_rules(find(model, *args, **kwargs), rules)
+    return _resolved(model, find(model, *args, **kwargs), rules)
+
+
+def _resolved(model: Any, found: Found, rules: Sequence[Rule]) -> Resolution:
+    resolution = resolve_rules(found, rules)
     if not isinstance(model, LowRankModel):
         return resolution
     taken = {adaptation.layer.path for adaptation in resolution.adaptations}
@@ -90,24 +98,19 @@ def find(model: Any, *args: Any, **kwargs: Any) -> Found:
     return find_layers(model.module if isinstance(model, LowRankModel) else model, args, kwargs)
 
 
-def _with_plain(adaptation: Adaptation, plain: bool) -> Adaptation:
-    return dataclasses.replace(adaptation, layer=dataclasses.replace(adaptation.layer, plain=plain))
-
-
-def _plain(adapted: AdaptedModule, variables: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> set[str]:
-    """The layers with a branch whose kernels are used as they are stored."""
-    paths = {adaptation.layer.path for adaptation in adapted.resolution.branches}
+def _followed(adapted: AdaptedModule, variables: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Seen:
+    """What reaches the products of the adapted layers in a call of the plain model."""
+    paths = {adaptation.layer.path for adaptation in adapted.resolution.adaptations}
 
     def call(variables, *args, **kwargs):
         with nn.intercept_methods(intercept_marked(paths)):
-            return adapted.module.apply(variables, *args, rngs={"params": jax.random.key(0)}, mutable=_ALL, **kwargs)
+            return adapted.module.apply(variables, *args, rngs={"params": jax.random.key(0)}, mutable=_MUTABLE, **kwargs)
 
     def layer_of(path):
         module, _, leaf = joined(path[1:]).rpartition("/")
-        return module if path[0].key == "params" and leaf == "kernel" and module in paths else ""
+        return module if path[0].key == "params" and leaf == "kernel" else ""
 
-    program = abstract_program(call, (variables, *args), kwargs)
-    return plain_kernels(program, kernel_inputs(variables, len(program.invars), layer_of))
+    return follow(abstract_program(call, (variables, *args), kwargs), variables, layer_of)
 
 
-_ALL = nn.DenyList(("params", "intermediates"))
+_MUTABLE = nn.DenyList(("params", "intermediates"))

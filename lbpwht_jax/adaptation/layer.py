@@ -51,6 +51,7 @@ class Layer:
       own_product: the name of the attribute in which the layer holds a product of its own; ``""`` if it has none.
       plain: whether the product takes the kernel as it is stored, perhaps in another dtype or shape. ``False`` where the
         kernel is standardised, normalised or otherwise computed first.
+      mixes_tokens: whether the layer is known to contract tokens, as a mixer's does, or to follow such a layer.
     """
 
     path: str
@@ -66,6 +67,7 @@ class Layer:
     stack: Stack = SINGLE
     own_product: str = ""
     plain: bool = True
+    mixes_tokens: bool = False
 
     @property
     def inputs(self) -> int:

@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax
 from jax import lax
 
-from lbpwht_jax.adaptation.branches import add_branches, check_branches, merge_branches, unmerge_branches
+from lbpwht_jax.adaptation.branches import add_branches, check_branches, merge_branches, merge_weighted, unmerge_branches
 from lbpwht_jax.adaptation.layer import Adaptation
 from lbpwht_jax.adaptation.linen_layers import is_adapted, is_layer_call, joined, twin
 from lbpwht_jax.adaptation.resolution import Resolution, TrainableParameters
@@ -93,6 +93,26 @@ class AdaptedModule:
             weight-standardised convolutions do: no stored kernel would then compute the same.
         """
         return merge_branches(variables, self.resolution.branches)
+
+    def merge_weighted(
+        self, variables: Mapping[str, Any], adapters: Mapping[str, Mapping[str, Any]], weights: Mapping[str, float]
+    ) -> dict[str, Any]:
+        """Adds the weighted changes of several adapters to the parameters: variables of ``module``.
+
+        Args:
+          variables: variables of ``module`` that all adapters started from.
+          adapters: variables of this adapted model by the adapters' names, such as ``load_adapter`` returns them.
+          weights: the weights by name; adapters that it does not name are left out.
+
+        Returns:
+          ``variables`` with ``w + sum(weight * (merge(adapter) - w))`` for each parameter ``w``: the branches, and all else
+          that was trained.
+
+        Raises:
+          TypeError: if variables have no ``"params"``.
+          ValueError: if a name is unknown, if parameters differ in shape, and as ``merge`` does.
+        """
+        return merge_weighted(variables, adapters, weights, self.resolution.branches)
 
     def unmerge(self, variables: Mapping[str, Any], branches: Mapping[str, Any]) -> dict[str, Any]:
         """Undoes ``merge``, to rounding.

@@ -11,7 +11,7 @@ from flax.core import Scope
 from jax import lax
 
 from lbpwht_jax.adaptation import lora
-from lbpwht_jax.adaptation.kernels import marked
+from lbpwht_jax.adaptation.dataflow import marked
 from lbpwht_jax.adaptation.layer import Adaptation, Layer, Stack, called_again
 from lbpwht_jax.adaptation.matching import Found
 from lbpwht_jax.adaptation.shapes import abstract_call
@@ -106,7 +106,7 @@ def twin(module: Any, adaptation: Adaptation) -> Any:
 
 
 def intercept_marked(paths: Set[str]) -> Callable[..., Any]:
-    """An interceptor that marks the kernels of the layers at ``paths`` in a trace, as ``plain_kernels`` wants them."""
+    """An interceptor that marks the kernels of the layers at ``paths`` in a trace, as ``follow`` wants them."""
 
     def mark(call, args, kwargs, context):
         module, path = context.module, "/".join(context.module.path)

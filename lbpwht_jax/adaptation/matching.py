@@ -68,6 +68,16 @@ def resolve_rules(found: Found, rules: Sequence[Rule]) -> Resolution:
     return Resolution(tuple(adaptations), frozen, tuple(ordered))
 
 
+def check_mixing(adaptations: Sequence[Adaptation]) -> None:
+    """Raises ValueError if a layer across tokens got a grid: its inputs have as many channels as the grid has tokens."""
+    mixing = [a.layer.path for a in adaptations if a.grid is not None and a.layer.mixes_tokens]
+    if mixing:
+        raise ValueError(
+            f"adapt: {_some(mixing)} mixes tokens: along the axis of its input that would be the grid's lie channels, of which "
+            "there are as many as tokens. Leave it out of the rules with a grid"
+        )
+
+
 def _checked(rules: Any) -> Sequence[Rule]:
     if isinstance(rules, Rule) or not isinstance(rules, Sequence):
         raise TypeError(f"adapt: rules must be a list of rules, such as [LowRank(...)], got {rules!r}")

@@ -1,6 +1,5 @@
 """The layers of an NNX model: found in an example call, and the module that holds a layer's LoRA branch."""
 
-import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,7 +9,7 @@ from flax import nnx
 from jax import lax
 
 from lbpwht_jax.adaptation import lora
-from lbpwht_jax.adaptation.kernels import kernel_inputs, marked, plain_kernels
+from lbpwht_jax.adaptation.dataflow import follow, marked
 from lbpwht_jax.adaptation.layer import Adaptation, Layer, Stack, called_again
 from lbpwht_jax.adaptation.matching import Found
 from lbpwht_jax.adaptation.shapes import abstract_program
@@ -85,8 +84,8 @@ def find_nnx_layers(model: nnx.Module, args: Sequence[Any], kwargs: Mapping[str,
         *module, leaf = [entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey)]
         return joined(module) if leaf == "kernel" and joined(module) in layers else ""
 
-    plain = plain_kernels(program, kernel_inputs(state, len(program.invars), layer_of))
-    found = [dataclasses.replace(layer, plain=layer.path in plain) for layer in layers.values()]
+    seen = follow(program, state, layer_of)
+    found = [seen.told(layer) for layer in layers.values()]
     return Found(found, counts, maps, frozenset(dense - layers.keys()))
 
 

@@ -4,7 +4,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import pytest
-from structures import IMAGES, Partitioned, Stacked
+from flax import nnx
+from structures import IMAGES, Mixer, NNXMixer, Partitioned, Stacked
 
 from lbpwht_jax import Freeze, LoRA, LowRank, adapt, create_model, lp_l1
 
@@ -165,3 +166,14 @@ def test_the_count_is_peft_s_line():
     assert str(adapted.trainable_parameters()) == text
     assert f"<p>{text}</p>" in adapted.resolution._repr_html_()
     assert adapted.resolution._repr_html_().count("<tr>") == len(str(adapted.resolution).splitlines()) - 2
+
+
+@pytest.mark.parametrize("kind", ["linen", "nnx"])
+def test_a_layer_across_tokens(kind):
+    """Six channels and six tokens: only where the tokens come from tells the two apart."""
+    images = jnp.ones((1, 4, 6, 3))
+    model = Mixer() if kind == "linen" else NNXMixer(nnx.Rngs(0))
+    adapt(model, [LowRank("^fc", LOW, grid=(2, 3))], images)
+    for pattern in ("^tokens", "^tokens2", "tokens2|fc"):
+        with pytest.raises(ValueError, match=r"adapt: tokens2?(, tokens2)? mixes tokens: along the axis of its input"):
+            adapt(model, [Freeze("head"), LowRank(pattern, LOW, grid=(2, 3))], images)

@@ -24,11 +24,11 @@ def unboxed(variables):
     return nn.meta.unbox(variables)
 
 
-def filled(variables):
+def filled(variables, seed=7):
     """The variables with every LoRA ``B`` random."""
     flat = traverse_util.flatten_dict(variables)
     return traverse_util.unflatten_dict(
-        {path: random(*leaf.shape, seed=7) / 10 if path[-1] == "lora_b" else leaf for path, leaf in flat.items()}
+        {path: random(*leaf.shape, seed=seed) / 10 if path[-1] == "lora_b" else leaf for path, leaf in flat.items()}
     )
 
 
@@ -108,6 +108,39 @@ def test_each_intermediate_result_is_captured_once():
         _, state = adapted.apply(started, x, capture_intermediates=True, mutable=mutable)
         chex.assert_trees_all_equal_structs(state["intermediates"], expected["intermediates"])
     chex.assert_trees_all_close(state["intermediates"], expected["intermediates"], atol=1e-5)
+
+
+def test_adapters_by_name():
+    model, shape, pattern, *_ = LINEN["scan, parameters along axis 1"]
+    x = random(*shape)
+    adapted = adapt(model, [LoRA(pattern, 2), Freeze("embed|norm")], x)
+    variables = jax.jit(model.init)(jax.random.key(0), x)
+    adapters = {}
+    for seed, name in enumerate(("pets", "cars")):
+        adapters[name] = filled(adapted.with_branches(jax.random.key(seed), variables), seed)
+        adapters[name]["params"]["head"] = jax.tree.map(lambda leaf, s=seed: leaf + s + 1, variables["params"]["head"])
+
+    @jax.jit
+    @chex.assert_max_traces(n=1)
+    def forward(variables):
+        return adapted.apply(variables, x)
+
+    pets, cars = (forward(adapters[name]) for name in ("pets", "cars"))
+    assert difference(pets, cars) > 1e-2
+    for only, weights in {"pets": {"pets": 1.0}, "cars": {"cars": 1.0, "pets": 0.0}}.items():
+        chex.assert_trees_all_close(
+            adapted.merge_weighted(variables, adapters, weights), adapted.merge(adapters[only]), atol=1e-6
+        )
+    halves = adapted.merge_weighted(variables, adapters, {"pets": 0.25, "cars": 0.5})
+    mean = jax.tree.map(
+        lambda w, one, other: w + 0.25 * (one - w) + 0.5 * (other - w), variables, *map(adapted.merge, adapters.values())
+    )
+    chex.assert_trees_all_close(halves, mean, atol=1e-6)
+    with pytest.raises(ValueError, match="merge_weighted: no adapter is called 'dogs'; there are 'pets'"):
+        adapted.merge_weighted(variables, adapters, {"pets": 1.0, "dogs": 1.0})
+    adapters["cars"]["params"]["head"]["bias"] = jnp.ones(4)
+    with pytest.raises(ValueError, match=r"head/bias is \(3,\) in the model and \(4,\) in the adapter 'cars'; adapters of"):
+        adapted.merge_weighted(variables, adapters, {"cars": 1.0})
 
 
 def test_other_methods_than_call():
