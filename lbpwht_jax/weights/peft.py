@@ -4,7 +4,7 @@ import collections
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import flax.linen as nn
 import numpy as np
@@ -28,7 +28,6 @@ PREFIX = "base_model.model."
 _LETTERS = {lora.A: "lora_A", lora.B: "lora_B"}
 PLAIN = ModelInfo(nn.Module, {}, Images(0))
 
-M = TypeVar("M", bound=nnx.Module)
 Model = str | ModelInfo | None
 
 
@@ -70,7 +69,7 @@ def save_adapter(
 
 
 def load_adapter(
-    folder: str | Path, adapted: AdaptedModule | M, variables: Mapping[str, Any] | None = None, model: Model = None
+    folder: str | Path, adapted: AdaptedModule | nnx.Module, variables: Mapping[str, Any] | None = None, model: Model = None
 ) -> Any:
     """Puts what ``save_adapter`` or PEFT wrote into variables.
 
