@@ -110,8 +110,8 @@ def _matches(rule: Rule, found: Found, layers: Mapping[str, Layer]) -> list[str]
         raise ValueError(f"adapt: {name} matches {_some(unreached)}, which the example call does not reach; give one that does")
     if not isinstance(rule, Freeze) and others:
         raise ValueError(
-            f"adapt: {name} matches {', '.join(others[:3])}, but no dense layer or 1x1 convolution, which alone it adapts, and "
-            "which the example call must reach"
+            f"adapt: {name} matches {_some(others)}, but no dense layer or 1x1 convolution, which alone it adapts, if the "
+            "example call reaches it outside nnx.bridge's modules"
         )
     what = "module with parameters" if isinstance(rule, Freeze) else "dense layer or 1x1 convolution"
     nearest = difflib.get_close_matches(rule.pattern, candidates, n=5, cutoff=0.0)

@@ -13,11 +13,20 @@ M = TypeVar("M", bound=nnx.Module)
 
 
 def adapt_nnx(model: M, resolution: Resolution) -> M:
-    """A copy of the model under resolved rules; the branches' ``A`` are drawn from ``jax.random.key(0)``."""
+    """A copy of the model under resolved rules; the branches' ``A`` are drawn from ``jax.random.key(0)``.
+
+    Raises:
+      ValueError: if a parameter of a Linen module inside ``nnx.bridge.ToNNX`` is frozen.
+    """
     copy = nnx.clone(model)
     nodes = dict(nnx.iter_graph(copy, graph=True))
     for path, node in nodes.items():
         if isinstance(node, nnx.Param) and joined(path[:-1]) in resolution.frozen:
+            if any(isinstance(nodes.get(path[:depth]), nnx.bridge.ToNNX) for depth in range(len(path))):
+                raise ValueError(
+                    f"adapt: {joined(path)} belongs to a Linen module inside nnx.bridge.ToNNX, which knows its parameters by "
+                    "their class nnx.Param, so it cannot be frozen; leave it out of nnx.grad and nnx.Optimizer with wrt="
+                )
             setattr(nodes[path[:-1]], str(path[-1]), FrozenParam(node[...], **node.get_metadata()))
     by_path = {joined(path): node for path, node in nodes.items() if is_layer(node)}
     keys = jax.random.split(jax.random.key(0), max(len(resolution.adaptations), 1))

@@ -60,7 +60,7 @@ HERE = {"grid": (16, 14), "prefix_tokens": 1}
         ([LoRA("all-linear"), Freeze("fc")], r"Freeze\('fc'\) is left nothing: all .* held by LoRA\('all-linear'\)"),
         (
             [LowRank("embed", LOW)],
-            r"LowRank\('embed'\) matches embed, but no dense layer .*, and which the example call must reach",
+            r"LowRank\('embed'\) matches embed, but no dense layer .*, if the example call reaches it outside nnx\.bridge",
         ),
     ],
 )

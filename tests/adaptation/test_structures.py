@@ -207,6 +207,40 @@ def test_an_nnx_kernel_that_is_computed():
         merge(model)
 
 
+def test_bridged_modules():
+    """What is outside is adapted; what is inside is frozen in a Linen model."""
+
+    class Outer(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(3, name="head")(nnx.bridge.ToLinen(NNXBlock, args=(), name="inner")(x))
+
+    x = random(2, 20, 4)
+    linen = adapt(Outer(), [LowRank("head", lp_linf(8), (4, 5)), Freeze("inner")], x)
+    variables = Outer().init(jax.random.key(0), x)
+    assert difference(linen.apply(variables, x), Outer().apply(variables, x)) < 1e-5
+    gradient = jax.grad(lambda v: (linen.apply(v, x) ** 2).sum())(variables)["params"]
+    assert gradient["head"]["kernel"].any() and not gradient["inner"]["fc1"]["kernel"].any()
+    with pytest.raises(
+        ValueError, match=r"matches inner/fc1, but no dense layer .*, if the example call reaches it outside nnx"
+    ):
+        adapt(Outer(), [LoRA("inner/fc1")], x)
+
+    class NNXOuter(nnx.Module):
+        def __init__(self, rngs):
+            self.inner = nnx.bridge.ToNNX(nn.Dense(4), rngs=rngs)
+            self.head = nnx.Linear(4, 3, rngs=rngs)
+
+        def __call__(self, x):
+            return self.head(self.inner(x))
+
+    model = nnx.bridge.lazy_init(NNXOuter(nnx.Rngs(0)), x)
+    adapted = adapt(model, [LowRank("head", lp_linf(8), (4, 5))], x)
+    assert difference(adapted(x), model(x)) < 1e-5
+    with pytest.raises(ValueError, match=r"adapt: inner/\w+ belongs to a Linen module inside .*, so it cannot be frozen"):
+        adapt(model, [Freeze("inner")], x)
+
+
 def test_what_the_example_call_does_not_reach():
     model, x = NNXStacked(nnx.Rngs(0)), random(*IMAGES)
     with pytest.raises(ValueError, match=r"LoRA\('unused'\) matches unused, which the example call does not reach"):
