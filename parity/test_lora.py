@@ -109,6 +109,7 @@ def save_theirs(theirs, folder, **fields):
     [
         {"target_modules": ["qkv", "attn.proj"], "rank_pattern": {"qkv": 12}, "alpha_pattern": {r"blocks\.\d+\.attn\.qkv": 24}},
         {"target_modules": r"blocks\.[13]\.mlp\.fc[12]|head", "use_rslora": True, "modules_to_save": None},
+        {"target_modules": ["patch_embed.proj", "fc2"]},
         {"target_modules": "all-linear", "exclude_modules": ["head"], "lora_alpha": 3},
     ],
 )

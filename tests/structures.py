@@ -95,6 +95,18 @@ class Mixer(nn.Module):
         return nn.Dense(3, name="head")(x.mean(1))
 
 
+class Convolutions(nn.Module):
+    """Convolutions with windows, strides and dilation, and a depthwise one."""
+
+    @nn.compact
+    def __call__(self, images):
+        x = nn.Conv(4, (2, 2), (2, 2), padding="VALID", name="embed")(images)
+        x = x + nn.Conv(4, (3, 3), feature_group_count=4, name="depthwise")(x)
+        x = jnp.tanh(nn.Conv(6, (3, 2), padding="CIRCULAR", kernel_dilation=2, name="fc1")(x))
+        x = nn.Conv(4, (1, 1), (2, 2), name="fc2")(x)
+        return nn.Dense(3, name="head")(jnp.tanh(x).mean((1, 2)))
+
+
 class Video(nn.Module):
     """Patches of frames: a grid of three axes, as V-JEPA has it."""
 
@@ -184,6 +196,7 @@ class Structure(NamedTuple):
     pattern: str
     grid: tuple[int, ...] | None = None
     merges: bool = True
+    low: bool = True
 
 
 IMAGES = (2, 8, 10, 3)
@@ -195,5 +208,6 @@ LINEN = {
     "partitioned kernels": Structure(Partitioned(), IMAGES, "fc"),
     "a map and a vector": Structure(Shared(), IMAGES, "fc"),
     "mixer": Structure(Mixer(), IMAGES, "fc", (4, 5)),
+    "convolutions": Structure(Convolutions(), IMAGES, "fc|embed", low=False),
     "three axes": Structure(Video(), (2, 3, 4, 4, 3), "fc", (3, 2, 2)),
 }

@@ -34,7 +34,7 @@ SINGLE = Stack()
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
-    """A dense layer or 1x1 convolution of a model.
+    """A dense layer or a convolution without groups of a model.
 
     Attributes:
       path: the module's path, joined by "/".
@@ -42,6 +42,7 @@ class Layer:
       input_shape: the shape of its input; the dimensions that the kernel contracts are joined into one, the last.
       kernel_shape: the shape of one layer's kernel.
       outputs: number of output channels.
+      window: the sizes of the window of a convolution that is no 1x1 one, or has a stride; empty for all other layers.
       contracted: how many dimensions of the input the kernel contracts.
       grid: tokens along each axis, if the layer knows them.
       prefix_tokens: leading tokens outside the grid, if the layer knows them.
@@ -59,6 +60,7 @@ class Layer:
     input_shape: tuple[int, ...]
     kernel_shape: tuple[int, ...]
     outputs: int
+    window: tuple[int, ...] = ()
     contracted: int = 1
     grid: Grid | None = None
     prefix_tokens: int = 0
@@ -71,8 +73,8 @@ class Layer:
 
     @property
     def inputs(self) -> int:
-        """Number of input channels."""
-        return self.input_shape[-1]
+        """Number of input channels, times the places of a convolution's window."""
+        return math.prod(self.window) * self.input_shape[-1]
 
 
 def called_again(layer: Layer, shape: tuple[int, ...]) -> Layer:

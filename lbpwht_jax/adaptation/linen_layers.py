@@ -72,7 +72,7 @@ def is_layer_call(context: Any) -> bool:
     module = context.module
     if context.method_name != "__call__":
         return False
-    return isinstance(module, _DENSE) or (isinstance(module, nn.Conv) and _is_pointwise(module))
+    return isinstance(module, _DENSE) or (isinstance(module, nn.Conv) and module.feature_group_count == 1)
 
 
 def product_field(module: Any) -> str:
@@ -163,11 +163,12 @@ def _describe(module: Any, shape: tuple[int, ...]) -> Layer:
     if isinstance(module, nn.Conv):
         spatial = len(kernel) - 2
         batch = math.prod(shape[: len(shape) - 1 - spatial])
-        return Layer(path, kind, (batch, *shape[len(shape) - 1 - spatial :]), kernel, kernel[-1], own_product=own)
+        window = () if _is_pointwise(module) else kernel[:-2]
+        return Layer(path, kind, (batch, *shape[len(shape) - 1 - spatial :]), kernel, kernel[-1], window, own_product=own)
     features = len(module.features) if isinstance(module.features, Sequence) else 1
     contracted = len(kernel) - features
     inputs = (*shape[: len(shape) - contracted], math.prod(kernel[:contracted]))
-    layer = Layer(path, kind, inputs, kernel, math.prod(kernel[contracted:]), contracted, own_product=own)
+    layer = Layer(path, kind, inputs, kernel, math.prod(kernel[contracted:]), contracted=contracted, own_product=own)
     if isinstance(module, LowRankDense):
         return dataclasses.replace(layer, grid=module.grid, prefix_tokens=module.prefix_tokens)
     return layer

@@ -89,6 +89,8 @@ class AdaptedProduct:
         if not self.adaptation.rank:
             return self.dense(lhs, rhs, *args, **kwargs)
         y = self.dense(lhs, lax.stop_gradient(rhs), *args, **kwargs)
+        if self.adaptation.layer.window:
+            return y + self._convolved(lhs, *args, **kwargs).astype(y.dtype)
         lead = lhs.shape[: lhs.ndim - self.adaptation.layer.contracted]
         if self.adaptation.spec is None and not is_explicit(lhs):  # XLA on CPU contracts one axis faster than several
             lead = (math.prod(lead),)
@@ -99,6 +101,13 @@ class AdaptedProduct:
         options = {"precision": kwargs.get("precision")}
         z = product(product(x, a, last, **options), b, last, **options) * self.adaptation.scale
         return y + z.reshape(y.shape).astype(y.dtype)
+
+    def _convolved(self, lhs: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
+        """The branch's output beside a convolution: one to ``rank`` channels with the same window, then ``B``."""
+        a, b = (matrix.astype(lhs.dtype) for matrix in self.branch())
+        layer, rank = self.adaptation.layer, self.adaptation.rank
+        z = self.dense(lhs, a.reshape(*layer.window, layer.input_shape[-1], rank), *args, **kwargs)
+        return jnp.matmul(z, b, precision=kwargs.get("precision")) * self.adaptation.scale
 
 
 def dense_product(adaptation: Adaptation) -> Callable[..., Any]:

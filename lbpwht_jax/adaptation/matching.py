@@ -46,7 +46,7 @@ def resolve_rules(found: Found, rules: Sequence[Rule]) -> Resolution:
         cannot be known or do not fit, with all such layers.
     """
     layers = {layer.path: layer for layer in found.layers}
-    matches = [_matches(rule, found, layers) for rule in _checked(rules)]
+    matches = [_matches(rule, found, _adaptable(rule, layers)) for rule in _checked(rules)]
     held: dict[str, Rule] = {}
     for rule, paths in zip(rules, matches, strict=True):
         left = [path for path in paths if path not in held]
@@ -95,7 +95,7 @@ def _natural(path: str) -> list[tuple[str, int]]:
 def _matches(rule: Rule, found: Found, layers: Mapping[str, Layer]) -> list[str]:
     """The paths that a rule matches; raises ValueError if there are none."""
     if rule.pattern == ALL_LINEAR and not isinstance(rule, Freeze):
-        heads = _heads(found.layers)
+        heads = _heads(list(layers.values()))
         candidates = [path for path in layers if path not in heads]
         paths = candidates
     else:
@@ -116,6 +116,13 @@ def _matches(rule: Rule, found: Found, layers: Mapping[str, Layer]) -> list[str]
     what = "module with parameters" if isinstance(rule, Freeze) else "dense layer or 1x1 convolution"
     nearest = difflib.get_close_matches(rule.pattern, candidates, n=5, cutoff=0.0)
     raise ValueError(f"adapt: {name} matches no {what}; the nearest paths: {', '.join(nearest) or 'there are none'}")
+
+
+def _adaptable(rule: Rule, layers: Mapping[str, Layer]) -> Mapping[str, Layer]:
+    """The layers that a rule can adapt: convolutions with a window or a stride only by LoRA with an exact backward pass."""
+    if isinstance(rule, LoRA) and rule.spec is None and rule.pattern != ALL_LINEAR:
+        return layers
+    return {path: layer for path, layer in layers.items() if not layer.window}
 
 
 def _heads(layers: Sequence[Layer]) -> set[str]:

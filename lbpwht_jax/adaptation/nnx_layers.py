@@ -104,9 +104,13 @@ def joined(path: Sequence[Any]) -> str:
 def is_layer(node: Any) -> bool:
     """Whether a node of the graph is a layer that rules can adapt."""
     if isinstance(node, nnx.Conv):
-        dilations, groups = (node.input_dilation, node.kernel_dilation), (node.feature_group_count,)
-        return not pointwise_lacks(node.kernel_size, node.strides, node.padding, dilations, groups)
+        return node.feature_group_count == 1
     return isinstance(node, (nnx.Linear, nnx.LinearGeneral))
+
+
+def _is_pointwise(layer: nnx.Conv) -> bool:
+    dilations, groups = (layer.input_dilation, layer.kernel_dilation), (layer.feature_group_count,)
+    return not pointwise_lacks(layer.kernel_size, layer.strides, layer.padding, dilations, groups)
 
 
 def product_field(layer: Any) -> str:
@@ -134,8 +138,8 @@ def _recorder(path: str, layer: Any, product: Any, layers: dict[str, Layer] | No
             axes = tuple(range(len(stored) - rhs.ndim))
             stack = Stack(stored[: len(axes)], axes, axes)
             outputs = rhs.shape[-1] if is_conv else math.prod(rhs.shape[contracted:])
-            kind = type(layer).__name__
-            described = Layer(path, kind, shape, rhs.shape, outputs, contracted, stack=stack, own_product=own)
+            kind, window = type(layer).__name__, rhs.shape[:-2] if is_conv and not _is_pointwise(layer) else ()
+            described = Layer(path, kind, shape, rhs.shape, outputs, window, contracted, stack=stack, own_product=own)
             layers[path] = called_again(layers[path], shape) if path in layers else described
         return output
 

@@ -46,7 +46,8 @@ class LowRank:
 class LoRA:
     """Freezes dense layers and trains a low-rank branch beside each: ``y = x W + (alpha / rank) (x A) B`` (Hu et al., 2021).
 
-    ``A`` starts random and ``B`` at zero, so that the output is unchanged at first. Kernel and bias are frozen.
+    ``A`` starts random and ``B`` at zero, so that the output is unchanged at first. Kernel and bias are frozen. Without a
+    ``spec``, convolutions without groups take branches too: one of the same window and stride to ``rank`` channels, then ``B``.
 
     Attributes:
       pattern: see ``LowRank``.

@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 
 from lbpwht_jax.adaptation import lora
-from lbpwht_jax.adaptation.layer import Adaptation
+from lbpwht_jax.adaptation.layer import Adaptation, Layer
 from lbpwht_jax.adaptation.linen import AdaptedModule
 from lbpwht_jax.adaptation.resolution import Resolution
 from lbpwht_jax.models import model_info
@@ -38,7 +38,7 @@ def save_adapter(
 
     The tensors are the parameters that were trained, and the other variables (running statistics) of modules that are not
     frozen. Their keys are ``base_model.model.`` and timm's key; for a branch timm's module path with ``lora_A.weight``,
-    ``[rank, inputs]``, and ``lora_B.weight``, ``[outputs, rank]`` (and two dimensions of 1 for 1x1 convolutions; those of a
+    ``[rank, inputs]``, and ``lora_B.weight``, ``[outputs, rank]`` (for convolutions the window follows, ones in B; those of a
     stack of scanned layers have the stack's dimensions first). The configuration is PEFT's; the low-rank rules, which PEFT has
     not, stand in an entry of their own, which PEFT ignores with a warning.
 
@@ -142,11 +142,12 @@ def _keys(info: ModelInfo, paths: Iterable[tuple[str, ...]]) -> dict[tuple[str, 
     return {path: PREFIX + (key if uses[key] == 1 else ".".join(path)) for path, key in keys.items()}
 
 
-def _branch(info: ModelInfo, rules: Resolution, path: tuple[str, ...]) -> tuple[Adaptation, bool]:
-    """The layer of the branch at ``path``, and whether it is a 1x1 convolution."""
-    adaptation = next(adaptation for adaptation in rules.branches if _path(adaptation, path[-1]) == path)
-    layer = adaptation.layer
-    return adaptation, layer.kind.endswith("Conv") or re.search(info.files.pointwise, f"{layer.path}/kernel") is not None
+def _branch(info: ModelInfo, rules: Resolution, path: tuple[str, ...]) -> tuple[Layer, tuple[int, ...]]:
+    """The layer of the branch at ``path``, and the window of the tensor: none for a dense layer."""
+    layer = next(adaptation.layer for adaptation in rules.branches if _path(adaptation, path[-1]) == path)
+    is_conv = layer.kind.endswith("Conv") or re.search(info.files.pointwise, f"{layer.path}/kernel") is not None
+    ones = (1,) * (len(layer.kernel_shape) - 2 or 2) if is_conv else ()
+    return layer, (layer.window or ones) if path[-1] == lora.A else ones
 
 
 def _to_file(info: ModelInfo, rules: Resolution, path: tuple[str, ...], array: Any) -> np.ndarray:
@@ -154,18 +155,23 @@ def _to_file(info: ModelInfo, rules: Resolution, path: tuple[str, ...], array: A
     if path[-1] not in _LETTERS:
         [tensor] = flat_to_timm(info, {path: array}).values()
         return tensor
-    adaptation, pointwise = _branch(info, rules, path)
-    matrix = lora.to_front(np.asarray(array), adaptation.layer.stack.matrix_axes).swapaxes(-1, -2)
-    return matrix.reshape(*matrix.shape, 1, 1) if pointwise else matrix
+    layer, window = _branch(info, rules, path)
+    matrix = lora.to_front(np.asarray(array), layer.stack.matrix_axes).swapaxes(-1, -2)
+    if not window:
+        return matrix
+    tensor = matrix.reshape(*matrix.shape[:-1], *window, -1)  # the window's places come first here, last in the file
+    return np.moveaxis(tensor, -1, -1 - len(window))
 
 
 def _from_file(info: ModelInfo, rules: Resolution, path: tuple[str, ...], tensor: np.ndarray) -> np.ndarray:
     """Undoes ``_to_file``."""
     if path[-1] not in _LETTERS:
         return from_timm_array(info, path, tensor)
-    adaptation, pointwise = _branch(info, rules, path)
-    matrix = (tensor.reshape(tensor.shape[:-2]) if pointwise else tensor).swapaxes(-1, -2)
-    return lora.from_front(matrix, adaptation.layer.stack.matrix_axes)
+    layer, window = _branch(info, rules, path)
+    if window:
+        tensor = np.moveaxis(tensor, -1 - len(window), -1)
+        tensor = tensor.reshape(*tensor.shape[: -1 - len(window)], -1)
+    return lora.from_front(tensor.swapaxes(-1, -2), layer.stack.matrix_axes)
 
 
 def _saved(rules: Resolution, paths: Iterable[tuple[str, ...]]) -> list[tuple[str, ...]]:

@@ -9,7 +9,7 @@ import pytest
 import safetensors.numpy
 from closeness import difference
 from flax import nnx, traverse_util
-from structures import IMAGES, LINEN, NNXBlock, NNXNormalised, NNXStacked, Towers
+from structures import IMAGES, LINEN, NNXBlock, NNXMixer, NNXNormalised, NNXStacked, Towers
 
 from lbpwht_jax import Freeze, LoRA, LowRank, adapt, lp_l1, lp_linf
 from lbpwht_jax.adaptation import merge, resolution_of, unmerge, with_branches
@@ -38,11 +38,12 @@ def structure(request):
 
 
 def test_a_structure(structure, tmp_path):
-    model, shape, pattern, grid, merges = structure
+    model, shape, pattern, grid, merges, has_low = structure
     x = random(*shape)
     functions = lp_linf(8, ndim=len(grid or (0, 0)))
-    low = adapt(model, [LowRank(pattern, functions, grid)], x)
-    lora = adapt(model, [LoRA(pattern, 2, 4, functions, grid), Freeze("embed")], x)
+    low = adapt(model, [LowRank(pattern, functions, grid)] if has_low else [], x)
+    frozen = "norm|embed" if has_low else "depthwise"
+    lora = adapt(model, [LoRA(pattern, 2, 4, functions if has_low else None, grid), Freeze(frozen)], x)
     variables = jax.jit(model.init)(jax.random.key(0), x)
     started = lora.with_branches(jax.random.key(1), variables)
     trained = filled(started)
@@ -192,6 +193,19 @@ def test_nnx_calls_with_keys_are_traced():
     model, x = NNXBlock(nnx.Rngs(0)), random(2, 20, 4)
     adapted = adapt(model, [LowRank("fc1", lp_linf(8), (4, 5))], x, rngs=nnx.Rngs(1))
     assert difference(adapted(x, rngs=nnx.Rngs(2)), model(x, rngs=nnx.Rngs(2))) < 1e-5
+
+
+def test_an_nnx_convolution(tmp_path):
+    model, x = NNXMixer(nnx.Rngs(0)), random(1, 4, 6, 3)
+    adapted = adapt(model, [LoRA("embed", 2)], x)
+    adapted.embed.conv_general_dilated.lora_b[...] = random(2, 6, seed=7)
+    assert difference(adapted(x), model(x)) > 1e-2
+    assert difference(merge(adapted)(x), adapted(x)) < 1e-5
+    save_adapter(tmp_path, adapted)
+    tensors = safetensors.numpy.load_file(tmp_path / "adapter_model.safetensors")
+    assert tensors["base_model.model.embed.lora_A.weight"].shape == (2, 3, 2, 2)
+    assert tensors["base_model.model.embed.lora_B.weight"].shape == (6, 2, 1, 1)
+    chex.assert_trees_all_equal(nnx.state(adapt_from(tmp_path, model, x)), nnx.state(adapted))
 
 
 def test_an_nnx_kernel_that_is_computed():
