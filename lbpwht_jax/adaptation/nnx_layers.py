@@ -108,7 +108,7 @@ def is_layer(node: Any) -> bool:
     return isinstance(node, (nnx.Linear, nnx.LinearGeneral))
 
 
-def _is_pointwise(layer: nnx.Conv) -> bool:
+def _is_pointwise(layer: Any) -> bool:
     dilations, groups = (layer.input_dilation, layer.kernel_dilation), (layer.feature_group_count,)
     return not pointwise_lacks(layer.kernel_size, layer.strides, layer.padding, dilations, groups)
 
