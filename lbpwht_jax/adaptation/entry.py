@@ -104,7 +104,8 @@ def _followed(adapted: AdaptedModule, variables: Any, args: Sequence[Any], kwarg
 
     def call(variables, *args, **kwargs):
         with nn.intercept_methods(intercept_marked(paths)):
-            return adapted.module.apply(variables, *args, rngs={"params": jax.random.key(0)}, mutable=_MUTABLE, **kwargs)
+            adapted.module.apply(variables, *args, rngs={"params": jax.random.key(0)}, **{**kwargs, "mutable": _MUTABLE})
+        return ()  # the model's output may be no arrays
 
     def layer_of(path):
         module, _, leaf = joined(path[1:]).rpartition("/")

@@ -42,6 +42,7 @@ class Layer:
       input_shape: the shape of its input; the dimensions that the kernel contracts are joined into one, the last.
       kernel_shape: the shape of one layer's kernel.
       outputs: number of output channels.
+      convolution: whether it is a convolution.
       window: the sizes of the window of a convolution that is no 1x1 one, or has a stride; empty for all other layers.
       contracted: how many dimensions of the input the kernel contracts.
       grid: tokens along each axis, if the layer knows them.
@@ -60,6 +61,7 @@ class Layer:
     input_shape: tuple[int, ...]
     kernel_shape: tuple[int, ...]
     outputs: int
+    convolution: bool = False
     window: tuple[int, ...] = ()
     contracted: int = 1
     grid: Grid | None = None
@@ -70,6 +72,11 @@ class Layer:
     own_product: str = ""
     plain: bool = True
     mixes_tokens: bool = False
+
+    @property
+    def shown(self) -> str:
+        """The path, for messages."""
+        return self.path or "the top level"
 
     @property
     def inputs(self) -> int:

@@ -164,7 +164,8 @@ def _describe(module: Any, shape: tuple[int, ...]) -> Layer:
         spatial = len(kernel) - 2
         batch = math.prod(shape[: len(shape) - 1 - spatial])
         window = () if _is_pointwise(module) else kernel[:-2]
-        return Layer(path, kind, (batch, *shape[len(shape) - 1 - spatial :]), kernel, kernel[-1], window, own_product=own)
+        inputs = (batch, *shape[len(shape) - 1 - spatial :])
+        return Layer(path, kind, inputs, kernel, kernel[-1], convolution=True, window=window, own_product=own)
     features = len(module.features) if isinstance(module.features, Sequence) else 1
     contracted = len(kernel) - features
     inputs = (*shape[: len(shape) - contracted], math.prod(kernel[:contracted]))

@@ -60,7 +60,7 @@ def resolve_rules(found: Found, rules: Sequence[Rule]) -> Resolution:
             try:
                 adaptations.append(_adaptation(layers[path], rule, found.maps))
             except ValueError as error:
-                problems.setdefault(str(error).replace(path, "{}"), []).append(path)
+                problems.setdefault(str(error).replace(layers[path].shown, "{}"), []).append(path)
     if problems:
         raise ValueError("\n".join(_problem(text, paths) for text, paths in problems.items()))
     frozen = frozenset(path for path, rule in held.items() if isinstance(rule, Freeze | LoRA))
@@ -149,18 +149,18 @@ def _name(rule: Rule) -> str:
 
 def _some(paths: Sequence[str]) -> str:
     more = f" and {len(paths) - _SHOWN} more" if len(paths) > _SHOWN else ""
-    return ", ".join(sorted(paths, key=_natural)[:_SHOWN]) + more
+    return ", ".join(path or "the top level" for path in sorted(paths, key=_natural)[:_SHOWN]) + more
 
 
 def _problem(text: str, paths: Sequence[str]) -> str:
     """What is wrong with the first of the layers, and the others with which the same is wrong."""
     others = f". The same holds for {_some(paths[1:])}" if len(paths) > 1 else ""
-    return text.replace("{}", paths[0]) + others
+    return text.replace("{}", paths[0] or "the top level") + others
 
 
 def _adaptation(layer: Layer, rule: LowRank | LoRA, maps: Mapping[Grid, str]) -> Adaptation:
     if layer.own_product:
-        raise ValueError(f"adapt: {layer.path} has a {layer.own_product} of its own; leave it out of the rules' patterns")
+        raise ValueError(f"adapt: {layer.shown} has a {layer.own_product} of its own; leave it out of the rules' patterns")
     branch: dict[str, Any] = {}
     if isinstance(rule, LoRA):
         times = 3 if re.search(rule.fused, layer.path) else 1
@@ -170,12 +170,12 @@ def _adaptation(layer: Layer, rule: LowRank | LoRA, maps: Mapping[Grid, str]) ->
     grid, prefix_tokens = rule.grid, rule.prefix_tokens
     if grid is None and not prefix_tokens:
         grid, prefix_tokens = layer.grid, layer.prefix_tokens
-    name = f"adapt: {layer.path}"
+    name = f"adapt: {layer.shown}"
     ndim = rule.spec.ndim
     if grid is None and len(layer.input_shape) != ndim + 2:
         sizes = "height, width" if ndim == 2 else "length, " * ndim
         raise ValueError(
-            f"adapt: the token grid of {layer.path}, a {layer.kind} on an input {list(layer.input_shape)}, cannot be known; "
+            f"adapt: the token grid of {layer.shown}, a {layer.kind} on an input {list(layer.input_shape)}, cannot be known; "
             f"say it in the rule: {type(rule).__name__}({rule.pattern!r}, ..., grid=({sizes}), prefix_tokens=...), or leave "
             "the layer out of the pattern"
         )
@@ -201,7 +201,7 @@ def _check_tokens(layer: Layer, rule: Rule, shape: tuple[int, ...], grid: Grid, 
     if layer.other_shapes:
         calls = f". It is called on {' and on '.join(str(list(s)) for s in (layer.input_shape, *layer.other_shapes))}"
     raise ValueError(
-        f"adapt: {layer.path}: grid {grid} with {prefix_tokens} prefix tokens makes {tokens} tokens, but the input "
+        f"adapt: {layer.shown}: grid {grid} with {prefix_tokens} prefix tokens makes {tokens} tokens, but the input "
         f"{list(shape)} has {shape[-2]}{hint}; change the rule {_name(rule)}{calls}"
     )
 
@@ -211,6 +211,6 @@ def _check_order(layer: Layer, rule: Rule, grid: Grid, maps: Mapping[Grid, str])
     other = next((size for size in maps if sorted(size) == sorted(grid)), None)
     if grid not in maps and other is not None:
         raise ValueError(
-            f"adapt: {layer.path}: the model has no map of {grid}, but {maps[other] or 'its convolution'} returns one of "
+            f"adapt: {layer.shown}: the model has no map of {grid}, but {maps[other] or 'its convolution'} returns one of "
             f"{other}; height comes first: write grid={other} in {_name(rule)}"
         )

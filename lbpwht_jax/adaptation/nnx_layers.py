@@ -139,7 +139,7 @@ def _recorder(path: str, layer: Any, product: Any, layers: dict[str, Layer] | No
             stack = Stack(stored[: len(axes)], axes, axes)
             outputs = rhs.shape[-1] if is_conv else math.prod(rhs.shape[contracted:])
             kind, window = type(layer).__name__, rhs.shape[:-2] if is_conv and not _is_pointwise(layer) else ()
-            described = Layer(path, kind, shape, rhs.shape, outputs, window, contracted, stack=stack, own_product=own)
+            described = Layer(path, kind, shape, rhs.shape, outputs, is_conv, window, contracted, stack=stack, own_product=own)
             layers[path] = called_again(layers[path], shape) if path in layers else described
         return output
 

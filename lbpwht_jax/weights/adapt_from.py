@@ -22,7 +22,8 @@ from lbpwht_jax.weights.files import read_safetensors
 from lbpwht_jax.weights.peft import PREFIX, TENSORS, Model, info_of, load_adapter, module_key
 
 M = TypeVar("M", bound=nnx.Module)
-_BRANCH = re.compile(r"(.*)\.lora_A\.weight")
+_LARGEST_ALPHA = 1e9
+_BRANCH = re.compile(r"(?:(.*)\.)?lora_A\.weight")
 
 
 @overload
@@ -87,8 +88,11 @@ def _rules(info: ModelInfo, found: Found, config: AdapterConfig, tensors: Mappin
     for key, layer in layers.items():
         low = config.low_rank.get(key, {"spec": None, "grid": None, "prefix_tokens": 0})
         alpha = config.alpha_of(key) if key in ranks else 0
-        if alpha is None or (key in ranks and alpha <= 0):
-            raise ValueError(f"{config.path}: {key} has alpha {alpha}; lora_alpha or alpha_pattern must give a positive one")
+        if key in ranks and not (alpha is not None and 0 < alpha <= _LARGEST_ALPHA):
+            raise ValueError(
+                f"{config.path}: {key or 'the top level'} has alpha {alpha}; lora_alpha or alpha_pattern must give a positive "
+                f"one, at most {_LARGEST_ALPHA:g}"
+            )
         if key in ranks or low["spec"] is not None:
             groups.setdefault((ranks.get(key, 0), alpha, *low.values()), []).append(layer.path)
     rules: list[Rule] = []
@@ -108,13 +112,15 @@ def _ranks(config: AdapterConfig, layers: Mapping[str, Layer], tensors: Mapping[
     ranks = {}
     for key, tensor in tensors.items():
         if match := _BRANCH.fullmatch(key.removeprefix(PREFIX)):
-            layer = layers.get(match[1])
-            axis = len(layer.stack.sizes) if layer else 0
-            ranks[match[1]] = tensor.shape[axis] if tensor.ndim > axis else 0
+            name = match[1] or ""
+            axis = len(layers[name].stack.sizes) if name in layers else 0
+            ranks[name] = tensor.shape[axis] if tensor.ndim > axis else 0
+            if not ranks[name]:
+                raise ValueError(f"{config.path.parent}: {key} {list(tensor.shape)} has no rank")
     unknown = sorted(ranks.keys() - layers.keys())
     if unknown:
         raise ValueError(
-            f"{config.path.parent}: the adapter has branches of {', '.join(unknown[:5])}"
+            f"{config.path.parent}: the adapter has branches of {', '.join(key or 'the top level' for key in unknown[:5])}"
             f"{f' and {len(unknown) - 5} more' if len(unknown) > 5 else ''}, which are no dense layers of the model that the "
             f"example call reaches; the model's are {', '.join(list(layers)[:5])}, ... For a model of the registry give name="
         )

@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import json
+import operator
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -124,9 +125,9 @@ def _low_rank(path: Path, groups: Any) -> dict[str, dict[str, Any]]:
     try:
         found = {}
         for group in groups:
-            grid = group["grid"]
+            grid = group["grid"] and tuple(map(operator.index, group["grid"]))
             spec = LowRankSpec(**{**group["spec"], "bases": tuple(map(tuple, group["spec"]["bases"]))})
-            fields = {"spec": spec, "grid": grid and tuple(grid), "prefix_tokens": group["prefix_tokens"]}
+            fields = {"spec": spec, "grid": grid, "prefix_tokens": operator.index(group["prefix_tokens"])}
             found |= dict.fromkeys(group["layers"], fields)
         return found
     except (KeyError, TypeError, ValueError, AttributeError) as error:

@@ -145,7 +145,7 @@ def _keys(info: ModelInfo, paths: Iterable[tuple[str, ...]]) -> dict[tuple[str, 
 def _branch(info: ModelInfo, rules: Resolution, path: tuple[str, ...]) -> tuple[Layer, tuple[int, ...]]:
     """The layer of the branch at ``path``, and the window of the tensor: none for a dense layer."""
     layer = next(adaptation.layer for adaptation in rules.branches if _path(adaptation, path[-1]) == path)
-    is_conv = layer.kind.endswith("Conv") or re.search(info.files.pointwise, f"{layer.path}/kernel") is not None
+    is_conv = layer.convolution or re.search(info.files.pointwise, f"{layer.path}/kernel") is not None
     ones = (1,) * (len(layer.kernel_shape) - 2 or 2) if is_conv else ()
     return layer, (layer.window or ones) if path[-1] == lora.A else ones
 
