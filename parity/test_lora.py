@@ -13,7 +13,7 @@ import torch
 from flax import traverse_util
 from timm.models.vision_transformer import VisionTransformer
 
-from lbpwht_jax import Freeze, LoRA, adapt, create_model
+from lbpwht_jax import Freeze, LoRA, adapt, create_model, lp_l1
 from lbpwht_jax.weights import adapt_from, load_adapter, save_adapter
 from lbpwht_jax.weights.timm_keys import from_timm
 from parity.util import images_for, randomise, relative, state_of
@@ -92,6 +92,15 @@ def test_peft_reads_our_adapter(tmp_path):
     assert relative(ours, reference) < 2e-5
     # the adapter matters
     assert relative(adapted.module.apply(variables, images), reference) > 0.1
+
+
+def test_peft_ignores_our_low_rank_rules(tmp_path):
+    theirs, _, variables, images = pair()
+    adapted = adapt(create_model(NAME, num_classes=10), [LoRA("qkv", rank=4, spec=lp_l1(4)), Freeze(".")], images)
+    save_adapter(tmp_path, adapted, adapted.with_branches(jax.random.key(1), variables), NAME)
+    with pytest.warns(UserWarning, match=r"Unexpected keyword arguments \['lbpwht_jax'\]"):
+        peft.PeftModel.from_pretrained(theirs, tmp_path)
+    assert adapt_from(tmp_path, adapted.module, images)[0] == adapted
 
 
 CONFIG = {"r": 4, "lora_alpha": 8, "modules_to_save": ["head"], "init_lora_weights": False}

@@ -120,7 +120,7 @@ def test_the_rules_are_read_without_the_pretrained_variables(tmp_path):
 
 
 def test_variables_are_where_they_belong(tmp_path):
-    with pytest.raises(TypeError, match="save_adapter: a Linen model needs its variables, .*, got NoneType"):
+    with pytest.raises(TypeError, match=r"save_adapter: a Linen model needs its variables, .*, got NoneType"):
         save_adapter(tmp_path, ADAPTED)
     merged = ADAPTED.merge(jax.jit(ADAPTED.init)(jax.random.key(0), IMAGES))
     with pytest.raises(ValueError, match="save_adapter: the variables lack the LoRA branch of"):
