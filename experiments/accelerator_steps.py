@@ -7,7 +7,8 @@ import jax
 from accelerator_results import Row, fill
 from accelerator_settings import DTYPE, Job
 
-from lbpwht_jax.bench import ModelSteps, PreparedStep, keep_freed_memory
+from lbpwht_jax.bench import ModelSteps, PreparedStep
+from lbpwht_jax.train import keep_freed_memory
 
 FULL = "full"
 

@@ -29,9 +29,10 @@ def transfer(results: Mapping[str, Any]) -> str:
         Tiny-ImageNet (200 classes, test accuracy {100 * results["pretrained_test_accuracy"]:.1f} %) and adapted to CIFAR-10,
         which it had not seen. All runs use the same {10 * setting["train_per_class"]:,} training and
         {10 * setting["test_per_class"]:,} test images, {setting["epochs"]} epochs, batch {setting["batch_size"]}, AdamW with a
-        learning rate of {setting["lr"]:g}, flips and shifts. The {len(runs)} runs took {hours:.1f} hours in total, two at a
-        time (`--processes 2`), each on {"; ".join(devices)}. For all {len(seeds)} seeds, add
-        `--seeds {" ".join(map(str, seeds))}`.
+        learning rate of {setting["lr"]:g}, flips and shifts. LoRA's runs on the whole model train the layers without branches
+        too, as the paper's do (`--train all`); beside them is what its branches and the head come to alone (`--train head`, as
+        in PEFT). The {len(runs)} runs took {hours:.1f} hours in total, up to two at a time (`--processes 2`), each on
+        {"; ".join(devices)}. For all {len(seeds)} seeds, add `--seeds {" ".join(map(str, seeds))}`.
     """
     claims = """
         Differences are paired over seeds and given in points of accuracy, with 95 % intervals by Student's t. A claim holds, or
@@ -41,7 +42,9 @@ def transfer(results: Mapping[str, Any]) -> str:
     """
     parts = [
         prose(text),
-        "![accuracy against backward FLOPs, saved bytes and step time](images/transfer.png)",
+        "![full, low rank and LoRA: accuracy against backward FLOPs, saved bytes and step time](images/transfer_summary.png)",
+        "The same for all methods, and for both kinds of training:",
+        "![all methods: accuracy against backward FLOPs, saved bytes and step time](images/transfer.png)",
         "### Claims",
         prose(claims),
         transfer_report.claims_table(runs),

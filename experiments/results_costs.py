@@ -166,25 +166,22 @@ def cost_tables(results: Mapping[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
-def kept_by_setting(results: Mapping[str, Any]) -> str:
-    """Bytes kept for the backward pass, by setting."""
-    names = [name for name in results["rows"][0] if name not in ("model", "method")]
-    rows = [[row["model"], row["method"], *(f"{row[name]:.1f}" for name in names)] for row in results["rows"]]
-    return f"MB per image, in float32, with 100 classes.\n\n{markdown(['model', 'method', *names], rows)}"
-
-
 def kept_bytes(results: Mapping[str, Any]) -> str:
-    """Bytes kept for the backward pass, with and without recomputation."""
+    """Bytes kept for the backward pass, by setting and with recomputation."""
+    settings = list(results["rows"][0]["model_mb"])
     rows = [
         [
             row["model"],
             row["method"],
-            *(
-                f"{row[key]:.1f}"
-                for key in ("layers_mb", "model_mb", "remat_model_mb", "backward_mflops", "remat_backward_mflops")
-            ),
+            f"{row['layers_mb']:.1f}",
+            *(f"{row['model_mb'][name]:.1f}" for name in settings),
+            *(f"{row[key]:.1f}" for key in ("remat_model_mb", "backward_mflops", "remat_backward_mflops")),
         ]
         for row in results["rows"]
     ]
-    header = ["model", "method", "MB kept: layers", "whole model", "with remat", "backward MFLOPs", "with remat"]
-    return f"Per image, in float32, with 100 classes.\n\n{markdown(header, rows)}"
+    text = f"""
+        MB per image, in float32, with 100 classes, training the whole model: what dense layers keep, what the whole model does
+        by setting ({", ".join(settings)}; [Residuals](residuals.md)), and what is left between blocks that are computed again.
+    """
+    header = ["model", "method", "layers", *settings, "with remat", "backward MFLOPs", "with remat"]
+    return f"{prose(text)}\n\n{markdown(header, rows)}"

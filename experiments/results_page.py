@@ -55,7 +55,6 @@ SECTIONS: tuple[tuple[str, str, str, Section], ...] = (
     ("A long run", "soak", "soak.py", costs.soak),
     ("The paper's cost tables", "cost_tables", "cost_tables.py", costs.cost_tables),
     ("Bytes kept", "saved_bytes", "saved_bytes.py", costs.kept_bytes),
-    ("Bytes kept, by setting", "kept_bytes", "kept_bytes.py", costs.kept_by_setting),
     ("Accuracy, the paper's Table 5", "paper_table_5", "paper_tables.py 5 --data DATA --hub", accuracy.paper_table),
     ("Accuracy, the paper's Table 6", "paper_table_6", "paper_tables.py 6 --data DATA --hub", accuracy.paper_table),
     ("Accuracy, the paper's Table 7", "paper_table_7", "paper_tables.py 7 --data DATA --hub", accuracy.paper_table),
@@ -95,6 +94,8 @@ def main(check: bool = False) -> None:
     IMAGES.mkdir(parents=True, exist_ok=True)
     if (sweep := read("transfer")) and (steps := read("transfer_steps")):
         transfer_report.plot(sweep["runs"], steps["seconds"], IMAGES / "transfer.png")
+        shown = ("all",), transfer_report.README_FAMILIES
+        transfer_report.plot(sweep["runs"], steps["seconds"], IMAGES / "transfer_summary.png", *shown)
     if compared := read("transfer_gradients"):
         transfer_report.plot_gradients(compared["rows"], IMAGES / "transfer_gradients.png")
 

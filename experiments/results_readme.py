@@ -30,6 +30,8 @@ def problems() -> list[str]:
     wrong = []
     if transfer_report.readme_table(sweep["runs"], clock["seconds"]) not in readme:
         wrong.append("the table of accuracies is not that of transfer.json and transfer_steps.json")
+    if transfer_report.head_sentence(sweep["runs"]) not in " ".join(readme.split()):
+        wrong.append("the accuracies of branches and head alone are not those of transfer.json")
     seconds = {row["method"]: row["seconds"] for row in bench["rows"]}
     if f"{seconds['full'] / seconds['lp_l1-4']:.1f} times as fast with lp_l1-4" not in " ".join(readme.split()):
         wrong.append("the speed-up of EfficientFormer-L1 is not that of bench_step.json")

@@ -11,7 +11,8 @@ The images lie as ``.../{train,test}/CLASS/IMAGE`` in a zip file or folder; the 
 Runs of one seed share their new head, their order of images and the draws of augmentation. All methods have the same learning
 rate, as in the paper. Of 5e-4, 1e-3, 2e-3 and 4e-3 it is the one at which full backpropagation did best, with a seed outside
 the sweep (``--methods full --seeds 100 --setting.lr ...``, written to other files). LoRA also runs at four times that rate,
-because it often needs a higher one.
+because it often needs a higher one. LoRA without low rank is trained in a third way too, as PEFT does and the command line
+unless told: its branches and the head alone (``head``).
 """
 
 import concurrent.futures
@@ -38,11 +39,13 @@ from transfer_training import AUGMENTATION, make_trainer, train
 from lbpwht_jax.adaptation import AdaptedModule, Method, adapt, parse_method
 from lbpwht_jax.cost import backward_flops, layer_costs, residual_bytes
 from lbpwht_jax.data import Dataset
+from lbpwht_jax.models.blocks import Settings
+from lbpwht_jax.ops.residuals import RESIDUALS, ResidualsName
 from lbpwht_jax.train import Recipe
 from lbpwht_jax.weights import load_weights, replace_head
 
 RESULTS = Path(__file__).parent / "results" / "transfer.json"
-Train = Literal["last_stage", "all"]
+Train = Literal["last_stage", "all", "head"]
 Task = tuple["Variant", Train, int]
 
 
@@ -55,24 +58,30 @@ class Variant:
       projection: projection of low-rank backpropagation.
       dx: how the gradients of inputs are computed.
       lr_scale: multiplies the learning rate.
+      residuals: what is kept for the backward pass besides what dense layers keep.
     """
 
     method: str
     projection: str = "fitted"
     dx: str = "low_rank"
     lr_scale: float = 1.0
+    residuals: ResidualsName = "plain"
 
     @property
     def name(self) -> str:
         """Its name in tables."""
         notes = [self.projection] * (self.projection != "fitted") + ["dW only"] * (self.dx == "exact")
-        notes += [f"{self.lr_scale:g} x lr"] * (self.lr_scale != 1)
+        notes += [f"{self.lr_scale:g} x lr"] * (self.lr_scale != 1) + [self.residuals] * (self.residuals != "plain")
         return f"{self.method} ({', '.join(notes)})" if notes else self.method
 
     def parse(self) -> Method:
         """The method."""
         fields = {"projection": self.projection, "dx": self.dx} if "lp_" in self.method else {}
         return parse_method(self.method, **fields)
+
+    def trained_as(self, train: Train) -> bool:
+        """Whether the sweep has this: branches and head alone only where there are branches without low rank."""
+        return train != "head" or self.parse().default_train == "head"
 
 
 RANKS = (2, 4, 6, 8)
@@ -88,6 +97,9 @@ VARIANTS = (
     Variant("lp_l1-4+lora_all-8"),
     Variant("lora-8", lr_scale=4.0),
     Variant("lora_all-8", lr_scale=4.0),
+    Variant("lp_l1-4", residuals="lean"),
+    Variant("lp_l1-4", residuals="tiny"),
+    Variant("full", residuals="lean"),
 )
 
 
@@ -114,11 +126,12 @@ class Setting:
         return Recipe(self.epochs, self.batch_size, self.lr * lr_scale, warmup_steps=30, augmentation=AUGMENTATION, seed=seed)
 
 
-def adapted_backbone(variant: Variant, train: Literal["last_stage", "all", "head"], num_classes: int) -> AdaptedModule:
+def adapted_backbone(variant: Variant, train: Train, num_classes: int) -> AdaptedModule:
     """The backbone under a method, batch normalisation on its running statistics."""
     info = backbone_info()
     images = jax.ShapeDtypeStruct((1, *info.images.shape), jnp.float32)
-    return adapt(backbone(num_classes, frozen_batch_norm=True), variant.parse().rules(info, train), images)
+    module = backbone(num_classes, Settings(frozen_batch_norm=True, residuals=RESIDUALS[variant.residuals]))
+    return adapt(module, variant.parse().rules(info, train), images)
 
 
 def pretrained(weights: Path, num_classes: int, seed: int) -> dict[str, Any]:
@@ -256,13 +269,13 @@ def main(
     output: Path = RESULTS,
     cache: Path | None = None,
     methods: tuple[str, ...] = tuple(variant.name for variant in VARIANTS),
-    trains: tuple[Train, ...] = ("last_stage", "all"),
+    trains: tuple[Train, ...] = ("last_stage", "all", "head"),
     seeds: tuple[int, ...] = (0, 1, 2),
     limit: int | None = None,
     processes: int = 1,
     setting: Setting = Setting(),
 ) -> None:
-    """Runs what is not there yet: for each seed, every method on the last stage and then on the whole model.
+    """Runs what is not there yet: for each seed, every method on the last stage, on the whole model, and LoRA's alone.
 
     Args:
       data: zip file or folder with the images.
@@ -270,7 +283,7 @@ def main(
       output: JSON file to append to.
       cache: folder to keep decoded images in.
       methods: names of the variants to run.
-      trains: what is trained, with the head.
+      trains: what is trained, with the head; ``head`` is LoRA's branches and the head alone.
       seeds: each determines the new head, order, augmentation and LoRA's branches of its runs.
       limit: stops after this many runs.
       processes: number of runs at a time.
@@ -289,7 +302,11 @@ def main(
     results = open_results(output, " ".join(["python experiments/transfer.py --data", data.name, *flags]), values, **facts)
     done = {(run["variant"], run["train"], run["seed"]) for run in results["runs"]}
     todo: list[Task] = [
-        (variants[name], t, seed) for seed in seeds for t in trains for name in methods if (name, t, seed) not in done
+        (variants[name], t, seed)
+        for seed in seeds
+        for t in trains
+        for name in methods
+        if variants[name].trained_as(t) and (name, t, seed) not in done
     ]
     print(f"{len(dataset.train):,} training and {len(dataset.test):,} test images", flush=True)
     print(f"{len(done)} runs done, {len(todo[:limit])} to do", flush=True)

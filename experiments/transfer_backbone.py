@@ -44,13 +44,13 @@ def backbone_info() -> ModelInfo:
     )
 
 
-def backbone(num_classes: int, frozen_batch_norm: bool = False, **arguments) -> nn.Module:
+def backbone(num_classes: int, settings: Settings | None = None, **arguments) -> nn.Module:
     """The model; ``arguments`` are further fields of its class, such as ``drop_path``."""
     info = backbone_info()
     return info.module(
         num_classes=num_classes,
         image_size=info.images.size,
-        settings=Settings(frozen_batch_norm=frozen_batch_norm),
+        settings=settings or Settings(),
         **info.arguments,
         **arguments,
     )

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from scipy import stats
 
 TRAINS = {"last_stage": "last stage and head", "all": "whole model"}
+HEAD = "branches and head"
 RANKS = (2, 4, 6, 8)
 _L1 = tuple(f"lp_l1-{r}" for r in RANKS)
 FAMILIES: Mapping[str, tuple[tuple[str, ...], str, str]] = {
@@ -120,22 +121,26 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def table(runs: Sequence[Mapping[str, Any]], train: str) -> str:
-    """The runs of one kind of training as a Markdown table, one row per variant, in the order of ``FAMILIES``."""
-    rows, found = [], accuracies(runs, train)
-    for name in (name for names, *_ in FAMILIES.values() for name in names if name in found):
-        by_seed = found[name]
-        own = [run for run in runs if run["train"] == train and run["variant"] == name]
-        values = list(by_seed.values())
-        rows.append(
-            [
-                name,
-                f"{statistics.mean(values):.2f} % ({min(values):.2f} to {max(values):.2f})",
-                str(len(values)),
-                f"{own[0]['backward_flops'] / 1e6:.1f}",
-                f"{own[0]['saved_bytes'] / 1e6:.2f}",
-                f"{own[0]['trainable_parameters']:,}",
-            ]
-        )
+    """The runs of one kind of training as a Markdown table, one row per variant, in the order of ``FAMILIES``.
+
+    Beside LoRA on the whole model stands what its branches and the head come to alone.
+    """
+    rows = []
+    for name in (name for names, *_ in FAMILIES.values() for name in names):
+        for part in (train, *["head"] * (train == "all")):
+            own = [run for run in runs if run["train"] == part and run["variant"] == name]
+            if own:
+                values = [100 * run["test_accuracy"] for run in own]
+                rows.append(
+                    [
+                        f"{name}, {HEAD}" if part == "head" else name,
+                        f"{statistics.mean(values):.2f} % ({min(values):.2f} to {max(values):.2f})",
+                        str(len(values)),
+                        f"{own[0]['backward_flops'] / 1e6:.1f}",
+                        f"{own[0]['saved_bytes'] / 1e6:.2f}",
+                        f"{own[0]['trainable_parameters']:,}",
+                    ]
+                )
     header = [
         "method",
         "test accuracy, mean (lowest to highest)",
@@ -147,6 +152,7 @@ def table(runs: Sequence[Mapping[str, Any]], train: str) -> str:
     return markdown(header, rows)
 
 
+README_FAMILIES = ("full", "LP L1-2, 4, 6, 8, fitted", "LoRA-8", "LoRA-all-8")
 README_METHODS = ("full", "lp_l1-8", "lp_l1-4", "lp_l1-2", "lora-8", "lora_all-8")
 
 
@@ -173,6 +179,17 @@ def readme_table(runs: Sequence[Mapping[str, Any]], seconds: Mapping[str, Mappin
     header = ["method", "test accuracy (lowest to highest)", "backward MFLOPs per image", "MB kept per image"]
     header.append("speed-up of a step")
     return markdown(header, rows)
+
+
+def head_sentence(runs: Sequence[Mapping[str, Any]]) -> str:
+    """What the README says of LoRA where its branches and the head alone are trained."""
+    parts = []
+    for name in ("lora-8", "lora_all-8"):
+        own = [run for run in runs if run["train"] == "head" and run["variant"] == name]
+        accuracy = 100 * statistics.mean(run["test_accuracy"] for run in own)
+        costs = f"{own[0]['backward_flops'] / 1e6:.0f} MFLOPs, {own[0]['saved_bytes'] / 1e6:.2f} MB"
+        parts.append(f"{name} comes to {accuracy:.1f} % ({costs})")
+    return " and ".join(parts)
 
 
 def claims_table(runs: Sequence[Mapping[str, Any]]) -> str:
@@ -205,26 +222,35 @@ def steps_table(seconds: Mapping[str, Mapping[str, float]]) -> str:
     return markdown(["method", *(TRAINS[train] for train in seconds)], rows)
 
 
-def plot(runs: Sequence[Mapping[str, Any]], seconds: Mapping[str, Mapping[str, float]], path: Path) -> None:
+def plot(
+    runs: Sequence[Mapping[str, Any]],
+    seconds: Mapping[str, Mapping[str, float]],
+    path: Path,
+    trains: Sequence[str] = tuple(TRAINS),
+    families: Sequence[str] = tuple(FAMILIES),
+) -> None:
     """Draws accuracy against backward FLOPs, saved bytes and step time, a row for each kind of training.
 
     Args:
       runs: the sweep's runs.
       seconds: time of a step, by what is trained and the variant.
       path: the image file to write.
+      trains: the kinds of training.
+      families: the methods, names of ``FAMILIES``.
     """
     axes_of: list[tuple[str, Callable[[Mapping[str, Any]], float]]] = [
         ("backward MFLOPs per image", lambda run: run["backward_flops"] / 1e6),
         ("MB kept per image", lambda run: run["saved_bytes"] / 1e6),
         ("step (ms)", lambda run: seconds[run["train"]][base_name(run["variant"])] * 1e3),
     ]
-    figure = Figure(figsize=(12, 7.6), layout="constrained")
-    grid = figure.subplots(len(TRAINS), len(axes_of), sharey="row", squeeze=False)
+    figure = Figure(figsize=(12, 3.8 * len(trains)), layout="constrained")
+    grid = figure.subplots(len(trains), len(axes_of), sharey="row", squeeze=False)
     handles: dict[str, Any] = {}
-    for row, (train, words) in zip(grid, TRAINS.items(), strict=True):
+    for row, train in zip(grid, trains, strict=True):
         found = accuracies(runs, train)
         for axes, (label, cost) in zip(row, axes_of, strict=True):
-            for family, (names, color, marker) in FAMILIES.items():
+            for family in families:
+                names, color, marker = FAMILIES[family]
                 points = []
                 for name in (n for n in names if n in found):
                     own = [run for run in runs if run["train"] == train and run["variant"] == name]
@@ -237,7 +263,7 @@ def plot(runs: Sequence[Mapping[str, Any]], seconds: Mapping[str, Mapping[str, f
                     handles.setdefault(family, drawn)
             axes.set(xlabel=label, xlim=(0, None))
             axes.grid(alpha=0.3)
-        row[0].set_ylabel(f"{words}\ntest accuracy (%)")
+        row[0].set_ylabel(f"{TRAINS[train]}\ntest accuracy (%)")
     figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=4, frameon=False)
     figure.savefig(path, dpi=110)
 

@@ -7,7 +7,7 @@ writes experiments/results/transfer_steps.json. Images are random; the time of a
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -42,7 +42,7 @@ def main(
     weights: Path = WEIGHTS,
     output: Path = RESULTS,
     rounds: int = 9,
-    trains: tuple[Train, ...] = ("last_stage", "all"),
+    trains: tuple[Literal["last_stage", "all"], ...] = ("last_stage", "all"),
 ) -> None:
     """Times steps.
 

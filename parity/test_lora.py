@@ -34,13 +34,34 @@ class Layer(torch.nn.Module):
         return self.fc(x)
 
 
-def test_one_layer():
+def our_dropout(x, key, rate):
+    """What our branch's dropout multiplies its input with, from a layer of zeros whose branch is the identity."""
+    adapted = adapt(nn.Dense(6, use_bias=False), [LoRA("", rank=6, alpha=6, dropout=rate)], x)
+    params = {"kernel": jnp.zeros((6, 6)), "lora_a": jnp.eye(6), "lora_b": jnp.eye(6)}
+    return np.array(adapted.apply({"params": params}, jnp.ones_like(x), rngs={"dropout": key}))
+
+
+class Times(torch.nn.Module):
+    """Stands in for PEFT's dropout, which draws other numbers."""
+
+    def __init__(self, factors):
+        super().__init__()
+        self.factors = torch.from_numpy(factors)
+
+    def forward(self, x):
+        return x * self.factors
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.4])
+def test_one_layer(rate):
     rng = np.random.default_rng(0)
     x, w, bias, a, b, g = (
         rng.standard_normal(size, np.float32) for size in [(2, 9, 6), (6, 7), (7,), (6, 3), (3, 7), (2, 9, 7)]
     )
     theirs = peft.get_peft_model(Layer(), peft.LoraConfig(r=3, lora_alpha=5, target_modules=["fc"]))
-    layer = theirs.base_model.model.fc
+    layer, key = theirs.base_model.model.fc, jax.random.key(2)
+    if rate:
+        layer.lora_dropout["default"] = Times(our_dropout(jnp.asarray(x), key, rate))
     tensors = {"base": layer.base_layer.weight, "a": layer.lora_A["default"].weight, "b": layer.lora_B["default"].weight}
     with torch.no_grad():
         for tensor, value in zip(tensors.values(), (w, a, b), strict=True):
@@ -50,9 +71,9 @@ def test_one_layer():
     y = theirs(inputs)
     y.backward(torch.from_numpy(g))
 
-    adapted = adapt(nn.Dense(7), [LoRA("^$", rank=3, alpha=5)], jnp.asarray(x))
+    adapted = adapt(nn.Dense(7), [LoRA("^$", rank=3, alpha=5, dropout=rate)], jnp.asarray(x))
     params = {"kernel": jnp.asarray(w), "bias": jnp.asarray(bias), "lora_a": jnp.asarray(a), "lora_b": jnp.asarray(b)}
-    ours, pullback = jax.vjp(lambda p, x: adapted.apply({"params": p}, x), params, jnp.asarray(x))
+    ours, pullback = jax.vjp(lambda p, x: adapted.apply({"params": p}, x, rngs={"dropout": key}), params, jnp.asarray(x))
     grads, dx = pullback(jnp.asarray(g))
     # float32 rounding of sums over at most 18 terms
     assert relative(ours, y.detach().numpy()) < 1e-5
@@ -70,7 +91,7 @@ def pair():
     theirs = randomise(VisionTransformer(28, 4, 1, num_classes=10, embed_dim=96, depth=6, num_heads=4))
     model = create_model(NAME, num_classes=10)
     images = images_for(NAME, 28)
-    adapted = adapt(model, [LoRA("attn/(qkv|proj)|fc1", rank=4, fused="qkv"), Freeze("^(?!head)")], images)
+    adapted = adapt(model, [LoRA("attn/(qkv|proj)|fc1", rank=4, fused="qkv", dropout=0.1), Freeze("^(?!head)")], images)
     return theirs, adapted, from_timm(NAME, model, state_of(theirs)), images
 
 
@@ -90,6 +111,7 @@ def test_peft_reads_our_adapter(tmp_path):
     loaded = peft.PeftModel.from_pretrained(copy.deepcopy(theirs), tmp_path)
     ours, reference = outputs(loaded, adapted, trained, images)
     assert relative(ours, reference) < 2e-5
+    assert loaded.peft_config["default"].lora_dropout == 0.1
     # the adapter matters
     assert relative(adapted.module.apply(variables, images), reference) > 0.1
 

@@ -3,6 +3,7 @@
 from lbpwht_jax.adaptation.create import create_model
 from lbpwht_jax.adaptation.entry import adapt, resolve
 from lbpwht_jax.adaptation.linen import AdaptedModule
+from lbpwht_jax.adaptation.loops import unrolled, with_loops
 from lbpwht_jax.adaptation.nnx import resolution_of
 from lbpwht_jax.adaptation.nnx_branches import merge, unmerge, with_branches
 from lbpwht_jax.adaptation.nnx_layers import FrozenParam
@@ -43,5 +44,7 @@ __all__ = [
     "resolve",
     "split_params",
     "unmerge",
+    "unrolled",
     "with_branches",
+    "with_loops",
 ]

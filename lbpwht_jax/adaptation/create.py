@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from lbpwht_jax.adaptation.linen import LowRankModel
 from lbpwht_jax.adaptation.linen_layers import find_layers
+from lbpwht_jax.adaptation.loops import with_loops
 from lbpwht_jax.adaptation.matching import resolve_rules
 from lbpwht_jax.adaptation.rules import LowRank
 from lbpwht_jax.models import model_info, plain_model
@@ -27,6 +28,7 @@ def create_model(
     remat: bool = False,
     frozen_batch_norm: bool = False,
     residuals: str | Residuals = "plain",
+    scan_blocks: bool = False,
     spec: LowRankSpec | None = None,
     layers: str | None = None,
 ) -> nn.Module:
@@ -42,6 +44,9 @@ def create_model(
       frozen_batch_norm: keeps batch normalisation on its running statistics while training.
       residuals: what norms, activations, attention and convolutions keep for the backward pass: ``"plain"``, what JAX keeps
         of itself; ``"exact"``, less, without rounding; ``"lean"``, 8 bits; ``"tiny"``, 2 to 8 bits; or a ``Residuals``.
+      scan_blocks: runs equal blocks in a row as one loop over their stacked parameters (``jax.lax.scan``): what is kept for
+        the backward pass is then what the blocks keep and nothing else, whatever the compiler, and one block is compiled
+        instead of many. Variables are as without. The model is traced once, on shapes alone.
       spec: low-rank backprop for the layers that ``layers`` matches; ``None`` backpropagates exactly. With a spec the model
         is traced once, on shapes alone.
       layers: regular expression searched in the paths of the layers on token grids, such as ``"mlp/fc[12]$"``; by default
@@ -61,12 +66,12 @@ def create_model(
     info = model_info(name)
     fields: dict[str, Any] = {"num_classes": num_classes, "image_size": image_size, "dtype": dtype, "drop_path": drop_path}
     model = plain_model(name, **fields, remat=remat, frozen_batch_norm=frozen_batch_norm, residuals=residuals)
+    images = jax.ShapeDtypeStruct((1, model.image_size, model.image_size, info.images.channels), jnp.float32)
     if spec is None:
         if layers is not None:
             raise ValueError(f"create_model({name!r}): layers={layers!r} needs a spec to apply, such as spec=lp_l1(4)")
-        return model
+        return with_loops(model, images) if scan_blocks else model
     rule = LowRank(info.layers.low_rank if layers is None else layers, spec)
-    images = jax.ShapeDtypeStruct((1, model.image_size, model.image_size, info.images.channels), jnp.float32)
     found = find_layers(model, (images,), {})
     gridded = [layer for layer in found.layers if layer.kind == "LowRankDense"]
     if not any(re.search(rule.pattern, layer.path) for layer in gridded):
@@ -75,4 +80,5 @@ def create_model(
             f"create_model({name!r}): layers={layers!r} matches no layer on a token grid; "
             f"the nearest paths: {', '.join(nearest)}"
         )
-    return LowRankModel(model, resolve_rules(found._replace(layers=gridded), [rule]))
+    low_rank = LowRankModel(model, resolve_rules(found._replace(layers=gridded), [rule]))
+    return with_loops(low_rank, images) if scan_blocks else low_rank

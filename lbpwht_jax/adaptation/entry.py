@@ -11,6 +11,7 @@ from flax import nnx
 from lbpwht_jax.adaptation.dataflow import Seen, follow
 from lbpwht_jax.adaptation.linen import AdaptedModule, LowRankModel
 from lbpwht_jax.adaptation.linen_layers import find_layers, intercept_marked, joined
+from lbpwht_jax.adaptation.loops import has_loops, unrolled, with_loops
 from lbpwht_jax.adaptation.matching import Found, check_mixing, resolve_rules
 from lbpwht_jax.adaptation.nnx import adapt_nnx
 from lbpwht_jax.adaptation.nnx_layers import find_nnx_layers
@@ -59,7 +60,10 @@ def adapt(model: Any, rules: Sequence[Rule], *args: Any, **kwargs: Any) -> Any:
     if isinstance(model, nnx.Module):
         check_mixing(resolution.adaptations)
         return adapt_nnx(model, resolution)
-    adapted = AdaptedModule(model.module if isinstance(model, LowRankModel) else model, resolution)
+    module = model.module if isinstance(model, LowRankModel) else model
+    adapted = AdaptedModule(module, resolution)
+    if has_loops(module):  # rules may treat the blocks of a loop differently
+        adapted = with_loops(adapted, *args, **kwargs)
     variables = abstract_call(lambda *args, **kwargs: adapted.init(jax.random.key(0), *args, **kwargs), args, kwargs)
     square = any(layer.input_shape[-2:-1] == layer.input_shape[-1:] for layer in found.layers)
     wanted = [a for a in resolution.adaptations if a.rank or (a.grid is not None and square)]
@@ -100,11 +104,12 @@ def find(model: Any, *args: Any, **kwargs: Any) -> Found:
 
 def _followed(adapted: AdaptedModule, variables: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Seen:
     """What reaches the products of the adapted layers in a call of the plain model."""
+    module = unrolled(adapted.module)  # a loop stacks kernels first
     paths = {adaptation.layer.path for adaptation in adapted.resolution.adaptations}
 
     def call(variables, *args, **kwargs):
         with nn.intercept_methods(intercept_marked(paths)):
-            adapted.module.apply(variables, *args, rngs={"params": jax.random.key(0)}, **{**kwargs, "mutable": _MUTABLE})
+            module.apply(variables, *args, rngs={"params": jax.random.key(0)}, **{**kwargs, "mutable": _MUTABLE})
         return ()  # the model's output may be no arrays
 
     def layer_of(path):

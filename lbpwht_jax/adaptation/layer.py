@@ -107,6 +107,7 @@ class Adaptation:
       shown_grid: tokens along each axis, given for maps too.
       rank: rank of the LoRA branch, 0 without one.
       alpha: alpha of the LoRA branch.
+      dropout: probability of zeros in the input of the LoRA branch while training.
       rslora: whether the branch is multiplied by ``alpha / rank ** 0.5`` instead of ``alpha / rank``.
       slower: whether the rule's spec, whose ``when`` is ``"faster"``, was left out because low rank is predicted to be slower.
     """
@@ -118,6 +119,7 @@ class Adaptation:
     shown_grid: Grid | None = None
     rank: int = 0
     alpha: float = 0.0
+    dropout: float = 0.0
     rslora: bool = False
     slower: bool = False
 

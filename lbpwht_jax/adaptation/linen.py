@@ -11,7 +11,7 @@ from jax import lax
 
 from lbpwht_jax.adaptation.branches import add_branches, check_branches, merge_branches, merge_weighted, unmerge_branches
 from lbpwht_jax.adaptation.layer import Adaptation
-from lbpwht_jax.adaptation.linen_layers import is_adapted, is_layer_call, joined, twin
+from lbpwht_jax.adaptation.linen_layers import DROPOUT, is_adapted, is_layer_call, joined, twin
 from lbpwht_jax.adaptation.resolution import Resolution, TrainableParameters
 from lbpwht_jax.ops.spec import LowRankSpec
 
@@ -40,9 +40,12 @@ class AdaptedModule:
     def apply(self, variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Returns what ``module.apply`` returns; the backward pass follows the rules.
 
+        With ``rngs={"dropout": key}`` the branches' inputs undergo the rules' dropout.
+
         Raises:
           TypeError: if ``variables`` has no ``"params"``.
-          ValueError: if a LoRA branch is missing.
+          ValueError: if a LoRA branch is missing; if a branch's dropout gets no key, as in a loop such as ``nn.scan`` that
+            does not pass the rng on.
         """
         check_branches(variables, self.resolution.branches, "apply")
 
@@ -50,7 +53,9 @@ class AdaptedModule:
             return leaf if self.trainable(joined(path)) else lax.stop_gradient(leaf)
 
         variables = {**variables, "params": jax.tree.map_with_path(stop, variables["params"])}
-        with nn.intercept_methods(self.intercept):
+        rngs = kwargs.get("rngs")
+        drops = isinstance(rngs, Mapping) and DROPOUT in rngs
+        with nn.intercept_methods(functools.partial(self.intercept, drops=drops)):
             return self.module.apply(variables, *args, **kwargs)
 
     def trainable(self, path: str) -> bool:
@@ -130,12 +135,15 @@ class AdaptedModule:
     def _by_path(self) -> dict[str, Adaptation]:
         return {adaptation.layer.path: adaptation for adaptation in self.resolution.adaptations}
 
-    def intercept(self, call: Any, args: Any, kwargs: Any, context: Any) -> Any:
-        """Calls a layer as the rules say: an interceptor for ``nn.intercept_methods``, around calls of ``module``."""
+    def intercept(self, call: Any, args: Any, kwargs: Any, context: Any, drops: bool = False) -> Any:
+        """Calls a layer as the rules say: an interceptor for ``nn.intercept_methods``, around calls of ``module``.
+
+        ``drops`` says whether the branches' inputs undergo dropout.
+        """
         adaptation = self._by_path.get("/".join(context.module.path))
         if adaptation is None or not is_layer_call(context) or is_adapted(context.module, adaptation):
             return call(*args, **kwargs)
-        return twin(context.module, adaptation)(*args, **kwargs)
+        return twin(context.module, adaptation, drops)(*args, **kwargs)
 
 
 class LowRankModel(nn.Module):

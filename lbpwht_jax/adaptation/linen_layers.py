@@ -19,6 +19,7 @@ from lbpwht_jax.layers.linen import LowRankDense
 from lbpwht_jax.ops.pointwise import pointwise_lacks
 from lbpwht_jax.ops.spec import Grid
 
+DROPOUT = "dropout"
 _DENSE = (nn.Dense, nn.DenseGeneral, LowRankDense)
 # parameters of unusual sizes, put beside each kernel while shapes are traced: where the other axes are, there is a stack
 _PROBES = {"stack_probe": (1009, 1013, 1019, 1021, 1031, 1033, 1039), "stack_probe_matrix": (1049, 1051)}
@@ -88,8 +89,13 @@ def is_adapted(module: Any, adaptation: Adaptation) -> bool:
     return isinstance(getattr(module, product_field(module)), lora.AdaptedProduct)
 
 
-def twin(module: Any, adaptation: Adaptation) -> Any:
-    """The bound layer with the same parameters and another product."""
+def twin(module: Any, adaptation: Adaptation, drops: bool) -> Any:
+    """The bound layer with the same parameters and another product; ``drops``: whether the branch's dropout acts.
+
+    Raises:
+      ValueError: if the branch's dropout gets no key.
+    """
+    rngs: Any = module.scope
     scope = _scope(module.scope)
 
     def branch() -> tuple[jax.Array, jax.Array]:
@@ -97,11 +103,21 @@ def twin(module: Any, adaptation: Adaptation) -> Any:
         a = scope.param(lora.A, lora.init_a, shapes[lora.A], module.param_dtype)
         return a, scope.param(lora.B, lora.init_b, shapes[lora.B], module.param_dtype)
 
+    def dropped(x: jax.Array) -> jax.Array:
+        if not (drops and adaptation.dropout):
+            return x
+        if not rngs.has_rng(DROPOUT):
+            raise ValueError(
+                f"adapt: the rng 'dropout' does not reach {adaptation.layer.shown}, whose branch has dropout; the nn.scan or "
+                "nn.vmap around it must pass it on: split_rngs={'dropout': True}"
+            )
+        return lora.drop(rngs.make_rng(DROPOUT), x, adaptation.dropout)
+
     if isinstance(module, LowRankDense) and not _needs_product(adaptation):
         at = {"grid": adaptation.grid, "prefix_tokens": adaptation.prefix_tokens}
         return module.clone(parent=scope, dot_general=None, spec=adaptation.spec, **at)
     dense = lora.convolution(adaptation) if isinstance(module, nn.Conv) else lora.dense_product(adaptation)
-    replaced: dict[str, Any] = {product_field(module): lora.AdaptedProduct(adaptation, dense, branch)}
+    replaced: dict[str, Any] = {product_field(module): lora.AdaptedProduct(adaptation, dense, branch, dropped)}
     return module.clone(parent=scope, **replaced)
 
 

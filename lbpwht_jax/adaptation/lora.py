@@ -12,7 +12,7 @@ from jax import lax
 
 from lbpwht_jax.adaptation.layer import Adaptation
 from lbpwht_jax.adaptation.resolution import BRANCH
-from lbpwht_jax.ops.sharding import is_explicit
+from lbpwht_jax.ops.sharding import explicit_sharding, is_explicit
 
 A, B = BRANCH
 
@@ -70,6 +70,12 @@ def delta(adaptation: Adaptation, a: Any, b: Any) -> jax.Array:
     return from_front(product.reshape(*layer.stack.sizes, *layer.kernel_shape), layer.stack.kernel_axes)
 
 
+def drop(key: jax.Array, x: jax.Array, rate: float) -> jax.Array:
+    """``x`` with zeros for elements drawn with probability ``rate``, below 1, and the others divided by ``1 - rate``."""
+    kept = jax.random.bernoulli(key, 1 - rate, x.shape, out_sharding=explicit_sharding(x))
+    return jnp.where(kept, x / (1 - rate), 0)
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class AdaptedProduct:
     """Stands in for a layer's ``lax.dot_general`` or ``lax.conv_general_dilated``: low-rank backward pass and LoRA branch.
@@ -78,11 +84,13 @@ class AdaptedProduct:
       adaptation: how the layer is adapted.
       dense: the layer's own product, with the same signature.
       branch: returns ``A`` and ``B``; called at each call of a layer that has a branch.
+      dropped: the dropout of the branch's input, which it is given and returns.
     """
 
     adaptation: Adaptation
     dense: Callable[..., Any]
     branch: Callable[[], tuple[jax.Array, jax.Array]]
+    dropped: Callable[[jax.Array], jax.Array]
 
     def __call__(self, lhs: jax.Array, rhs: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
         """The product plus the branch's output; the arguments are those of the function that this stands in for."""
@@ -94,7 +102,7 @@ class AdaptedProduct:
         lead = lhs.shape[: lhs.ndim - self.adaptation.layer.contracted]
         if self.adaptation.spec is None and not is_explicit(lhs):  # XLA on CPU contracts one axis faster than several
             lead = (math.prod(lead),)
-        x = lhs.reshape(*lead, self.adaptation.layer.inputs)
+        x = self.dropped(lhs.reshape(*lead, self.adaptation.layer.inputs))
         a, b = (matrix.astype(x.dtype) for matrix in self.branch())
         product = dense_product(self.adaptation)
         last = (((x.ndim - 1,), (0,)), ((), ()))
@@ -106,7 +114,7 @@ class AdaptedProduct:
         """The branch's output beside a convolution: one to ``rank`` channels with the same window, then ``B``."""
         a, b = (matrix.astype(lhs.dtype) for matrix in self.branch())
         layer, rank = self.adaptation.layer, self.adaptation.rank
-        z = self.dense(lhs, a.reshape(*layer.window, layer.input_shape[-1], rank), *args, **kwargs)
+        z = self.dense(self.dropped(lhs), a.reshape(*layer.window, layer.input_shape[-1], rank), *args, **kwargs)
         return jnp.matmul(z, b, precision=kwargs.get("precision")) * self.adaptation.scale
 
 

@@ -164,7 +164,7 @@ def _adaptation(layer: Layer, rule: LowRank | LoRA, maps: Mapping[Grid, str]) ->
     branch: dict[str, Any] = {}
     if isinstance(rule, LoRA):
         times = 3 if re.search(rule.fused, layer.path) else 1
-        branch = {"rank": times * rule.rank, "alpha": times * rule.alpha, "rslora": rule.rslora}
+        branch = {"rank": times * rule.rank, "alpha": times * rule.alpha, "dropout": rule.dropout, "rslora": rule.rslora}
     if rule.spec is None:
         return Adaptation(layer, None, **branch)
     grid, prefix_tokens = rule.grid, rule.prefix_tokens

@@ -13,7 +13,7 @@ M = TypeVar("M", bound=nnx.Module)
 
 
 def adapt_nnx(model: M, resolution: Resolution) -> M:
-    """A copy of the model under resolved rules; the branches' ``A`` are drawn from ``jax.random.key(0)``.
+    """A copy of the model under resolved rules; the branches' ``A`` and dropout are drawn from ``jax.random.key(0)``.
 
     Raises:
       ValueError: if a parameter of a Linen module inside ``nnx.bridge.ToNNX`` is frozen.

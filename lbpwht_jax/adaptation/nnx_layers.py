@@ -36,10 +36,13 @@ class AdaptedNNXProduct(nnx.Module):
         self.adaptation, self.dense = adaptation, dense
         fresh = lora.fresh(adaptation, key, dtype)
         self.lora_a, self.lora_b = nnx.LoRAParam(fresh[lora.A]), nnx.LoRAParam(fresh[lora.B])
+        if adaptation.dropout:
+            self.dropout = nnx.Dropout(adaptation.dropout, rngs=nnx.Rngs(jax.random.fold_in(key, 1)))
 
     def __call__(self, lhs: jax.Array, rhs: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
         """The product plus the branch's output; the arguments are those of the function that this stands in for."""
-        product = lora.AdaptedProduct(self.adaptation, self.dense, lambda: (self.lora_a[...], self.lora_b[...]))
+        dropped = self.dropout if self.adaptation.dropout else lambda x: x
+        product = lora.AdaptedProduct(self.adaptation, self.dense, lambda: (self.lora_a[...], self.lora_b[...]), dropped)
         return product(lhs, rhs, *args, **kwargs)
 
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from lbpwht_jax.adaptation.entry import adapt
 from lbpwht_jax.adaptation.linen import AdaptedModule
+from lbpwht_jax.adaptation.loops import with_loops
 from lbpwht_jax.adaptation.rules import Freeze, LoRA, LowRank, Rule
 from lbpwht_jax.models import model_info, plain_model
 from lbpwht_jax.models.info import ModelInfo
@@ -33,12 +34,14 @@ class Method:
       branches: which layers get a LoRA branch.
       rank: rank of the branches; layers that make query, key and value at once get three times as much.
       alpha: the branches are multiplied by it over their rank; it is three times as much where the rank is.
+      dropout: probability of zeros in the branches' inputs while training, as in ``LoRA``.
     """
 
     spec: LowRankSpec | None = None
     branches: Literal["none", "attention", "all"] = "none"
     rank: int = 0
     alpha: float = 8
+    dropout: float = 0.0
 
     @property
     def default_train(self) -> Train:
@@ -60,7 +63,7 @@ class Method:
         rules: list[Rule] = []
         if self.branches != "none":
             pattern = layers if self.branches == "all" else _both(info.layers.attention, layers)
-            rules.append(LoRA(pattern, self.rank, self.alpha, spec, fused=info.layers.fused))
+            rules.append(LoRA(pattern, self.rank, self.alpha, spec, fused=info.layers.fused, dropout=self.dropout))
         if train not in get_args(Train):
             raise ValueError(f"train must be one of {', '.join(get_args(Train))}, got {train!r}")
         if train == "head":
@@ -178,6 +181,9 @@ def adapted_model(
     num_classes: int = 1000,
     image_size: int | None = None,
     when: Literal["always", "faster"] = "always",
+    scan_blocks: bool = False,
+    lora_alpha: float = 8,
+    lora_dropout: float = 0.0,
     **fields: Any,
 ) -> AdaptedModule:
     """A model of the registry under a method, with batch normalisation on its running statistics.
@@ -189,13 +195,17 @@ def adapted_model(
       num_classes: outputs of the head.
       image_size: height and width of the images, in pixels; by default the model's.
       when: whether layers that low rank would make slower stay exact, as in ``LowRankSpec``.
+      scan_blocks: runs equal blocks as a loop, as in ``create_model``.
+      lora_alpha, lora_dropout: of LoRA's branches, as in ``Method``.
       **fields: further arguments of ``create_model``, such as ``dtype`` and ``remat``.
 
     Raises:
       ValueError: if a name is unknown, or as ``Method.rules`` does.
     """
     info = model_info(name)
-    rules = parse_method(method, when=when).rules(info, train)
+    parsed = dataclasses.replace(parse_method(method, when=when), alpha=lora_alpha, dropout=lora_dropout)
+    rules = parsed.rules(info, train)
     module = plain_model(name, num_classes=num_classes, image_size=image_size, frozen_batch_norm=True, **fields)
     images = jax.ShapeDtypeStruct((1, module.image_size, module.image_size, info.images.channels), jnp.float32)
-    return adapt(module, rules, images)
+    adapted = adapt(module, rules, images)
+    return with_loops(adapted, images) if scan_blocks else adapted

@@ -58,11 +58,14 @@ class LoRA:
       prefix_tokens: see ``LowRank``.
       fused: regular expression, searched in the paths, for layers that compute query, key and value together; they get three
         times the rank and alpha.
+      dropout: in training, each element of the branch's input, not of the layer's, is zero with this probability, and the
+        others are divided by what is left of 1, as in PEFT. For Linen, training is a call of ``AdaptedModule.apply`` that is
+        given the rng ``dropout``; for NNX it is what ``model.train()`` and ``model.eval()`` say.
       rslora: multiplies the branch by ``alpha / rank ** 0.5`` instead (Kalajdzievski, 2023), so that a higher rank learns no
         slower.
 
     Raises:
-      ValueError: if a pattern is not a regular expression, or rank or alpha is not positive.
+      ValueError: if a pattern is not a regular expression, rank or alpha is not positive, or dropout is not in [0, 1).
       TypeError: if ``spec`` is neither a ``LowRankSpec`` nor ``None``, or rank is not an integer.
     """
 
@@ -73,6 +76,7 @@ class LoRA:
     grid: Grid | None = None
     prefix_tokens: int = 0
     fused: str = NOTHING
+    dropout: float = 0.0
     rslora: bool = False
 
     def __post_init__(self):
@@ -87,6 +91,8 @@ class LoRA:
             raise TypeError(f"{where}: rank must be an integer, got {self.rank!r}") from None
         if not (self.rank > 0 and self.alpha > 0):
             raise ValueError(f"{where}: rank and alpha must be positive, got rank={self.rank} and alpha={self.alpha}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"{where}: dropout must be from 0 to less than 1, got {self.dropout}")
 
 
 @dataclasses.dataclass(frozen=True)

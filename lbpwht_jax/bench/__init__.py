@@ -2,7 +2,7 @@
 
 from lbpwht_jax.bench.layer import STAGES, TABLE_8, Layer, LayerRow, Limits, measure_layer
 from lbpwht_jax.bench.model_steps import CLASSES, ModelSteps, PreparedStep, StepRow
-from lbpwht_jax.bench.timing import interleaved, keep_freed_memory, machine
+from lbpwht_jax.bench.timing import interleaved, machine
 
 __all__ = [
     "CLASSES",
@@ -15,7 +15,6 @@ __all__ = [
     "PreparedStep",
     "StepRow",
     "interleaved",
-    "keep_freed_memory",
     "machine",
     "measure_layer",
 ]

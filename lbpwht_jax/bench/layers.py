@@ -12,10 +12,11 @@ from matplotlib.figure import Figure
 from rich.table import Table
 
 from lbpwht_jax.bench.layer import STAGES, TABLE_8, LayerRow, Limits, measure_layer
-from lbpwht_jax.bench.timing import keep_freed_memory, machine
+from lbpwht_jax.bench.timing import machine
 from lbpwht_jax.ops.spec import LowRankSpec, lp_l1
 from lbpwht_jax.runs.folder import write_json
 from lbpwht_jax.screen import console, say, show
+from lbpwht_jax.train import keep_freed_memory
 
 _BATCHES, _STAGE_BATCHES = (1, 64), (1, 16)
 

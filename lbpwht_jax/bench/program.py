@@ -16,6 +16,7 @@ from lbpwht_jax.ops.residuals import RESIDUALS, ResidualsName
 from lbpwht_jax.train import Placement, Recipe, TrainState, initial_state, make_train_step, placed_step
 
 DType = Literal["float32", "bfloat16"]
+_SWITCHES = {"remat": "remat", "scan": "scan_blocks"}
 _STEPS = 1000  # of the learning rate's schedule: numbers in the program, which do not change its shape
 
 
@@ -92,16 +93,16 @@ def measured_model(
 def split_method(method: str) -> tuple[str, dict[str, Any]]:
     """A method's own name, and the fields of the model that the options at its end stand for.
 
-    ``"+remat"`` computes each block again in the backward pass; ``"+plain"``, ``"+exact"``, ``"+lean"`` and ``"+tiny"`` say
-    what is kept for it, as in ``create_model``.
+    ``"+remat"`` computes each block again in the backward pass, ``"+scan"`` runs equal blocks as loops, and ``"+plain"``,
+    ``"+exact"``, ``"+lean"`` and ``"+tiny"`` say what is kept for the backward pass, all as in ``create_model``.
     """
     fields: dict[str, Any] = {}
     while True:
         shorter, _, option = method.rpartition("+")
         if not shorter:
             return method, fields
-        if option == "remat" and "remat" not in fields:
-            fields["remat"] = True
+        if option in _SWITCHES and _SWITCHES[option] not in fields:
+            fields[_SWITCHES[option]] = True
         elif option in RESIDUALS and "residuals" not in fields:
             fields["residuals"] = option
         else:

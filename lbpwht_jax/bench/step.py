@@ -13,10 +13,11 @@ from rich.table import Table
 
 from lbpwht_jax.adaptation import Train
 from lbpwht_jax.bench.model_steps import DType, ModelSteps, StepRow
-from lbpwht_jax.bench.timing import keep_freed_memory, machine
+from lbpwht_jax.bench.timing import machine
 from lbpwht_jax.ops.residuals import ResidualsName
 from lbpwht_jax.runs.folder import write_json
 from lbpwht_jax.screen import console, say, show
+from lbpwht_jax.train import keep_freed_memory
 
 _MODELS = ("efficientformer_l1", "vit_small_patch16_224", "swinv2_tiny_window8_256")
 _METHODS = ("full", "lp_l1-2", "lp_l1-4", "lp_l1-6", "lp_l1-8", "lora_all-8", "full+remat")
@@ -33,8 +34,8 @@ class Step:
     models: tuple[str, ...] = _MODELS
     """Names of the models; "lbpwht models" lists them."""
     methods: tuple[str, ...] = _METHODS
-    """Short names, as for "lbpwht finetune"; "+remat" at the end computes each block again in the backward pass, and "+lean"
-    or the like says what is kept for that method. The others are compared with the first."""
+    """Short names, as for "lbpwht finetune"; "+remat" at the end computes each block again in the backward pass, "+scan" runs
+    equal blocks as a loop, and "+lean" or the like says what is kept for that method. All are compared with the first."""
     train: Annotated[
         Train | None,
         tyro.conf.arg(

@@ -1,6 +1,5 @@
 """Interleaved timing, and the limits of the machine at hand."""
 
-import ctypes
 import importlib.metadata
 import os
 import platform
@@ -14,7 +13,6 @@ import jax
 import jax.numpy as jnp
 
 _SAMPLE_SECONDS = 0.004
-_M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8  # of <malloc.h>
 _PEAK_SIZE, _COPY_BYTES = 4096, 1 << 26
 
 
@@ -41,23 +39,6 @@ def interleaved(functions: Mapping[str, Callable[[], Any]], rounds: int) -> dict
             jax.block_until_ready(output)
             samples[name].append((time.perf_counter() - started) / repeats[name])
     return {name: statistics.median(values) for name, values in samples.items()}
-
-
-def keep_freed_memory() -> bool:
-    """Makes glibc keep freed memory instead of returning it to the kernel.
-
-    Otherwise results of more than 32 MB get fresh pages at every call, and the time that the kernel takes to clear them is
-    measured too: a third of the low-rank backward pass of a large layer on a CPU. To be called before JAX's first computation.
-    The process then never shrinks.
-
-    Returns:
-      Whether glibc keeps it; false where there is no glibc.
-    """
-    if platform.libc_ver()[0] != "glibc":
-        return False
-    libc = ctypes.CDLL(None)
-    settings = ((_M_TRIM_THRESHOLD, -1), (_M_MMAP_MAX, 0), (_M_ARENA_MAX, 1))
-    return all(libc.mallopt(*setting) for setting in settings)
 
 
 def peak_flops(dtype: Any, rounds: int = 9) -> float:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import tyro
 
-from lbpwht_jax.adaptation.presets import Train
+from lbpwht_jax.adaptation import LayerCounts, Train
 from lbpwht_jax.bench.program import DType
 from lbpwht_jax.cli.help import flag
 from lbpwht_jax.compile.compiling import CompilerError, check, compile_model
@@ -29,8 +29,8 @@ class Compile:
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     """Name of the model; "lbpwht models" lists them."""
     methods: tuple[str, ...] = ("full", "lp_l1-4")
-    """Short names, as for "lbpwht finetune"; "+remat" at the end computes each block again in the backward pass, and "+lean"
-    or the like says what is kept for that method."""
+    """Short names, as for "lbpwht finetune"; "+remat" at the end computes each block again in the backward pass, "+scan" runs
+    equal blocks as a loop, and "+lean" or the like says what is kept for that method."""
     target: str = "cpu:1"
     """The machine: v5e:2x2, v6e:1x1, v5p:2x2x1, v4:2x2x1 (TPUs, on several hosts too, such as v5e:16x16), h100, or cpu:1
     (this machine's compiler, so many devices)."""
@@ -73,7 +73,10 @@ class Compile:
             shown = console()
             show(shown, table(rows, self.fit))
             trained = {request.method: request.train for request in check(**self._arguments())}
-            say(shown, f"trained: {', '.join(f'{train} ({method})' for method, train in trained.items())}")
+            say(shown, f"Trained, and layers that low rank can adapt (--when {self.when}):")
+            for row in rows:
+                counts = f"; {LayerCounts(**row.layers)}" if row.layers else ""
+                say(shown, f"  {row.method}: {trained[row.method]}{counts}")
             for row in rows if self.kernels else ():
                 show(shown, kernel_table(row))
         if failures:

@@ -21,7 +21,7 @@ from lbpwht_jax.runs import training as training_run
 from lbpwht_jax.runs.results import table
 from lbpwht_jax.runs.training import Stopped, TrainingRun
 from lbpwht_jax.screen import console, say, show
-from lbpwht_jax.train import Placement, Shard
+from lbpwht_jax.train import Placement, Shard, keep_freed_memory
 from lbpwht_jax.train.processes import connect, is_first
 from lbpwht_jax.train.stop import STOPPED
 
@@ -105,6 +105,7 @@ class Finetune:
         """
         if self.checkpoint_every < 0:
             raise ValueError(f"--checkpoint-every must not be negative, got {self.checkpoint_every}")
+        keep_freed_memory()
         connect(self.coordinator, self.num_processes, self.process_id)
         with contextlib.ExitStack() as locks, plain_errors():
             runs = self._new_runs(locks) if self.resume is None else [self._resumed_run(self.resume, locks)]

@@ -10,7 +10,7 @@ from typing import Annotated, Literal, TypeVar
 import jax
 import tyro
 
-from lbpwht_jax.adaptation import Train, default_train
+from lbpwht_jax.adaptation import Train, default_train, parse_method
 from lbpwht_jax.cli.help import flag
 from lbpwht_jax.data import Augmentation, open_dataset
 from lbpwht_jax.data.recipes import paper_recipe
@@ -46,6 +46,10 @@ class AugmentationFlags:
     crop_scale: Annotated[tuple[float, float] | None, flag("LEAST MOST", "no crop; paper: 0.08 1")] = None
     """Random resized crop: least and largest area, as fractions of the image's, such as 0.08 1."""
 
+    crop_from: Annotated[Literal["canvas", "image"] | None, flag("{canvas,image}", "canvas")] = None
+    """What random crops are cut out of. canvas: images squashed to 1.5 times the size, on the device. image: the whole image as
+    it was decoded, while loading, as timm does."""
+
     flip: Annotated[bool | None, flag("{True,False}", "False; paper: True")] = None
     """Whether half of the training images are mirrored left to right, such as True."""
 
@@ -65,6 +69,7 @@ class AugmentationFlags:
         """``base`` with what was given."""
         return Augmentation(
             crop_scale=_or(self.crop_scale, base.crop_scale),
+            crop_from=_or(self.crop_from, base.crop_from),
             flip=_or(self.flip, base.flip),
             shift=_or(self.shift, base.shift),
             randaugment=_or(self.randaugment, base.randaugment),
@@ -183,6 +188,9 @@ class RunFlags:
     """LoRA's branches are multiplied by this over their rank, such as 16; layers that make query, key and value at once have
     three times both."""
 
+    lora_dropout: Annotated[float | None, flag("FLOAT", "0")] = None
+    """The probability with which an element of the input of LoRA's branches is zero in a training step, such as 0.1."""
+
     train: Annotated[Train | None, flag("{all,last_stage,head}", "head for lora-R and lora_all-R, else all")] = None
     """What is trained: all, last_stage (the last stage, of plain vision transformers the last quarter of the blocks, and the
     head) or head (the head, and LoRA's branches where there are some). The rest is frozen and costs no backward pass that is
@@ -212,6 +220,9 @@ class RunFlags:
     remat: tyro.conf.FlagCreatePairsOff[bool] = False
     """Computes each block again in the backward pass instead of keeping its activations."""
 
+    scan_blocks: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Runs equal blocks as one loop: a CPU's memory then falls to what is kept, for a few per cent of its time."""
+
     residuals: Annotated[ResidualsName | None, flag("{plain,exact,lean,tiny}", "plain")] = None
     """What is kept for the backward pass besides what dense layers keep: plain (what JAX keeps of itself), exact (less, without
     rounding), lean (8 bits) or tiny (2 to 8 bits); norms, activations, attention and convolutions then keep so much."""
@@ -230,11 +241,13 @@ class RunFlags:
             dataset=_or(self.dataset, base.dataset),
             method=_or(self.method, base.method),
             lora_alpha=_or(self.lora_alpha, base.lora_alpha),
+            lora_dropout=_or(self.lora_dropout, base.lora_dropout),
             train=_or(self.train, base.train),
             projection=_or(self.projection, base.projection),
             when=_or(self.when, base.when),
             dtype=_or(self.dtype, base.dtype),
             remat=self.remat or base.remat,
+            scan_blocks=self.scan_blocks or base.scan_blocks,
             residuals=_or(self.residuals, base.residuals),
             recipe=self.numbers.over(base.recipe),
             validation=_or(self.validation, base.validation),
@@ -250,6 +263,10 @@ class RunFlags:
           ValueError: if a name is unknown, a number is out of range or there are no weights to start from.
           FileNotFoundError: if there is no such data.
         """
+        method = _or(self.method, "lp_l1-4")
+        for name in ("lora_alpha", "lora_dropout"):
+            if getattr(self, name) is not None and parse_method(method).branches == "none":
+                raise ValueError(f"--{name.replace('_', '-')} goes with a method that has LoRA, such as lora-8, not {method}")
         model, dataset_name = _or(self.model, self._pretrained_model()), _or(self.dataset, "digits")
         info = model_info(model)
         if self.pretrained is None and model != BUNDLED:
@@ -282,8 +299,8 @@ class RunFlags:
             dataset=dataset_name,
             data_dir=None if data_dir is None else str(data_dir),
             classes=dataset.classes,
-            method="lp_l1-4",
-            train=default_train(_or(self.method, "lp_l1-4")),
+            method=method,
+            train=default_train(method),
             projection="fitted",
             when="faster",
             dtype="float32",

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 
+from lbpwht_jax.adaptation import layer_counts
 from lbpwht_jax.bench.program import measured_model, step_program
 from lbpwht_jax.compile.chips import Chip
 from lbpwht_jax.compile.count import Counts
@@ -16,6 +17,7 @@ from lbpwht_jax.compile.hlo import Program
 from lbpwht_jax.compile.lowered import compile_traced
 from lbpwht_jax.compile.request import Request, Row
 from lbpwht_jax.compile.targets import Target, parse_target
+from lbpwht_jax.models import model_info
 from lbpwht_jax.ops.heuristic import choosing_for
 from lbpwht_jax.train import Placement, bytes_on_a_device
 
@@ -39,7 +41,8 @@ def compile_request(request: Request) -> Row:
         program = step_program(request.model, model, request.batch_size, request.num_classes, placement)
         arguments = program.abstract_state(), program.abstract_batch()
         traced = program.step.trace(*arguments)
-    row = Row(request.model, request.method, request.target, request.batch_size)
+    layers = layer_counts(model_info(request.model), model)._asdict()
+    row = Row(request.model, request.method, request.target, request.batch_size, layers=layers)
     try:
         compiled, compiled_program, counts = compile_traced(traced, target)
     except jax.errors.JaxRuntimeError as error:

@@ -66,6 +66,8 @@ class Row:
       roofline_seconds: for GPUs, what its kernels take at least, one after the other.
       attention: "cudnn", "kernel" (of Pallas) or "plain" (products of XLA's).
       dearest: the ten kernels that take the most, where that was asked for.
+      layers: how many of the layers that low rank adapts by default are backpropagated how, as in
+        ``lbpwht_jax.adaptation.LayerCounts``.
     """
 
     model: str
@@ -89,6 +91,7 @@ class Row:
     fits: bool | None = None
     largest_batch: int | None = None
     dearest: list[dict[str, Any]] | None = None
+    layers: dict[str, int] | None = None
 
     @property
     def total_bytes(self) -> int:

@@ -2,18 +2,16 @@
 
 import math
 from collections.abc import Callable
-from typing import Annotated
+from typing import Annotated, Literal
 
 import jax
 import jax.numpy as jnp
 import pydantic.dataclasses
-from pydantic import AfterValidator, Field, NonNegativeFloat, NonNegativeInt
+from pydantic import AfterValidator, Field, NonNegativeFloat, NonNegativeInt, model_validator
 
+from lbpwht_jax.data.crops import RATIO, TRIES, first_boxes
 from lbpwht_jax.data.randaugment import randaugment
 from lbpwht_jax.data.validation import STRICT
-
-RATIO = (3 / 4, 4 / 3)
-_TRIES = 10
 
 
 def _rising(scale: tuple[float, float]) -> tuple[float, float]:
@@ -41,6 +39,9 @@ class Augmentation:
         0 for no mixup.
       cutmix: a box of an image is replaced by another image's, and the share of the area that it keeps is drawn from a Beta
         distribution with this alpha; 0 for no cutmix. With both mixup and cutmix, each image undergoes one or the other.
+      crop_from: where crops are made. ``"canvas"``: on the device, out of images that were squashed to one and a half times the
+        model's size before. ``"image"``: while loading, out of the whole image as it was decoded, as timm does, which keeps its
+        detail and takes the host longer.
 
     Raises:
       pydantic.ValidationError: (a ValueError) if a value has the wrong type or is out of range.
@@ -52,6 +53,13 @@ class Augmentation:
     randaugment: tuple[_Operations, _Magnitude] | None = None
     mixup: NonNegativeFloat = 0.0
     cutmix: NonNegativeFloat = 0.0
+    crop_from: Literal["canvas", "image"] = "canvas"
+
+    @model_validator(mode="after")
+    def _has_crops(self) -> "Augmentation":
+        if self.crop_from == "image" and self.crop_scale is None:
+            raise ValueError("crop_from 'image' needs crop_scale (--crop-scale), such as 0.08 1")
+        return self
 
 
 Augment = Callable[[jax.Array, jax.Array, jax.Array, jax.Array, int], tuple[jax.Array, jax.Array]]
@@ -73,7 +81,7 @@ def make_augmentation(augmentation: Augmentation, image_size: int) -> Augment:
     def augment(key, images, aspect, labels, num_classes):
         crop_key, flip_key, shift_key, ops_key, mix_key = jax.random.split(key, 5)
         images = images.astype(jnp.float32) / 255
-        if augmentation.crop_scale is not None:
+        if augmentation.crop_scale is not None and augmentation.crop_from == "canvas":
             boxes = crop_boxes(crop_key, aspect, augmentation.crop_scale)
             images = resample(images, boxes, image_size)
         elif images.shape[1] != image_size:
@@ -105,19 +113,10 @@ def crop_boxes(key: jax.Array, aspect: jax.Array, scale: tuple[float, float]) ->
       ``[batch, 4]``: top, left, height and width, as shares of the image's height and width.
     """
     area_key, ratio_key, place_key = jax.random.split(key, 3)
-    shape = (len(aspect), _TRIES)
+    shape = (len(aspect), TRIES)
     area = jax.random.uniform(area_key, shape, minval=scale[0], maxval=scale[1])
     ratio = jnp.exp(jax.random.uniform(ratio_key, shape, minval=math.log(RATIO[0]), maxval=math.log(RATIO[1])))
-    heights, widths = jnp.sqrt(area * aspect[:, None] / ratio), jnp.sqrt(area * ratio / aspect[:, None])
-    fits = (heights <= 1) & (widths <= 1)
-    first = jnp.argmax(fits, 1)[:, None]
-    height, width = (jnp.take_along_axis(edges, first, 1)[:, 0] for edges in (heights, widths))
-    # where no draw fits: the largest central box whose proportions are allowed
-    found, limited = fits.any(1), jnp.clip(aspect, *RATIO)
-    height = jnp.where(found, height, jnp.minimum(aspect / limited, 1))
-    width = jnp.where(found, width, jnp.minimum(limited / aspect, 1))
-    place = jnp.where(found[:, None], jax.random.uniform(place_key, (len(aspect), 2)), 0.5)
-    return jnp.stack([place[:, 0] * (1 - height), place[:, 1] * (1 - width), height, width], 1)
+    return first_boxes(aspect, area, ratio, jax.random.uniform(place_key, (len(aspect), 2)))
 
 
 def resample(images: jax.Array, boxes: jax.Array, size: int) -> jax.Array:

@@ -9,7 +9,8 @@ import grain
 import numpy as np
 from PIL import Image
 
-from lbpwht_jax.data.decode import UnreadableImage, decode, resize_and_crop, squash
+from lbpwht_jax.data.crops import Draws
+from lbpwht_jax.data.decode import UnreadableImage, cut_out, decode, resize_and_crop, squash
 from lbpwht_jax.data.split import Dataset, Split
 
 PATIENCE = 100
@@ -46,6 +47,8 @@ class Loading:
       shard_count: number of processes.
       canvas: height and width to which training images are squashed, in pixels; ``image_size`` by default. A larger canvas
         keeps the detail that a random crop enlarges.
+      crop_scale: least and largest area of a random resized crop that is cut out of the whole training image as it was decoded,
+        in place of squashing it, as in ``Augmentation``; ``None`` for no crop here.
 
     Raises:
       ValueError: if a number is out of range, or the batch cannot be shared equally.
@@ -59,6 +62,7 @@ class Loading:
     shard_index: int = 0
     shard_count: int = 1
     canvas: int | None = None
+    crop_scale: tuple[float, float] | None = None
 
     def __post_init__(self):
         for name in ("batch_size", "image_size", "workers", "shard_count", "canvas"):
@@ -133,7 +137,8 @@ def training_batches(dataset: Dataset, loading: Loading, start_step: int = 0) ->
 
     The batch of a step depends on the seed and the step alone. Each epoch is another permutation of the images; each of its
     whole batches is a step, and the images left over are not seen in that epoch. An image that cannot be read is replaced by
-    the next one in the split that can. Images are squashed to squares; ``aspect`` gives their proportions.
+    the next one in the split that can. Images are squashed to squares, or crops are cut out of them, whose draws depend on the
+    seed and the step too; ``aspect`` gives their proportions.
 
     Args:
       dataset: the data set whose training images are read.
@@ -147,20 +152,26 @@ def training_batches(dataset: Dataset, loading: Loading, start_step: int = 0) ->
       ValueError: if there are fewer images than one batch takes.
     """
     steps_per_epoch(dataset, loading.batch_size)
-    split, size = dataset.train, loading.canvas or loading.image_size
+    split, size, scale = dataset.train, loading.canvas or loading.image_size, loading.crop_scale
 
-    def load(indices: np.ndarray) -> _Loaded:
-        loaded = _Loaded(len(indices), size, loading.channels)
+    def load(indices: np.ndarray, rng: np.random.Generator) -> _Loaded:
+        draws = None if scale is None else Draws(rng, len(indices), scale)
+        indices = indices[loading.shard]
+        loaded, least = _Loaded(len(indices), size, loading.channels), size if draws is None else None
         for row, first in enumerate(indices):
+
+            def shape(image: Image.Image, aspect: float, row: int = row + loading.shard.start) -> np.ndarray:
+                return squash(image, size) if draws is None else cut_out(image, draws.box(row, aspect), size)
+
             tries = range(int(first), int(first) + min(len(split), PATIENCE))
-            if not any(loaded.fill(row, split, i % len(split), lambda image: squash(image, size), size) for i in tries):
+            if not any(loaded.fill(row, split, i % len(split), shape, least) for i in tries):
                 name, reason = next(iter(loaded.skipped.items()))
                 raise ValueError(f"{len(tries)} training images in a row cannot be read, such as {name}: {reason}")
         return loaded
 
     order = grain.MapDataset.range(len(split)).seed(loading.seed).shuffle()
     steps = order.batch(loading.batch_size, drop_remainder=True).repeat()
-    return Batches(steps[start_step:].map(lambda indices: load(indices[loading.shard])), loading.workers)
+    return Batches(steps.random_map(load, seed=loading.seed)[start_step:], loading.workers)
 
 
 def evaluation_batches(split: Split, loading: Loading, crop: float, interpolation: str = "bicubic") -> Batches:
@@ -183,7 +194,7 @@ def evaluation_batches(split: Split, loading: Loading, crop: float, interpolatio
         loaded = _Loaded(len(indices), size, loading.channels)
         for row, index in enumerate(indices):
             if index < len(split):
-                loaded.fill(row, split, int(index), lambda image: resize_and_crop(image, size, crop, interpolation))
+                loaded.fill(row, split, int(index), lambda image, _: resize_and_crop(image, size, crop, interpolation))
         return loaded
 
     places = grain.MapDataset.range(-(-len(split) // loading.batch_size) * loading.batch_size)
@@ -199,9 +210,9 @@ class _Loaded:
         self.skipped: dict[str, str] = {}
 
     def fill(
-        self, row: int, split: Split, index: int, shape: Callable[[Image.Image], np.ndarray], least: int | None = None
+        self, row: int, split: Split, index: int, shape: Callable[[Image.Image, float], np.ndarray], least: int | None = None
     ) -> bool:
-        """Reads an image into a row. If that fails, keeps the reason and returns false."""
+        """Reads an image into a row; ``shape`` gets it, and its width over height. If that fails, keeps the reason."""
         images, labels, valid, aspects = self.batch
         try:
             source, label = split.read(index)
@@ -209,5 +220,5 @@ class _Loaded:
         except (OSError, UnreadableImage) as error:
             self.skipped[split.where(index)] = str(error)
             return False
-        images[row], labels[row], valid[row], aspects[row] = shape(image), label, True, aspect
+        images[row], labels[row], valid[row], aspects[row] = shape(image, aspect), label, True, aspect
         return True

@@ -84,6 +84,19 @@ def squash(image: Image.Image, size: int) -> np.ndarray:
     return _array(image.resize((size, size), Image.Resampling.BICUBIC))
 
 
+def cut_out(image: Image.Image, box: tuple[float, float, float, float], size: int) -> np.ndarray:
+    """Resizes a box of the image to uint8 ``[size, size, channels]`` (bicubic, antialiased).
+
+    Args:
+      image: an image in mode ``L`` or ``RGB``.
+      box: top, left, height and width, as shares of the image's height and width.
+      size: height and width of the result, in pixels.
+    """
+    (top, left, height, width), (across, down) = box, image.size
+    corners = (left * across, top * down, min((left + width) * across, across), min((top + height) * down, down))
+    return _array(image.resize((size, size), Image.Resampling.BICUBIC, corners))
+
+
 def resize_and_crop(image: Image.Image, size: int, crop: float, interpolation: str = "bicubic") -> np.ndarray:
     """Resizes an image and cuts out its centre, as timm does for evaluation.
 

@@ -11,6 +11,8 @@ from lbpwht_jax.layers.linen import LowRankDense
 from lbpwht_jax.ops.residuals import Residuals
 from lbpwht_jax.ops.spec import Grid
 
+Loop = tuple[tuple[str, ...], ...]
+
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
@@ -21,11 +23,16 @@ class Settings:
         at least float32.
       frozen_batch_norm: keeps batch normalisation, where the family has any, on its running statistics while training.
       residuals: what is kept for the backward pass besides what dense layers keep; ``None`` for what JAX keeps of itself.
+      remat: recomputes each block in the backward pass instead of keeping its activations.
+      loops: which blocks run as loops: the paths of the blocks of each step of each loop. Steps are equal but for their
+        parameters and rates of drop path.
     """
 
     dtype: Any = None
     frozen_batch_norm: bool = False
     residuals: Residuals | None = None
+    remat: bool = False
+    loops: tuple[Loop, ...] = ()
 
     @property
     def slope_bits(self) -> int | None:
@@ -41,6 +48,16 @@ class Part(nn.Module, kw_only=True):
     """
 
     settings: Settings = Settings()
+
+
+class ResidualBlock(Part, kw_only=True):
+    """One of several blocks in a row, each with residual branches.
+
+    Attributes:
+      drop_path: probability of dropping each residual branch while training.
+    """
+
+    drop_path: float | jax.Array = 0.0
 
 
 def dense(
@@ -83,18 +100,19 @@ class DropPath(nn.Module):
     """Stochastic depth: drops residual branches sample by sample and scales the kept ones by ``1 / (1 - rate)``.
 
     Attributes:
-      rate: probability of dropping a sample's branch.
+      rate: probability of dropping a sample's branch; a float32 scalar within a loop over blocks.
     """
 
-    rate: float
+    rate: float | jax.Array
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         """``x`` of shape ``[batch, ...]``; draws from the rng stream ``"dropout"`` while training."""
-        if not train or self.rate == 0.0:
+        if not train or (isinstance(self.rate, float) and self.rate == 0.0):
             return x
-        keep = jax.random.bernoulli(self.make_rng("dropout"), 1 - self.rate, (x.shape[0],) + (1,) * (x.ndim - 1))
-        return jnp.where(keep, x / (1 - self.rate), jnp.zeros_like(x))
+        share = 1 - self.rate
+        keep = jax.random.bernoulli(self.make_rng("dropout"), share, (x.shape[0],) + (1,) * (x.ndim - 1))
+        return jnp.where(keep, x / jnp.asarray(share, x.dtype), jnp.zeros_like(x))
 
 
 def drop_path_rates(rate: float, depth: int) -> list[float]:

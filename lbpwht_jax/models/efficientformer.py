@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lbpwht_jax.models.blocks import DropPath, Mlp, Part, check_images, dense, drop_path_rates
+from lbpwht_jax.models.blocks import DropPath, Mlp, Part, ResidualBlock, check_images, dense, drop_path_rates
 from lbpwht_jax.models.conv_blocks import (
     AveragePool,
     attention_biases,
@@ -21,6 +21,7 @@ from lbpwht_jax.models.conv_blocks import (
     resample_attention_biases,
 )
 from lbpwht_jax.models.info import Images, Layers, ModelInfo, TimmFiles
+from lbpwht_jax.models.loops import run_blocks
 from lbpwht_jax.models.norms import batch_norm, layer_norm, layer_scale
 from lbpwht_jax.ops.attention import kept_attention
 
@@ -102,16 +103,14 @@ class Attention(Part):
         return dense(self, "proj", channels)(x.reshape(batch, height, width, -1))
 
 
-class PoolBlock(Part):
+class PoolBlock(ResidualBlock):
     """Mixes tokens by what 3x3 average pooling changes, then channels by a ``ConvMlp``.
 
     Attributes:
       mlp_ratio: hidden channels of the MLP over the map's channels.
-      drop_path: probability of dropping each residual branch while training.
     """
 
     mlp_ratio: int
-    drop_path: float = 0.0
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
@@ -122,16 +121,14 @@ class PoolBlock(Part):
         return x + DropPath(self.drop_path)(layer_scale(self, "ls2", mlp(x, train)), train)
 
 
-class AttentionBlock(Part):
+class AttentionBlock(ResidualBlock):
     """A pre-norm transformer block on a map, its residual branches scaled.
 
     Attributes:
       mlp_ratio: hidden channels of the MLP over the map's channels.
-      drop_path: probability of dropping each residual branch while training.
     """
 
     mlp_ratio: int
-    drop_path: float = 0.0
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
@@ -151,7 +148,6 @@ class Stage(Part):
       drop_path: each block's probability of dropping a residual branch while training; its length is the stage's depth.
       attention: how many of the blocks, the last ones, have attention.
       downsample: whether the stage begins by halving the map.
-      remat: recomputes each block in the backward pass instead of keeping its activations.
     """
 
     dim: int
@@ -159,22 +155,20 @@ class Stage(Part):
     drop_path: tuple[float, ...]
     attention: int = 0
     downsample: bool = True
-    remat: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         """``[batch, height, width, channels]`` to ``[batch, height', width', dim]``."""
-        checkpoint = functools.partial(nn.remat, static_argnums=(2,)) if self.remat else lambda block: block
         if self.downsample:
             x = Downsample(self.dim, settings=self.settings, name="downsample")(x, train)
         poolings = len(self.drop_path) - self.attention
-        for i, rate in enumerate(self.drop_path[:poolings]):
-            block = checkpoint(PoolBlock)(self.mlp_ratio, rate, settings=self.settings, name=f"blocks_{i}")
-            x = block(x, train)
+        classes = dict.fromkeys(range(poolings), PoolBlock)
         # In the published weights the flattening of the map counts as a block.
-        for i, rate in enumerate(self.drop_path[poolings:], poolings + 1):
-            x = checkpoint(AttentionBlock)(self.mlp_ratio, rate, settings=self.settings, name=f"blocks_{i}")(x, train)
-        return x
+        classes |= {i + 1: AttentionBlock for i in range(poolings, len(self.drop_path))}
+        blocks = {
+            f"blocks_{i}": functools.partial(block, self.mlp_ratio, settings=self.settings) for i, block in classes.items()
+        }
+        return run_blocks(self, blocks, self.drop_path, x, train)
 
 
 class EfficientFormer(Part):
@@ -188,7 +182,6 @@ class EfficientFormer(Part):
       attention: how many blocks of the last stage, the last ones, have attention.
       mlp_ratio: hidden channels of the MLPs over the stage's.
       drop_path: probability of dropping the last block's residual branches; the earlier blocks' rise linearly to it.
-      remat: recomputes each block in the backward pass instead of keeping its activations.
     """
 
     num_classes: int
@@ -198,7 +191,6 @@ class EfficientFormer(Part):
     attention: int
     mlp_ratio: int = 4
     drop_path: float = 0.0
-    remat: bool = False
 
     @nn.compact
     def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
@@ -225,7 +217,6 @@ class EfficientFormer(Part):
                 tuple(rates[begin : begin + depth]),
                 attention=self.attention if i == len(self.dims) - 1 else 0,
                 downsample=i > 0,
-                remat=self.remat,
                 settings=self.settings,
                 name=f"stages_{i}",
             )(x, train)

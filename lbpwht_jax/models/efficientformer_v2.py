@@ -1,5 +1,6 @@
 """EfficientFormerV2 (Li et al., 2023), timm's names: convolutional MLPs throughout, talking-head attention in two stages."""
 
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -8,7 +9,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 
-from lbpwht_jax.models.blocks import DropPath, Part, check_images, drop_path_rates
+from lbpwht_jax.models.blocks import DropPath, Part, ResidualBlock, check_images, drop_path_rates
 from lbpwht_jax.models.conv_blocks import (
     ConvNorm,
     DenseNorm,
@@ -17,6 +18,7 @@ from lbpwht_jax.models.conv_blocks import (
 )
 from lbpwht_jax.models.efficientformer_v2_attention import Attention, AttentionDownsample
 from lbpwht_jax.models.info import Images, Layers, ModelInfo, TimmFiles
+from lbpwht_jax.models.loops import run_blocks
 from lbpwht_jax.models.norms import batch_norm, layer_scale
 
 
@@ -74,18 +76,16 @@ class Downsample(Part):
         return y + AttentionDownsample(self.features, settings=self.settings, name="attn")(x, train) if self.attention else y
 
 
-class Block(Part):
+class Block(ResidualBlock):
     """Attention, in some blocks, and a ``ConvMlp``, each a scaled residual branch.
 
     Attributes:
       mlp_ratio: hidden channels of the MLP over the map's channels.
       attention_stride: ``stride`` of the attention; ``None`` for a block without attention.
-      drop_path: probability of dropping each residual branch while training.
     """
 
     mlp_ratio: int
     attention_stride: int | None = None
-    drop_path: float = 0.0
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
@@ -107,7 +107,6 @@ class Stage(Part):
       mlp_ratios: each block's hidden channels of the MLP over ``dim``; its length is the stage's depth.
       drop_path: each block's probability of dropping a residual branch while training.
       attention: how many of the blocks have attention.
-      remat: recomputes each block in the backward pass instead of keeping its activations.
     """
 
     index: int
@@ -115,19 +114,19 @@ class Stage(Part):
     mlp_ratios: tuple[int, ...]
     drop_path: tuple[float, ...]
     attention: int
-    remat: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         """``[batch, height, width, channels]`` to ``[batch, height', width', dim]``."""
-        block = nn.remat(Block, static_argnums=(2,)) if self.remat else Block
         if self.index > 0:
             x = Downsample(self.dim, attention=self.index == 3, settings=self.settings, name="downsample")(x, train)
         first = len(self.mlp_ratios) - self.attention
         stride = {2: 2, 3: 1}.get(self.index)
-        for i, (ratio, rate) in enumerate(zip(self.mlp_ratios, self.drop_path, strict=True)):
-            x = block(ratio, stride if i >= first else None, rate, settings=self.settings, name=f"blocks_{i}")(x, train)
-        return x
+        blocks = {
+            f"blocks_{i}": functools.partial(Block, ratio, stride if i >= first else None, settings=self.settings)
+            for i, ratio in enumerate(self.mlp_ratios)
+        }
+        return run_blocks(self, blocks, self.drop_path, x, train)
 
 
 class EfficientFormerV2(Part):
@@ -140,7 +139,6 @@ class EfficientFormerV2(Part):
       mlp_ratios: for the four stages, hidden channels of each block's MLP over the stage's.
       attention: how many blocks of the last two stages, their last ones, have attention.
       drop_path: probability of dropping the last block's residual branches; the earlier blocks' rise linearly to it.
-      remat: recomputes each block in the backward pass instead of keeping its activations.
     """
 
     num_classes: int
@@ -149,7 +147,6 @@ class EfficientFormerV2(Part):
     mlp_ratios: tuple[tuple[int, ...], ...]
     attention: int
     drop_path: float = 0.0
-    remat: bool = False
 
     @nn.compact
     def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
@@ -182,7 +179,6 @@ class EfficientFormerV2(Part):
                 ratios,
                 tuple(rates[begin : begin + len(ratios)]),
                 self.attention,
-                self.remat,
                 settings=self.settings,
                 name=f"stages_{i}",
             )(x, train)

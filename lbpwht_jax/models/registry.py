@@ -56,8 +56,7 @@ def plain_model(
         num_classes=_within(name, "num_classes", num_classes, None),
         image_size=_within(name, "image_size", info.images.size if image_size is None else image_size, _LARGEST_IMAGE),
         drop_path=drop_path,
-        remat=remat,
-        settings=Settings(dtype, frozen_batch_norm, named_residuals(residuals, name)),
+        settings=Settings(dtype, frozen_batch_norm, named_residuals(residuals, name), remat),
         **info.arguments,
     )
 

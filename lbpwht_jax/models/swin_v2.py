@@ -13,8 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lbpwht_jax.models.blocks import DropPath, Mlp, Part, check_images, dense, drop_path_rates
+from lbpwht_jax.models.blocks import DropPath, Mlp, Part, ResidualBlock, check_images, dense, drop_path_rates
 from lbpwht_jax.models.info import Images, Layers, ModelInfo, TimmFiles
+from lbpwht_jax.models.loops import run_blocks
 from lbpwht_jax.models.norms import layer_norm
 from lbpwht_jax.models.windows import from_windows, relative_coordinates, relative_index, shift_mask, to_windows
 from lbpwht_jax.ops.attention import kept_attention
@@ -91,20 +92,18 @@ class WindowAttention(Part):
         return jnp.moveaxis((16 * nn.sigmoid(x))[relative_index(self.window)], -1, 0)
 
 
-class Block(Part):
+class Block(ResidualBlock):
     """A transformer block whose norms close the residual branches; windows adapt to the map.
 
     Attributes:
       heads: attention heads.
       window: edge of a window, in tokens; a smaller map is one window of its own size.
       shifted: whether windows are shifted by half their edge, along axes that have more than one.
-      drop_path: probability of dropping each residual branch while training.
     """
 
     heads: int
     window: int
     shifted: bool
-    drop_path: float = 0.0
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
@@ -152,24 +151,21 @@ class Stage(Part):
       heads: attention heads of each block.
       window: edge of a window, in tokens.
       drop_path: drop-path rate of each block; their number is the depth.
-      remat: recomputes each block in the backward pass instead of keeping its activations.
     """
 
     downsample: bool
     heads: int
     window: int
     drop_path: tuple[float, ...]
-    remat: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         """``x`` of shape ``[batch, height, width, channels]``; with ``downsample`` as ``PatchMerging`` returns."""
         if self.downsample:
             x = PatchMerging(settings=self.settings, name="downsample")(x)
-        block = nn.remat(Block, static_argnums=(2,)) if self.remat else Block
-        for i, rate in enumerate(self.drop_path):
-            x = block(self.heads, self.window, i % 2 == 1, rate, settings=self.settings, name=f"blocks_{i}")(x, train)
-        return x
+        block = functools.partial(Block, self.heads, self.window, settings=self.settings)
+        blocks = {f"blocks_{i}": functools.partial(block, i % 2 == 1) for i in range(len(self.drop_path))}
+        return run_blocks(self, blocks, self.drop_path, x, train)
 
 
 class PatchEmbed(Part):
@@ -215,7 +211,6 @@ class SwinTransformerV2(Part):
       depths: blocks of each stage.
       heads: attention heads in each stage.
       drop_path: probability of dropping the last block's residual branches; the earlier blocks' rise linearly to it.
-      remat: recomputes each block in the backward pass instead of keeping its activations.
     """
 
     num_classes: int
@@ -225,7 +220,6 @@ class SwinTransformerV2(Part):
     depths: tuple[int, ...]
     heads: tuple[int, ...]
     drop_path: float = 0.0
-    remat: bool = False
 
     @nn.compact
     def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
@@ -244,10 +238,9 @@ class SwinTransformerV2(Part):
         check_images(self, images, _PATCH_SIZE)
         x = PatchEmbed(self.dim, settings=self.settings, name="patch_embed")(images)
         rates = drop_path_rates(self.drop_path, sum(self.depths))
-        common = {"remat": self.remat, "settings": self.settings}
         for i, (depth, heads) in enumerate(zip(self.depths, self.heads, strict=True)):
             own, rates = tuple(rates[:depth]), rates[depth:]
-            x = Stage(i > 0, heads, self.window, own, **common, name=f"layers_{i}")(x, train)
+            x = Stage(i > 0, heads, self.window, own, settings=self.settings, name=f"layers_{i}")(x, train)
         x = layer_norm(self, "norm", x)
         return Head(self.num_classes, settings=self.settings, name="head")(x)
 

@@ -1,5 +1,6 @@
 """Plain and distilled vision transformers: ViT (Dosovitskiy et al., 2021) and DeiT (Touvron et al., 2021), timm's names."""
 
+import functools
 import math
 from collections.abc import Mapping
 
@@ -8,8 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lbpwht_jax.models.blocks import DropPath, Mlp, Part, check_images, dense, drop_path_rates
+from lbpwht_jax.models.blocks import DropPath, Mlp, Part, ResidualBlock, check_images, dense, drop_path_rates
 from lbpwht_jax.models.info import Images, Layers, ModelInfo, TimmFiles
+from lbpwht_jax.models.loops import run_blocks
 from lbpwht_jax.models.norms import layer_norm
 from lbpwht_jax.ops.attention import attention, kept_attention
 from lbpwht_jax.ops.spec import Grid
@@ -59,7 +61,7 @@ class Attention(Part):
         return dense(self, "proj", channels, **tokens)(x.reshape(batch, length, channels))
 
 
-class Block(Part):
+class Block(ResidualBlock):
     """A pre-norm transformer block.
 
     Attributes:
@@ -67,14 +69,12 @@ class Block(Part):
       mlp_ratio: hidden channels of the MLP over the block's channels.
       grid: patches along each axis.
       prefix_tokens: class and distillation tokens in front.
-      drop_path: probability of dropping each residual branch while training.
     """
 
     heads: int
     mlp_ratio: int
     grid: Grid
     prefix_tokens: int
-    drop_path: float = 0.0
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
@@ -99,7 +99,6 @@ class VisionTransformer(Part):
       mlp_ratio: hidden channels of the MLPs over ``dim``.
       distilled: adds DeiT's distillation token and its head; the two heads' outputs are averaged.
       drop_path: probability of dropping the last block's residual branches; the earlier blocks' rise linearly to it.
-      remat: recomputes each block in the backward pass instead of keeping its activations.
     """
 
     num_classes: int
@@ -111,7 +110,6 @@ class VisionTransformer(Part):
     mlp_ratio: int = 4
     distilled: bool = False
     drop_path: float = 0.0
-    remat: bool = False
 
     @nn.compact
     def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
@@ -136,17 +134,9 @@ class VisionTransformer(Part):
         tokens = [jnp.broadcast_to(token.astype(x.dtype), (batch, 1, self.dim)) for token in tokens]
         x = jnp.concatenate([*tokens, x], axis=1)
         x = x + self.param("pos_embed", nn.initializers.normal(0.02), (1, *x.shape[1:])).astype(x.dtype)
-        block = nn.remat(Block, static_argnums=(2,)) if self.remat else Block
-        for i, rate in enumerate(drop_path_rates(self.drop_path, self.depth)):
-            x = block(
-                self.heads,
-                self.mlp_ratio,
-                tuple(grid),
-                len(names),
-                drop_path=rate,
-                settings=self.settings,
-                name=f"blocks_{i}",
-            )(x, train)
+        block = functools.partial(Block, self.heads, self.mlp_ratio, tuple(grid), len(names), settings=self.settings)
+        blocks = {f"blocks_{i}": block for i in range(self.depth)}
+        x = run_blocks(self, blocks, drop_path_rates(self.drop_path, self.depth), x, train)
         x = layer_norm(self, "norm", x, epsilon=_EPSILON)
         logits = nn.Dense(self.num_classes, dtype=self.settings.dtype, name="head")(x[:, 0])
         if self.distilled:

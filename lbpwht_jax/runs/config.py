@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import pydantic.dataclasses
 from pydantic import AfterValidator, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, TypeAdapter, model_validator
 
-from lbpwht_jax.adaptation import AdaptedModule, Train, adapt, parse_method
+from lbpwht_jax.adaptation import AdaptedModule, Train, adapt, parse_method, with_loops
 from lbpwht_jax.data import Dataset
 from lbpwht_jax.data.validation import STRICT, plain_errors
 from lbpwht_jax.models import ModelInfo, model_info, plain_model
@@ -59,9 +59,11 @@ class RunConfig:
       remat: whether blocks are computed again in the backward pass.
       recipe: how to train.
       residuals: what is kept for the backward pass besides what dense layers keep, as in ``create_model``.
+      scan_blocks: whether equal blocks run as loops, as in ``create_model``.
       validation: the share of the training images that is held out to choose the best epoch by; 0 for none. A data set that has
         validation images of its own needs none.
       lora_alpha: LoRA's branches are multiplied by this over their rank (``Method.alpha``).
+      lora_dropout: probability of zeros in the input of LoRA's branches while training.
       extended: for each time that the run went on with another number of epochs, the step from which it did, and the number of
         epochs until then; ``recipe`` has the number since.
 
@@ -88,8 +90,10 @@ class RunConfig:
     remat: bool
     recipe: Recipe
     residuals: ResidualsName = "plain"
+    scan_blocks: bool = False
     validation: Annotated[float, Field(ge=0, lt=1)] = 0.0
     lora_alpha: PositiveFloat = 8.0
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     extended: tuple[tuple[NonNegativeInt, PositiveInt], ...] = ()
 
     @model_validator(mode="after")
@@ -142,8 +146,9 @@ class RunConfig:
           ValueError: if the method trains nothing.
         """
         method = parse_method(self.method, projection=self.projection, when=self.when)
-        rules = dataclasses.replace(method, alpha=self.lora_alpha).rules(self.info, self.train)
-        return adapt(self.module(), rules, self.images())
+        method = dataclasses.replace(method, alpha=self.lora_alpha, dropout=self.lora_dropout)
+        adapted = adapt(self.module(), method.rules(self.info, self.train), self.images())
+        return with_loops(adapted, self.images()) if self.scan_blocks else adapted
 
     def start(self, model: AdaptedModule) -> dict[str, Any]:
         """The variables that training starts from; head and LoRA's branches are new and follow from the seed.

@@ -2,6 +2,7 @@
 
 from lbpwht_jax.train.details import Details, detailed
 from lbpwht_jax.train.evaluation import Evaluation, Evaluator, loading
+from lbpwht_jax.train.memory import keep_freed_memory
 from lbpwht_jax.train.placement import Placement, Shard, bytes_on_a_device
 from lbpwht_jax.train.recipe import Recipe
 from lbpwht_jax.train.state import TrainState, everything, initial_state
@@ -27,6 +28,7 @@ __all__ = [
     "detailed",
     "everything",
     "initial_state",
+    "keep_freed_memory",
     "loading",
     "make_eval_step",
     "make_train_step",

@@ -36,9 +36,9 @@ def loading(info: ModelInfo, image_size: int, batch_size: int, seed: int = 0, wo
     Raises:
       ValueError: if a number is out of range, or the processes cannot share a batch equally.
     """
-    fields = {} if workers is None else {"workers": workers}
-    process = {"shard_index": jax.process_index(), "shard_count": jax.process_count()}
-    return Loading(batch_size, image_size, info.images.channels, seed, **fields, **process)
+    fields: dict[str, Any] = {} if workers is None else {"workers": workers}
+    fields |= {"shard_index": jax.process_index(), "shard_count": jax.process_count()}
+    return Loading(batch_size, image_size, info.images.channels, seed, **fields)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -193,9 +193,11 @@ class Trainer:
 
     @functools.cached_property
     def loading(self) -> Loading:
-        """How this process loads its share of the images; random crops are cut from images of one and a half times the size."""
-        crops = self.recipe.augmentation.crop_scale is not None
-        return self._load(round(1.5 * self.image_size) if crops else None)
+        """How this process loads its share of the images; crops on the device are cut from images of 1.5 times the size."""
+        augmentation = self.recipe.augmentation
+        if augmentation.crop_from == "image":
+            return dataclasses.replace(self._load(None), crop_scale=augmentation.crop_scale)
+        return self._load(None if augmentation.crop_scale is None else round(1.5 * self.image_size))
 
     def _load(self, canvas: int | None) -> Loading:
         share = loading(self.info, self.image_size, self.recipe.batch_size, self.recipe.seed, self.workers)

@@ -98,7 +98,7 @@ def _rules(info: ModelInfo, found: Found, config: AdapterConfig, tensors: Mappin
     rules: list[Rule] = []
     for (rank, alpha, spec, grid, prefix_tokens), paths in groups.items():
         at = {"grid": grid, "prefix_tokens": prefix_tokens}
-        branch = LoRA(_exactly(paths), rank, alpha, spec, **at, rslora=config.rslora) if rank else None
+        branch = LoRA(_exactly(paths), rank, alpha, spec, **at, dropout=config.dropout, rslora=config.rslora) if rank else None
         rules.append(branch or LowRank(_exactly(paths), spec, **at))
     names = [key.removeprefix(PREFIX).removeprefix("params.").replace("/", ".") for key in tensors]
     saved = {name.rpartition(".")[0] for name in names}

@@ -34,6 +34,7 @@ def write_config(folder: Path, layers: Mapping[str, Adaptation], trained: Iterab
     targets = {key: adaptation for key, adaptation in layers.items() if adaptation.rank}
     counts = collections.Counter((adaptation.rank, adaptation.alpha) for adaptation in targets.values())
     rank, alpha = max(counts, key=lambda pair: counts[pair]) if counts else (0, 0)
+    dropout = max((adaptation.dropout for adaptation in targets.values()), default=0.0)
     scalings = {adaptation.rslora for adaptation in targets.values()}
     if len(scalings) > 1:
         raise ValueError("save_adapter: rslora must be the same in all LoRA rules, for PEFT's configuration has it once")
@@ -47,7 +48,7 @@ def write_config(folder: Path, layers: Mapping[str, Adaptation], trained: Iterab
         "modules_to_save": sorted({*trained} - {""}),
         "use_rslora": scalings == {True},
         "bias": "none",
-        "lora_dropout": 0.0,
+        "lora_dropout": dropout,
         "fan_in_fan_out": False,
         "init_lora_weights": True,
         "inference_mode": True,
@@ -74,6 +75,7 @@ class AdapterConfig:
       path: the file.
       alpha: LoRA's alpha, of all layers that no pattern names.
       alphas: pairs of a pattern of module paths and their alpha.
+      dropout: probability of zeros in the branches' inputs.
       rslora: whether branches are multiplied by ``alpha / rank ** 0.5``.
       dora: whether the adapter is DoRA's, which is not read.
       low_rank: for layers with a low-rank backward pass, by module path: the fields of a rule.
@@ -82,6 +84,7 @@ class AdapterConfig:
     path: Path
     alpha: Any
     alphas: Sequence[tuple[re.Pattern, Any]]
+    dropout: float
     rslora: bool
     dora: bool
     low_rank: Mapping[str, Mapping[str, Any]]
@@ -116,7 +119,10 @@ def read_config(folder: Path) -> AdapterConfig:
         if not isinstance(value, int | float | None) or isinstance(value, bool):
             raise ValueError(f"{path}: {place} must be a number, got {_kind(value)}")
     alphas = [(compile_pattern(pattern, f"{path}: alpha_pattern"), value) for pattern, value in patterns.items()]
-    flags = {"rslora": bool(config.get("use_rslora")), "dora": bool(config.get("use_dora"))}
+    dropout = config.get("lora_dropout") or 0.0
+    if isinstance(dropout, bool) or not isinstance(dropout, int | float) or not 0 <= dropout < 1:
+        raise ValueError(f"{path}: lora_dropout must be a number from 0 to less than 1, got {dropout!r}")
+    flags: dict[str, Any] = {"dropout": dropout, "rslora": bool(config.get("use_rslora")), "dora": bool(config.get("use_dora"))}
     return AdapterConfig(path, alpha, alphas, low_rank=_low_rank(path, config.get(_LOW_RANK) or []), **flags)
 
 

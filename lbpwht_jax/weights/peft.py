@@ -39,8 +39,9 @@ def save_adapter(
     The tensors are the parameters that were trained, and the other variables (running statistics) of modules that are not
     frozen. Their keys are ``base_model.model.`` and timm's key; for a branch timm's module path with ``lora_A.weight``,
     ``[rank, inputs]``, and ``lora_B.weight``, ``[outputs, rank]`` (for convolutions the window follows, ones in B; those of a
-    stack of scanned layers have the stack's dimensions first). The configuration is PEFT's; the low-rank rules, which PEFT has
-    not, stand in an entry of their own, which PEFT ignores with a warning.
+    stack of scanned layers have the stack's dimensions first). PEFT has one dropout for all branches: the largest. The
+    configuration is PEFT's; the low-rank rules, which PEFT has not, stand in an entry of their own, which PEFT ignores with a
+    warning.
 
     Args:
       folder: made if it does not exist; files of these two names are replaced.

@@ -133,6 +133,67 @@ def test_the_exact_directions_of_a_branch():
         chex.assert_numerical_grads(output, (b, a, x), order=1, atol=1e-2 / b.size, rtol=1e-2, eps=1e-1, modes=["rev"])
 
 
+RATE = 0.4
+
+
+def masks(model, x, key, names):
+    """What each layer's dropout does to an input of ones: the layers' outputs where kernels are zero, branches the identity."""
+    adapted = adapt(model, [LoRA("", rank=6, alpha=6, dropout=RATE)], x)
+    eye = {"kernel": jnp.zeros((6, 6)), "lora_a": jnp.eye(6), "lora_b": jnp.eye(6)}
+    params = dict.fromkeys(names, eye) if names else eye
+    return adapted.apply({"params": params}, jnp.ones_like(x), rngs={"dropout": key})
+
+
+class TwoLayers(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return [nn.Dense(6, use_bias=False, name=name)(x) for name in ("one", "other")]
+
+
+def test_each_layer_and_key_draws_its_own_dropout():
+    x, names = random(8, 21, 6), ("one", "other")
+    first, second = masks(TwoLayers(), x, jax.random.key(0), names)
+    for found in (first, second):
+        assert set(np.unique(found)) == {0, np.float32(1 / (1 - RATE))}
+        # of 1,008 draws; their standard deviation is 1.5 %
+        assert float((found == 0).mean()) == pytest.approx(RATE, abs=0.06)
+    assert (first != second).any()
+    again, other = (masks(TwoLayers(), x, jax.random.key(seed), names)[0] for seed in (0, 1))
+    chex.assert_trees_all_equal(first, again)
+    assert (first != other).any()
+
+
+@pytest.mark.parametrize("spec", [None, FULL], ids=["exact", "every_function_kept"])
+def test_gradients_under_dropout_are_those_of_the_masked_branch(spec):
+    x, w, a, b, g = (random(*shape, seed=i) for i, shape in enumerate([(2, 21, 6), (6, 6), (6, 3), (3, 6), (2, 21, 6)]))
+    key = jax.random.key(3)
+    mask = masks(nn.Dense(6, use_bias=False), x, key, ())
+    rule = LoRA("^$", rank=3, alpha=2, spec=spec, dropout=RATE, **(TOKENS if spec else {}))
+    adapted = adapt(nn.Dense(6, use_bias=False), [rule], x)
+    params = {"kernel": w, "lora_a": a, "lora_b": b}
+
+    def formula(params, x, mask):
+        return x @ w + 2 / 3 * ((x * mask) @ params["lora_a"] @ params["lora_b"])
+
+    y, pullback = jax.vjp(lambda p, x: adapted.apply({"params": p}, x, rngs={"dropout": key}), params, x)
+    wanted, expected = jax.vjp(lambda p, x: formula(p, x, mask), params, x)
+    # sums of up to 42 products of numbers around 10, in float32
+    chex.assert_trees_all_close(y, wanted, rtol=1e-4, atol=1e-4)
+    chex.assert_trees_all_close(pullback(g), expected(g), rtol=1e-4, atol=1e-4)
+    # an evaluation has none
+    chex.assert_trees_all_close(adapted.apply({"params": params}, x), formula(params, x, 1.0), rtol=1e-4, atol=1e-4)
+
+
+def test_dropout_that_cannot_be():
+    for rate in (-0.1, 1.0):
+        with pytest.raises(ValueError, match=r"dropout must be from 0 to less than 1, got"):
+            LoRA("fc", dropout=rate)
+    x = random(2, 20, 6)
+    adapted = adapt(Odd(), [LoRA("layer", rank=3, dropout=RATE)], x)
+    with pytest.raises(ValueError, match=r"'dropout' does not reach layer, whose branch has dropout; the nn.scan"):
+        adapted.apply(adapted.init(jax.random.key(0), x), x, rngs={"dropout": jax.random.key(0)})
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_the_file_round_trips(name, tmp_path):
     adapted, variables, started, _ = made(name)
@@ -202,7 +263,7 @@ def test_names_that_would_share_a_key(tmp_path):
 
 
 def test_the_file_is_laid_out_as_peft_s(tmp_path):
-    rules = [LoRA("attn/(qkv|proj)", rank=3, alpha=6, fused="qkv"), Freeze(r"^(?!head)")]
+    rules = [LoRA("attn/(qkv|proj)", rank=3, alpha=6, fused="qkv", dropout=0.1), Freeze(r"^(?!head)")]
     adapted = adapt(OURS, rules, random(1, 20, 20, 1))
     trained = filled(adapted.init(jax.random.key(0), random(1, 20, 20, 1)))
     save_adapter(tmp_path, adapted, trained, "vit_micro_patch4_28")
@@ -218,6 +279,7 @@ def test_the_file_is_laid_out_as_peft_s(tmp_path):
     np.testing.assert_array_equal(tensors["base_model.model.blocks.1.attn.proj.lora_A.weight"], own.T)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert config["peft_type"] == "LORA" and config["r"] == 3 and config["lora_alpha"] == 6
+    assert config["lora_dropout"] == 0.1
     assert config["target_modules"] == sorted(f"blocks.{i}.attn.{layer}" for i in range(2) for layer in ("qkv", "proj"))
     assert config["rank_pattern"] == {rf"blocks\.{i}\.attn\.qkv": 9 for i in range(2)}
     assert config["alpha_pattern"] == {rf"blocks\.{i}\.attn\.qkv": 18 for i in range(2)}

@@ -95,6 +95,22 @@ def test_each_branch_is_drawn_from_a_key_of_its_own():
     chex.assert_trees_all_close(one(IMAGES), model(IMAGES), atol=1e-6, rtol=0)
 
 
+def test_dropout_acts_while_training():
+    x = random(4, 20, 6)
+    adapted = adapt(nnx.Linear(6, 6, rngs=nnx.Rngs(0)), [LoRA("", rank=2, dropout=0.5)], x)
+    branch = adapted.dot_general
+    branch.lora_b[...] = random(2, 6, seed=3)
+    adapted.train()
+    first, second = adapted(x), adapted(x)
+    assert float(jnp.abs(first - second).max()) > 1e-2
+    nnx.reseed(adapted, dropout=7)
+    again = nnx.clone(adapted)
+    chex.assert_trees_all_equal(adapted(x), again(x))
+    adapted.eval()
+    expected = x @ adapted.kernel[...] + adapted.bias[...].reshape(1, 1, 6) + 4 * (x @ branch.lora_a[...] @ branch.lora_b[...])
+    chex.assert_trees_all_close(adapted(x), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_merged_equals_unmerged():
     model = Mixer(nnx.Rngs(0))
     adapted = with_branches(adapt(model, RULES, IMAGES), nnx.Rngs(1))

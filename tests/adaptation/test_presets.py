@@ -75,7 +75,8 @@ def test_lora_on_attention_leaves_the_rest_to_low_rank():
 
 
 def test_branches_have_the_rank_of_the_name_and_three_times_that_for_query_key_and_value():
-    model = adapted_model("vit_micro_patch4_28", "lora-8", num_classes=10)
+    model = adapted_model("vit_micro_patch4_28", "lora-8", num_classes=10, lora_alpha=16, lora_dropout=0.1)
+    assert {(each.scale, each.dropout) for each in model.resolution.adaptations} == {(2.0, 0.1)}
     params = jax.eval_shape(model.init, jax.random.key(0), jax.ShapeDtypeStruct((1, *VIT.images.shape), jnp.float32))["params"]
     attention = params["blocks_0"]["attn"]
     chex.assert_shape([attention["qkv"]["lora_a"], attention["qkv"]["lora_b"]], [(96, 24), (24, 3 * 96)])

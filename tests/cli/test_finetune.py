@@ -60,7 +60,8 @@ def folders(folder):
 def test_dtype_and_remat_reach_the_model(compared):
     config = dataclasses.replace(run_folder.read_config(compared[0]), dtype="bfloat16", remat=True)
     model = config.module()
-    assert model.remat and jax.eval_shape(model.init_with_output, jax.random.key(0), config.images())[0].dtype == "bfloat16"
+    logits, _ = jax.eval_shape(model.init_with_output, jax.random.key(0), config.images())
+    assert model.settings.remat and logits.dtype == "bfloat16"
     state = config.abstract_state(config.adapted(), Placement())
     assert {str(leaf.dtype) for leaf in jax.tree.leaves((state.params, state.optimizer)) if leaf.ndim} == {"float32"}
 
@@ -104,9 +105,6 @@ def test_the_folder_is_all_that_evaluation_needs(compared, capsys):
     best = json.loads(lbpwht(capsys, "evaluate", compared[0], "--checkpoint", "best", "--batch-size", "40", "--json"))
     # without validation images, the best checkpoint is the last epoch's
     assert best["accuracy"] == read_metrics(compared[0])[1][-1].test_accuracy
-    assert f"digits, test: accuracy {accuracy:.2%}, loss {found['loss']:.4f}, 360 images" in lbpwht(
-        capsys, "evaluate", compared[0]
-    )
 
 
 def test_the_weights_rebuild_the_model(compared):
@@ -198,6 +196,7 @@ def test_a_resumed_run_keeps_its_configuration(compared, capsys):
         (compared[0], ["--batch-size", "60"], "--batch-size 60: the run in .* was started with 32"),
         (compared[0], ["--crop-scale", "0.5", "1"], r"--crop-scale \(0\.5, 1\.0\): the run in .* was started with None"),
         (compared[0], ["--remat"], "--remat True: the run in .* was started with False"),
+        (compared[0], ["--scan-blocks"], "--scan-blocks True: the run in .* was started with False"),
         (compared[0], ["--compare"], "--compare does not go with --resume"),
         (compared[0], ["--recipe", "default"], "--recipe does not go with --resume"),
         (full, ["--method", "lp_l1-4"], "--method lp_l1-4: the run in .* was started with full"),
@@ -229,7 +228,9 @@ def test_a_signal_stops_and_saves_and_the_run_goes_on_bit_for_bit(few_digits, ca
         "--batch-size",
         "24",
         "--method",
-        "full",
+        "lora-4",
+        "--lora-dropout",
+        "0.2",
         "--train",
         "last_stage",
         "--ema",

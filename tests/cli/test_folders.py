@@ -1,6 +1,9 @@
 """Fine-tuning on image folders as people have them: three layouts, any names, every kind of image, one that is broken."""
 
 import json
+import re
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,7 +12,9 @@ from terminal import terminal
 
 from lbpwht_jax.cli import main
 from lbpwht_jax.cli.run_flags import RecipeFlags, RunFlags
+from lbpwht_jax.runs.metrics import read_metrics
 
+ROOT = Path(__file__).parents[2]
 CLASSES = ("Häuser", "猫")
 
 
@@ -64,6 +69,41 @@ def test_three_layouts_and_a_batch_that_fits(images, tmp_path):
     assert (len(dataset.train), dataset.validation, len(dataset.test), notes) == (20, None, 5, [])
 
 
+@pytest.mark.heavy
+@pytest.mark.parametrize("layout", ["train_val_test", "train_test", "flat", "zip"])
+def test_each_layout_is_trained_on(images, layout, tmp_path, capsys):
+    """Two epochs of one step on crops of whole images; what cannot be read is told, whichever part it is in."""
+    path, run = {"train_val_test": images, "flat": images / "train"}.get(layout, tmp_path / layout), tmp_path / "run"
+    if layout == "train_test":
+        path.mkdir()
+        for part in ("train", "test"):
+            (path / part).symlink_to(images / part)
+    elif layout == "zip":
+        path = Path(shutil.make_archive(str(path), "zip", images))
+    arguments = ["--dataset", f"folder:{path}", "--method", "lora-2", "--lora-dropout", "0.1", "--epochs", "2"]
+    arguments += ["--crop-scale", "0.3", "1", "--crop-from", "image", "--flip", "True", "--output", str(run)]
+    assert main(["finetune", *arguments]) == 0
+    validated, tests = layout in ("train_val_test", "zip"), 5 if layout == "flat" else 8
+    epochs = read_metrics(run)[1]
+    assert [epoch.number for epoch in epochs] == [1, 2]
+    assert all((epoch.test_accuracy is None) == validated for epoch in epochs)
+    [broken] = json.loads((run / "skipped.json").read_text())
+    assert broken.endswith(f"{CLASSES[1]}/broken.jpg")
+    config, adapter = (json.loads((run / name).read_text()) for name in ("config.json", "adapter/adapter_config.json"))
+    assert config["classes"] == [*CLASSES] and config["lora_dropout"] == adapter["lora_dropout"] == 0.1
+    # docs/command_line.md lists the folder's files; of these the run has all but what other flags, or damage, bring
+    table = (ROOT / "docs" / "command_line.md").read_text().split("## The run folder")[1].split("\n\n")[2]
+    listed = {re.sub("/.*", "/", name) for row in table.splitlines() for name in re.findall("`(.*?)`", row.split("|")[1])}
+    made = {each.name + "/" * each.is_dir() for each in run.iterdir()}
+    assert listed - made == {"compare/", "compare.json", "compare.png", "*.damaged"} and made <= listed
+    capsys.readouterr()
+    assert main(["evaluate", str(run), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    accuracy = json.loads((run / "result.json").read_text())["test_accuracy"]
+    assert (found["accuracy"], found["images"] + len(found["skipped"])) == (accuracy, tests)
+    assert [row["class"] for row in found["classes"]] == [*CLASSES]
+
+
 def test_a_run_on_the_screen(images, tmp_path):
     run = tmp_path / "run"
     arguments = ["--dataset", f"folder:{images}", "--train", "head", "--method", "full", "--epochs", "2", "--output", str(run)]
@@ -89,8 +129,6 @@ def test_a_run_on_the_screen(images, tmp_path):
     for epoch in (line for line in lines if line["kind"] == "epoch"):
         mean = np.mean([line["loss"] for line in lines if line["kind"] == "step" and line["number"] == epoch["step"]])
         assert f"training loss {mean:.3f}, validation loss {epoch['validation_loss']:.3f}" in text
-    # one step an epoch, and none of them counts the compilation
-    assert max(line["seconds"] for line in lines if line["kind"] == "step") < 5
     with terminal(80) as recording:
         assert (
             main(["predict", str(run), str(images / "test" / "*" / "0.*"), str(images / "train" / CLASSES[1]), "--top-k", "1"])

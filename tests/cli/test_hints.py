@@ -1,8 +1,8 @@
 """What a mistyped command is told: what was meant."""
 
 import socket
-import time
 
+import huggingface_hub
 import pytest
 
 from lbpwht_jax.cli import main
@@ -42,15 +42,23 @@ def test_a_longer_name_of_a_flag(capsys):
     assert "--learning-rate" in capsys.readouterr().err
 
 
-def test_a_hub_that_cannot_be_reached_is_told_at_once(capsys, tmp_path, monkeypatch):
-    def unresolved(*_):
+def test_a_hub_that_cannot_be_reached_is_told_without_waiting(capsys, tmp_path, monkeypatch):
+    """Its name is resolved first; then the hub's client, which would try for a while, looks into its cache alone, once."""
+    asked, download = [], huggingface_hub.hf_hub_download
+
+    def unresolved(*_, **__):
         raise socket.gaierror(-2, "Name or service not known")
+
+    def recorded(*arguments, **options):
+        asked.append(options)
+        return download(*arguments, **options)
 
     monkeypatch.setattr(socket, "getaddrinfo", unresolved)
     monkeypatch.setattr("urllib.request.getproxies", dict)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", recorded)
     output = tmp_path / "a.safetensors"
-    started = time.monotonic()
     assert main(["convert", "vit_tiny_patch16_224", "timm/no_such_weights.anywhere", str(output)]) == 2
     error = capsys.readouterr().err
     assert "cannot be resolved: there is no network; download it elsewhere and pass the path of the file" in error
-    assert "Retrying" not in error and time.monotonic() - started < 20 and not output.exists()
+    assert asked == [{"local_files_only": True}]
+    assert "Retrying" not in error and not output.exists()

@@ -26,6 +26,7 @@ from lbpwht_jax.runs.results import Result, table
 from lbpwht_jax.screen import console, show
 from lbpwht_jax.train import normalise
 from lbpwht_jax.weights import save_weights
+from lbpwht_jax.weights.files import bundled_file
 
 MICRO = "vit_micro_patch4_28"
 WIDTHS = pytest.mark.parametrize("columns", [80, 120])
@@ -118,7 +119,8 @@ def test_evaluate(run, tmp_path):
     assert [row["images"] for row in found["classes"]] == matrix.sum(1).tolist()
     assert [row["accuracy"] for row in found["classes"]] == (matrix.diagonal() / matrix.sum(1)).tolist()
     assert found["loss"] == pytest.approx(metrics.log_loss(batch.labels, jax.nn.softmax(logits)), rel=1e-4)
-    assert f"accuracy {found['accuracy']:.2%}" in text and "most often taken for" in text
+    assert f"digits, test: accuracy {found['accuracy']:.2%}, loss {found['loss']:.4f}, 360 images" in text
+    assert "most often taken for" in text
     with Image.open(tmp_path / "found" / "confusion.png") as picture:
         assert np.asarray(picture.convert("L")).std() > 5
 
@@ -128,6 +130,39 @@ def test_export(columns, run, tmp_path):
     screen(columns, "export", run, tmp_path / "a.safetensors")
     text = " ".join(screen(columns, "export", run, tmp_path / "a.pth", code=2))
     assert "only .safetensors files are written; name it a.safetensors" in re.sub(r"\s+", " ", text)
+
+
+def test_convert(tmp_path):
+    with bundled_file() as source:
+        lines = screen(80, "convert", MICRO, source, tmp_path / "a.safetensors")
+    assert " ".join(" ".join(lines).split()).endswith(f"{MICRO} for 10 classes at 28 pixels, flax layout")
+
+
+@pytest.mark.heavy
+def test_bench(tmp_path):
+    short = ["--rounds", "1", "--output", tmp_path]
+    lines = screen(80, "bench", "step", "--models", MICRO, "--methods", "full", "lp_l1-2", "--batch-size", "2", *short)
+    text = " ".join(" ".join(lines).split())
+    assert "lp_l1-2: compiled, first loss" in text and "24 low-rank, 0 exact by choice, 0 exact for speed" in text
+    found = json.loads((tmp_path / "step.json").read_text())["rows"]
+    for row in found:
+        cells = [row["method"], f"{1e3 * row['seconds']:.0f}", f"{row['speedup']:.2f}", f"{row['saved_bytes'] / 1e6:.1f}"]
+        assert any(all(f" {cell} " in line for cell in cells) for line in lines)
+    lines = screen(80, "bench", "layers", "--only", "stages", "--ranks", "2", "--batch", "1", *short)
+    found = json.loads((tmp_path / "layers.json").read_text())["rows"]
+    for row in found:
+        assert any(
+            line.startswith(f"{row['inputs']}->{row['outputs']} ") and f"{row['speedup']:.2f}x" in line for line in lines
+        )
+
+
+@pytest.mark.heavy
+def test_compile():
+    lines = screen(80, "compile", MICRO, "--methods", "full", "lp_l1-2", "lora-8", "--batch-size", "8")
+    text = " ".join(" ".join(lines).split())
+    assert f"{MICRO} on cpu:1, 8 images a step; numbers of one chip" in text and "temporaries" in text
+    assert "lp_l1-2: all; 24 low-rank, 0 exact by choice, 0 exact for speed" in text
+    assert "lora-8: head; 0 low-rank, 12 exact by choice, 0 exact for speed, 12 frozen" in text
 
 
 def finetune_table():

@@ -100,10 +100,10 @@ def test_training_stops_where_validation_does_not_get_better(images, tmp_path, c
     assert "--optimizer adamw: the run" in capsys.readouterr().err
 
 
-def test_alpha_and_batch_normalisation_reach_the_model():
-    config = RunFlags(method="lora-4", lora_alpha=16.0).new_run(None)[0]
-    scales = {each.scale for each in config.adapted().resolution.adaptations}
-    assert scales == {4.0}
+def test_alpha_dropout_and_batch_normalisation_reach_the_model():
+    config = RunFlags(method="lora-4", lora_alpha=16.0, lora_dropout=0.1).new_run(None)[0]
+    assert {(each.scale, each.dropout) for each in config.adapted().resolution.adaptations} == {(4.0, 0.1)}
+    assert RunConfig.from_json(json.dumps(config.to_json())) == config
     for pretrained, frozen in (("none", False), ("bundled", True)):
         assert dataclasses.replace(config, pretrained=pretrained).module().settings.frozen_batch_norm is frozen
 

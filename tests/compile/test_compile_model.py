@@ -42,6 +42,11 @@ def test_temporaries_are_those_of_the_step_that_bench_times(row):
     assert row.argument_bytes == memory.argument_size_in_bytes
 
 
+def test_all_layers_of_the_step_are_counted(row):
+    # six blocks of qkv, proj, fc1 and fc2; LP_{L1-2} speeds up all of them
+    assert row.layers == {"low_rank": 24, "exact_by_choice": 0, "exact_for_speed": 0, "frozen": 0}
+
+
 def test_what_a_cpu_does_not_tell_is_none(row):
     assert row.kernels is row.roofline_seconds is row.fits is row.compute_seconds is None
     assert row.flops > 0 and row.moved_bytes > row.argument_bytes and row.attention == "plain"

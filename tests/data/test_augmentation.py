@@ -11,6 +11,7 @@ from scipy import stats
 
 from lbpwht_jax.data import Augmentation, make_augmentation
 from lbpwht_jax.data.augmentation import crop_boxes, mix, resample
+from lbpwht_jax.data.crops import Draws
 from lbpwht_jax.data.validation import plain_errors
 
 RNG = np.random.default_rng(0)
@@ -46,10 +47,20 @@ def reference_box(rng, aspect, scale):
     return (1 - height) / 2, (aspect - width) / 2 / aspect, height, width / aspect
 
 
+def on_the_host(count, aspect, scale):
+    draws = Draws(np.random.default_rng(0), count, scale)
+    return np.asarray([draws.box(row, aspect) for row in range(count)])
+
+
+def on_the_device(count, aspect, scale):
+    return np.asarray(BOXES(KEY, jnp.full(count, aspect), scale), np.float64)
+
+
+@pytest.mark.parametrize("drawn", [on_the_host, on_the_device])
 @pytest.mark.parametrize(("aspect", "scale"), [(1.0, (0.08, 1.0)), (1.6, (0.3, 0.9)), (0.4, (0.08, 1.0)), (1.5, (0.8, 1.0))])
-def test_crops_are_drawn_as_torchvision_draws_them(aspect, scale):
+def test_crops_are_drawn_as_torchvision_draws_them(aspect, scale, drawn):
     count = 4000
-    ours = np.asarray(BOXES(KEY, jnp.full(count, aspect), scale), np.float64)
+    ours = drawn(count, aspect, scale)
     rng = np.random.default_rng(1)
     theirs = np.asarray([reference_box(rng, aspect, scale) for _ in range(count)])
     area, ratio = ours[:, 2] * ours[:, 3], aspect * ours[:, 3] / ours[:, 2]
@@ -62,8 +73,8 @@ def test_crops_are_drawn_as_torchvision_draws_them(aspect, scale):
 
 @pytest.mark.parametrize(("aspect", "box"), [(4.0, (0, 1 / 3, 1, 1 / 3)), (0.25, (1 / 3, 0, 1 / 3, 1))])
 def test_where_no_box_fits_the_centre_is_cut_out(aspect, box):
-    boxes = crop_boxes(KEY, jnp.full(5, aspect), (0.9, 1.0))
-    np.testing.assert_allclose(boxes, np.tile(np.asarray(box, np.float32), (5, 1)), atol=1e-6)
+    for boxes in (on_the_host(5, aspect, (0.9, 1.0)), on_the_device(5, aspect, (0.9, 1.0))):
+        np.testing.assert_allclose(boxes, np.tile(box, (5, 1)), atol=1e-6)
 
 
 @pytest.mark.parametrize("size", [5, 12, 30])
@@ -84,6 +95,11 @@ def test_a_crop_changes_the_size_and_stays_in_range():
     whole, _ = augment(Augmentation(), size=7)
     wanted = [np.asarray(Image.fromarray(image).resize((7, 7), Image.Resampling.BICUBIC)) for image in IMAGES]
     assert abs(np.asarray(whole) * 255 - np.stack(wanted)).max() <= 1.5
+
+
+def test_crops_made_while_loading_are_not_cut_again():
+    images, _ = augment(Augmentation(crop_scale=(0.08, 0.5), crop_from="image"))
+    np.testing.assert_allclose(images, IMAGES / 255, rtol=1e-6)
 
 
 def test_half_of_the_images_are_mirrored():
@@ -160,6 +176,7 @@ def test_the_key_decides_and_devices_do_not():
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
+        ({"crop_from": "image"}, r"crop_from 'image' needs crop_scale \(--crop-scale\), such as 0\.08 1"),
         ({"crop_scale": (0.0, 1.0)}, r"crop_scale\.0 must be greater than 0, got 0\.0"),
         ({"crop_scale": (0.5, 0.1)}, r"crop_scale: the least area must not be above the largest, got \(0\.5, 0\.1\)"),
         ({"shift": -1}, "shift must be greater than or equal to 0, got -1"),

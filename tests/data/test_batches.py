@@ -25,6 +25,12 @@ def indexed(count):
     )
 
 
+def ramps(count):
+    """Images that brighten to the right, each from its number on."""
+    rows = np.arange(count).reshape(-1, 1, 1, 1) + np.linspace(0, 240, 90).reshape(1, 1, -1, 1)
+    return ArraySplit(np.broadcast_to(rows, (count, 60, 90, 1)).astype(np.uint8), np.arange(count))
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Damaged(ArraySplit):
     """A split some of whose images cannot be read."""
@@ -93,16 +99,20 @@ def test_batches_keep_images_with_their_labels():
         assert batch.valid.all() and (batch.aspect == 2).all()
 
 
-def test_a_step_has_its_batch_wherever_one_starts():
-    same(take(indexed(10), 9)[7:], take(indexed(10), 2, start=7))
+CROPS = {"crop_scale": (0.2, 0.9)}
 
 
-@pytest.mark.parametrize("broken", [(), (3, 4)])
-def test_neither_workers_nor_processes_change_the_batches(broken):
-    split = damaged(11, broken)
-    whole = take(split, 6, workers=1)
-    same(whole, take(split, 6, workers=4))
-    shards = [take(split, 6, shard_index=i, shard_count=2) for i in range(2)]
+@pytest.mark.parametrize("crops", [{}, CROPS])
+def test_a_step_has_its_batch_wherever_one_starts(crops):
+    same(take(ramps(10), 9, **crops)[7:], take(ramps(10), 2, start=7, **crops))
+
+
+@pytest.mark.parametrize(("broken", "crops"), [((), {}), ((3, 4), {}), ((3, 4), CROPS)])
+def test_neither_workers_nor_processes_change_the_batches(broken, crops):
+    split = Damaged(ramps(11).images, ramps(11).labels, frozenset(broken))
+    whole = take(split, 6, workers=1, **crops)
+    same(whole, take(split, 6, workers=4, **crops))
+    shards = [take(split, 6, shard_index=i, shard_count=2, **crops) for i in range(2)]
     same(whole, [type(a)(*map(np.concatenate, zip(a, b, strict=True))) for a, b in zip(*shards, strict=True)])
 
 
@@ -120,6 +130,26 @@ def test_an_evaluation_sees_every_image_once(count, shards):
             seen.extend(batch.labels[batch.valid])
     assert sorted(seen) == list(range(count))
     assert lengths == {-(-count // 4)}
+
+
+def test_crops_are_cut_out_of_the_whole_image():
+    """Of stripes a pixel wide a squashed image keeps nothing; a crop of its own pixels keeps them black and white."""
+    stripes = np.broadcast_to(255 * (np.arange(400, dtype=np.uint8) % 2).reshape(1, 1, -1, 1), (8, 300, 400, 1))
+    split = ArraySplit(stripes, np.arange(8))
+    # a hundredth of the area is 30 x 40 pixels, in proportions from 3/4 to 4/3
+    batches = {scale: take(split, 2, image_size=35, crop_scale=scale) for scale in ((0.01, 0.01), None)}
+    contrast = {scale: np.std([batch.images for batch in found]) for scale, found in batches.items()}
+    assert contrast[0.01, 0.01] > 60 > 20 > contrast[None]
+
+
+def test_each_row_and_epoch_has_crops_of_its_own():
+    """The ramp's brightness tells how far to the right a crop was, and its range how wide."""
+    ramp = ramps(4).images[:1].repeat(4, 0)
+    found = [batch.images for batch in take(ArraySplit(ramp, np.arange(4)), 3, **CROPS)]
+    widths = np.ptp(np.concatenate(found).astype(int), axis=(1, 2, 3))
+    assert len({image.tobytes() for batch in found for image in batch}) == 12
+    # areas from 0.2 to 0.9 in proportions from 3/4 to 4/3, of a ramp over 240 levels, less the half pixel at both edges
+    assert widths.min() > 60 and widths.max() < 240
 
 
 def test_a_single_image():

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
+from terminal import terminal
 
 from lbpwht_jax.cli import main
 from lbpwht_jax.data import Loading, evaluation_batches, open_dataset, training_batches
@@ -71,6 +72,15 @@ def folder(tmp_path_factory):
     for name in ("shades", "unlabelled", "untested", "words"):
         assert main(["prepare", f"tfds:lbpwht_{name}", "--data-dir", str(path)]) == 0
     return path
+
+
+def test_the_screen(tmp_path):
+    """TFDS shows what it does in its own lines; the last one is this library's."""
+    with terminal(80) as recording:
+        assert main(["prepare", "tfds:lbpwht_untested", "--data-dir", str(tmp_path)]) == 0
+    end = f"{tmp_path}/lbpwht_untested/1.10.0: 12 train; train on it with --dataset tfds:lbpwht_untested"
+    shown = [line for line in recording.lines if line.strip()]
+    assert any(" ".join("".join(shown[-n:]).split()) == end for n in (1, 2, 3, 4)), shown
 
 
 def test_it_is_read_as_it_was_prepared(folder):

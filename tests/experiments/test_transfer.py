@@ -80,6 +80,18 @@ def test_the_same_images_are_taken_each_time(archive):
     assert images.images[images.labels == 0].mean() > 150 > images.images[images.labels == 1].mean()
 
 
+def test_branches_and_head_alone_stand_beside_the_whole_model():
+    names = {variant.name for variant in transfer.VARIANTS if variant.trained_as("head")}
+    assert names == {"lora-8", "lora_all-8", "lora-8 (4 x lr)", "lora_all-8 (4 x lr)"}
+    costs = {"backward_flops": 2e6, "saved_bytes": 3e6, "trainable_parameters": 4_000}
+    runs = [run("lora-8", 0, 0.5) | costs, run("full", 0, 0.7) | costs]
+    runs += [run("lora-8", seed, accuracy, "head") | costs for seed, accuracy in ((0, 0.4), (1, 0.6))]
+    rows = transfer_report.table(runs, "all").splitlines()[2:]
+    assert [row.split(" | ")[0] for row in rows] == ["| full", "| lora-8", "| lora-8, branches and head"]
+    assert "50.00 % (40.00 to 60.00) | 2 | 2.0 | 3.00 | 4,000 |" in rows[2]
+    assert "head" not in transfer_report.table(runs, "last_stage")
+
+
 @pytest.mark.heavy
 def test_a_sweep_goes_on_where_it_stopped(archive, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(transfer_backbone, "DEPTHS", (1, 1))  # compiles sooner

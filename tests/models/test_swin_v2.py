@@ -219,7 +219,7 @@ def test_low_rank_layers_do_not_change_the_logits(variables):
 def test_remat_changes_no_gradient(variables):
     rngs = {"dropout": jax.random.key(3)}
     wanted = gradients(tiny(drop_path=0.5), variables, rngs=rngs)
-    again = gradients(tiny(drop_path=0.5, remat=True), variables, rngs=rngs)
+    again = gradients(tiny(drop_path=0.5, settings=Settings(remat=True)), variables, rngs=rngs)
     # What drop path cut off is exactly zero in both.
     cut = {path for path, value in wanted.items() if not value.any()}
     chex.assert_trees_all_equal(*({path: tree[path] for path in cut} for tree in (again, wanted)))

@@ -88,7 +88,7 @@ def test_distilled_models_average_their_heads():
 
 def test_remat_changes_nothing():
     logits, gradients = logits_and_gradients(tiny(), variables())
-    again, recomputed = logits_and_gradients(tiny(remat=True), variables())
+    again, recomputed = logits_and_gradients(tiny(settings=Settings(remat=True)), variables())
     chex.assert_trees_all_close(again, logits, rtol=1e-5, atol=1e-6)
     assert_close(recomputed, gradients, 1e-4)  # float32 rounding, differently fused
 

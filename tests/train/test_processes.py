@@ -17,7 +17,20 @@ from lbpwht_jax.train.checkpoint import FROZEN, last_step
 from lbpwht_jax.train.processes import connect
 from lbpwht_jax.weights.files import load_weights
 
-OPTIONS = ["--method", "full", "--train", "head", "--batch-size", "72", "--epochs", "2", "--lr", "1e-3"]
+OPTIONS = [
+    "--method",
+    "lora-2",
+    "--lora-dropout",
+    "0.2",
+    "--train",
+    "head",
+    "--batch-size",
+    "72",
+    "--epochs",
+    "2",
+    "--lr",
+    "1e-3",
+]
 
 
 def start(process, port, run):

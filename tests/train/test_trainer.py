@@ -1,6 +1,7 @@
 import dataclasses
 import functools
 import math
+import types
 
 import chex
 import flax.linen as nn
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lbpwht_jax import LowRankDense, lp_l1
+from lbpwht_jax import LoRA, LowRankDense, adapt, lp_l1
 from lbpwht_jax.data import ArraySplit, Augmentation, Batch, Dataset, training_batches
 from lbpwht_jax.data.split import hold_out
 from lbpwht_jax.models.info import Images, ModelInfo
@@ -108,6 +109,37 @@ def test_the_variables_given_stay_as_they_were():
 def test_augmentation_is_applied():
     shifted = dataclasses.replace(RECIPE, augmentation=Augmentation(shift=3))
     assert losses(shifted) != losses()
+
+
+def test_crops_are_cut_once():
+    """On the device out of a larger canvas, or out of the whole image while it is loaded."""
+    for crop_from, canvas, scale in (("canvas", 6, None), ("image", None, (0.2, 0.9))):
+        augmentation = Augmentation(crop_scale=(0.2, 0.9), crop_from=crop_from)
+        found = trainer(dataclasses.replace(RECIPE, augmentation=augmentation)).loading
+        assert (found.canvas, found.crop_scale) == (canvas, scale)
+
+
+def test_no_step_s_time_contains_the_compilation(monkeypatch):
+    """On a clock that a compilation moves by a thousand seconds and a step by one."""
+    now = [0.0]
+    monkeypatch.setattr("lbpwht_jax.train.trainer.time", types.SimpleNamespace(perf_counter=lambda: now[0]))
+    training = Trainer(PLAIN, INFO, DATA, RECIPE, 4, placement=ONE)
+    step = training.train_step
+
+    class Timed:
+        def lower(self, *_):
+            return self
+
+        def compile(self):
+            now[0] += 1000
+
+        def __call__(self, *arguments):
+            now[0] += 1
+            return step(*arguments)
+
+    vars(training)["train_step"] = Timed()
+    events = list(training.fit(training.initial_state(PLAIN_VARIABLES)))
+    assert now == [1015] and sum(event.seconds for event in events if isinstance(event, Step)) == 15
 
 
 def test_evaluation_counts_every_image_once():
@@ -276,6 +308,20 @@ def test_devices_share_a_run(shard):
     placement = Placement(shard, jax.devices()[:4])
     together = losses(model=PLAIN, variables=PLAIN_VARIABLES, placement=placement)
     np.testing.assert_allclose(together, alone, rtol=0, atol=1e-5)
+
+
+def test_devices_share_the_draws_of_dropout():
+    model = adapt(PLAIN, [LoRA("LowRankDense_0", rank=1, dropout=0.5)], jax.ShapeDtypeStruct((1, 4, 4, 1), jnp.float32))
+    variables = model.with_branches(jax.random.key(0), PLAIN_VARIABLES)
+    variables["params"]["LowRankDense_0"]["lora_b"] += 1.0
+    alone = losses(model=model, variables=variables)
+    together = losses(model=model, variables=variables, placement=Placement(devices=jax.devices()[:4]))
+    np.testing.assert_allclose(together, alone, rtol=0, atol=1e-5)
+    # step after step from where it stopped, too
+    training = trainer(model=model)
+    *_, (state, _, _) = training.fit(training.initial_state(variables), stop=lambda number: number == 7)
+    later = [event.loss for event in training.fit(state) if isinstance(event, Step)]
+    assert later == alone[7:]
 
 
 def test_sharing_parameters_saves_memory():

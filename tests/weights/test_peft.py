@@ -110,7 +110,7 @@ def test_folders_that_tell_no_rules(edited, model, fields, message):
 
 def test_the_rules_are_read_without_the_pretrained_variables(tmp_path):
     model, x = nn.Dense(2), jnp.ones((1, 4, 4, 3))
-    adapted = adapt(model, [LoRA("", 2, 3, lp_l1(2), rslora=True)], x)
+    adapted = adapt(model, [LoRA("", 2, 3, lp_l1(2), rslora=True, dropout=0.25)], x)
     variables = jax.jit(adapted.init)(jax.random.key(0), x)
     save_adapter(tmp_path, adapted, variables)
     again, loaded = adapt_from(tmp_path, model, jax.ShapeDtypeStruct(x.shape, x.dtype))
