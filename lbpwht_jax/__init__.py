@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from lbpwht_jax.layers import LowRankDense, LowRankLinear
     from lbpwht_jax.models import list_models
     from lbpwht_jax.ops import LowRankSpec, Residuals, fast_walsh_hadamard, low_rank_matmul, lp_l1, lp_linf, walsh_matrix
-    from lbpwht_jax.weights import load_adapter, load_pretrained, save_adapter
+    from lbpwht_jax.weights import adapt_from, load_adapter, load_pretrained, save_adapter
 
 __version__ = version("lbpwht_jax")
 
@@ -27,6 +27,7 @@ __all__ = [
     "Residuals",
     "__version__",
     "adapt",
+    "adapt_from",
     "create_model",
     "fast_walsh_hadamard",
     "list_models",
@@ -44,7 +45,7 @@ _NAMES = {
     "layers": ("LowRankDense", "LowRankLinear"),
     "models": ("list_models",),
     "adaptation": ("Freeze", "LoRA", "LowRank", "adapt", "create_model"),
-    "weights": ("load_adapter", "load_pretrained", "save_adapter"),
+    "weights": ("adapt_from", "load_adapter", "load_pretrained", "save_adapter"),
 }
 _ROOM = {name: room for room, names in _NAMES.items() for name in names}
 

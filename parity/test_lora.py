@@ -13,8 +13,8 @@ import torch
 from flax import traverse_util
 from timm.models.vision_transformer import VisionTransformer
 
-from lbpwht_jax import Freeze, LoRA, adapt, create_model
-from lbpwht_jax.weights.peft import load_adapter, save_adapter
+from lbpwht_jax import Freeze, LoRA, adapt, create_model, lp_l1
+from lbpwht_jax.weights import adapt_from, load_adapter, save_adapter
 from lbpwht_jax.weights.timm_keys import from_timm
 from parity.util import images_for, randomise, relative, state_of
 
@@ -116,20 +116,51 @@ def test_peft_reads_our_adapter(tmp_path):
     assert relative(adapted.module.apply(variables, images), reference) > 0.1
 
 
+def test_peft_ignores_our_low_rank_rules(tmp_path):
+    theirs, _, variables, images = pair()
+    adapted = adapt(create_model(NAME, num_classes=10), [LoRA("qkv", rank=4, spec=lp_l1(4)), Freeze(".")], images)
+    save_adapter(tmp_path, adapted, adapted.with_branches(jax.random.key(1), variables), NAME)
+    with pytest.warns(UserWarning, match=r"Unexpected keyword arguments \['lbpwht_jax'\]"):
+        peft.PeftModel.from_pretrained(theirs, tmp_path)
+    assert adapt_from(tmp_path, adapted.module, images)[0] == adapted
+
+
+CONFIG = {"r": 4, "lora_alpha": 8, "modules_to_save": ["head"], "init_lora_weights": False}
+
+
+def save_theirs(theirs, folder, **fields):
+    torch.manual_seed(0)
+    wrapped = peft.get_peft_model(copy.deepcopy(theirs), peft.LoraConfig(**{**CONFIG, **fields}))
+    wrapped.save_pretrained(folder)
+    return wrapped
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"target_modules": ["qkv", "attn.proj"], "rank_pattern": {"qkv": 12}, "alpha_pattern": {r"blocks\.\d+\.attn\.qkv": 24}},
+        {"target_modules": r"blocks\.[13]\.mlp\.fc[12]|head", "use_rslora": True, "modules_to_save": None},
+        {"target_modules": ["patch_embed.proj", "fc2"]},
+        {"target_modules": "all-linear", "exclude_modules": ["head"], "lora_alpha": 3},
+    ],
+)
+def test_we_adapt_as_peft_s_folder_says(tmp_path, fields):
+    theirs, _, variables, images = pair()
+    wrapped = save_theirs(theirs, tmp_path, **fields)
+    adapted, loaded = adapt_from(tmp_path, create_model(NAME, num_classes=10), images, variables=variables)
+    ours, reference = outputs(wrapped, adapted, loaded, images)
+    assert relative(ours, reference) < 2e-5
+    assert relative(adapted.module.apply(variables, images), reference) > 0.05
+    trained, total = wrapped.get_nb_trainable_parameters()
+    # PEFT keeps the head twice where it trains a copy of it
+    head = 970 if wrapped.peft_config["default"].modules_to_save else 0
+    assert adapted.trainable_parameters() == (trained, total - head)
+
+
 def test_we_read_peft_s_adapter(tmp_path):
     theirs, adapted, variables, images = pair()
-    config = peft.LoraConfig(
-        r=4,
-        lora_alpha=8,
-        target_modules=["qkv", "attn.proj", "fc1"],
-        rank_pattern={"qkv": 12},
-        alpha_pattern={"qkv": 24},
-        modules_to_save=["head"],
-        init_lora_weights=False,
-    )
-    torch.manual_seed(0)
-    wrapped = peft.get_peft_model(copy.deepcopy(theirs), config)
-    wrapped.save_pretrained(tmp_path)
+    targets = ["qkv", "attn.proj", "fc1"]
+    wrapped = save_theirs(theirs, tmp_path, target_modules=targets, rank_pattern={"qkv": 12}, alpha_pattern={"qkv": 24})
     tensors = safetensors.numpy.load_file(tmp_path / "adapter_model.safetensors")
     assert len(tensors) == 6 * 3 * 2 + 2
     ours, reference = outputs(wrapped, adapted, load_adapter(tmp_path, adapted, variables, NAME), images)

@@ -1,9 +1,12 @@
 """Models under rules: low rank, LoRA and freezing, for Linen and NNX."""
 
 from lbpwht_jax.adaptation.create import create_model
-from lbpwht_jax.adaptation.linen import AdaptedModule, adapt, resolve
+from lbpwht_jax.adaptation.entry import adapt, resolve
+from lbpwht_jax.adaptation.linen import AdaptedModule
 from lbpwht_jax.adaptation.loops import unrolled, with_loops
-from lbpwht_jax.adaptation.nnx import FrozenParam, merge, with_branches
+from lbpwht_jax.adaptation.nnx import resolution_of
+from lbpwht_jax.adaptation.nnx_branches import merge, unmerge, with_branches
+from lbpwht_jax.adaptation.nnx_layers import FrozenParam
 from lbpwht_jax.adaptation.partition import join_params, split_params
 from lbpwht_jax.adaptation.plan import Plan, PlannedLayer, load_plan
 from lbpwht_jax.adaptation.presets import (
@@ -16,7 +19,7 @@ from lbpwht_jax.adaptation.presets import (
     parse_method,
     stored_method,
 )
-from lbpwht_jax.adaptation.resolution import Resolution
+from lbpwht_jax.adaptation.resolution import Resolution, TrainableParameters
 from lbpwht_jax.adaptation.rules import Freeze, LoRA, LowRank, Rule
 
 __all__ = [
@@ -32,6 +35,7 @@ __all__ = [
     "Resolution",
     "Rule",
     "Train",
+    "TrainableParameters",
     "adapt",
     "adapted_model",
     "create_model",
@@ -41,9 +45,11 @@ __all__ = [
     "load_plan",
     "merge",
     "parse_method",
+    "resolution_of",
     "resolve",
     "split_params",
     "stored_method",
+    "unmerge",
     "unrolled",
     "with_branches",
     "with_loops",

@@ -8,10 +8,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from lbpwht_jax.adaptation.linen import LowRankModel, find_layers
+from lbpwht_jax.adaptation.linen import LowRankModel
+from lbpwht_jax.adaptation.linen_layers import find_layers
 from lbpwht_jax.adaptation.loops import with_loops
+from lbpwht_jax.adaptation.matching import resolve_rules
 from lbpwht_jax.adaptation.plan import Plan
-from lbpwht_jax.adaptation.resolution import resolve_rules
 from lbpwht_jax.adaptation.rules import LowRank
 from lbpwht_jax.models import model_info, plain_model
 from lbpwht_jax.ops.residuals import Residuals
@@ -78,13 +79,10 @@ def create_model(
         if layers is not None:
             raise ValueError(f"create_model({name!r}): layers={layers!r} needs a spec to apply, such as spec=lp_l1(4)")
         return with_loops(model, images) if scan_blocks else model
-    found, parameters = find_layers(model, (images,), {})
-    gridded = [layer for layer in found if layer.kind == "LowRankDense"]
-    if plan is not None:
-        rules = plan.rules()
-    else:
-        assert spec is not None
-        rules = [LowRank(info.layers.low_rank if layers is None else layers, spec)]
+    found = find_layers(model, (images,), {})
+    gridded = [layer for layer in found.layers if layer.kind == "LowRankDense"]
+    if spec is not None:
+        rules = (LowRank(info.layers.low_rank if layers is None else layers, spec),)
         pattern = rules[0].pattern
         if not any(re.search(pattern, layer.path) for layer in gridded):
             nearest = difflib.get_close_matches(pattern, [layer.path for layer in gridded], n=5, cutoff=0.0)
@@ -92,5 +90,7 @@ def create_model(
                 f"create_model({name!r}): layers={layers!r} matches no layer on a token grid; "
                 f"the nearest paths: {', '.join(nearest)}"
             )
-    low_rank = LowRankModel(model, resolve_rules(gridded, parameters, rules))
+    else:
+        rules = plan.rules() if plan is not None else ()
+    low_rank = LowRankModel(model, resolve_rules(found._replace(layers=gridded), rules))
     return with_loops(low_rank, images) if scan_blocks else low_rank

@@ -19,12 +19,12 @@ def split_params(params: Mapping[str, Any], trainable: Callable[[str], bool]) ->
     Raises:
       ValueError: if nothing is trained.
     """
-    flat: dict[str, Any] = traverse_util.flatten_dict(dict(params), sep="/")
-    trained = {path: leaf for path, leaf in flat.items() if trainable(path)}
+    flat: dict[tuple[str, ...], Any] = traverse_util.flatten_dict(dict(params))
+    trained = {path: leaf for path, leaf in flat.items() if trainable("/".join(path))}
     if not trained:
         raise ValueError("every parameter is frozen, so there is nothing to train; let a rule leave some out")
     frozen = {path: leaf for path, leaf in flat.items() if path not in trained}
-    return traverse_util.unflatten_dict(trained, sep="/"), traverse_util.unflatten_dict(frozen, sep="/")
+    return traverse_util.unflatten_dict(trained), traverse_util.unflatten_dict(frozen)
 
 
 def join_params(trained: Mapping[str, Any], frozen: Mapping[str, Any]) -> dict[str, Any]:

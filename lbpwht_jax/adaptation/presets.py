@@ -7,7 +7,8 @@ from typing import Any, Literal, NamedTuple, get_args
 import jax
 import jax.numpy as jnp
 
-from lbpwht_jax.adaptation.linen import AdaptedModule, adapt
+from lbpwht_jax.adaptation.entry import adapt
+from lbpwht_jax.adaptation.linen import AdaptedModule
 from lbpwht_jax.adaptation.loops import with_loops
 from lbpwht_jax.adaptation.plan import Plan, Train, load_plan
 from lbpwht_jax.adaptation.rules import NOTHING, Freeze, LoRA, LowRank, Rule

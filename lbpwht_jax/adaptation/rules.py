@@ -8,6 +8,7 @@ from typing import Any
 from lbpwht_jax.ops.spec import Grid, LowRankSpec
 
 NOTHING = "(?!)"
+ALL_LINEAR = "all-linear"
 _SHOWN = 200
 
 
@@ -15,8 +16,11 @@ _SHOWN = 200
 class LowRank:
     """Backpropagates dense layers at low rank, as ``low_rank_matmul`` does; forward pass and parameters are unchanged.
 
+    Calls of such a layer on vectors, ``[batch, channels]``, which have no tokens, are backpropagated exactly.
+
     Attributes:
-      pattern: regular expression searched in the layers' paths, such as ``"blocks_0/mlp/fc1"``.
+      pattern: regular expression searched in the layers' paths, such as ``"blocks_0/mlp/fc1"``; or ``"all-linear"``: all
+        dense layers and 1x1 convolutions but the head (the last layer, and all others after the last one on tokens or maps).
       spec: the Walsh functions kept.
       grid: tokens along each axis of inputs ``[..., prefix_tokens + tokens, channels]``. ``None`` for layers that know
         their own (this library's) and for channels-last maps, ``[batch, height, width, channels]``.
@@ -42,10 +46,11 @@ class LowRank:
 class LoRA:
     """Freezes dense layers and trains a low-rank branch beside each: ``y = x W + (alpha / rank) (x A) B`` (Hu et al., 2021).
 
-    ``A`` starts random and ``B`` at zero, so that the output is unchanged at first. Kernel and bias are frozen.
+    ``A`` starts random and ``B`` at zero, so that the output is unchanged at first. Kernel and bias are frozen. Without a
+    ``spec``, convolutions without groups take branches too: one of the same window and stride to ``rank`` channels, then ``B``.
 
     Attributes:
-      pattern: regular expression searched in the layers' paths.
+      pattern: see ``LowRank``.
       rank: columns of ``A`` and rows of ``B``.
       alpha: the branch is multiplied by ``alpha / rank``.
       spec: the Walsh functions kept in the backward pass of the layer and its branch; ``None`` backpropagates exactly.
@@ -56,6 +61,8 @@ class LoRA:
       dropout: in training, each element of the branch's input, not of the layer's, is zero with this probability, and the
         others are divided by what is left of 1, as in PEFT. For Linen, training is a call of ``AdaptedModule.apply`` that is
         given the rng ``dropout``; for NNX it is what ``model.train()`` and ``model.eval()`` say.
+      rslora: multiplies the branch by ``alpha / rank ** 0.5`` instead (Kalajdzievski, 2023), so that a higher rank learns no
+        slower.
 
     Raises:
       ValueError: if a pattern is not a regular expression, rank or alpha is not positive, or dropout is not in [0, 1).
@@ -70,6 +77,7 @@ class LoRA:
     prefix_tokens: int = 0
     fused: str = NOTHING
     dropout: float = 0.0
+    rslora: bool = False
 
     def __post_init__(self):
         _check_pattern(self, self.pattern)

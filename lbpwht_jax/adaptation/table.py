@@ -1,5 +1,6 @@
-"""Tables as plain text."""
+"""Tables as plain text and as HTML."""
 
+import html
 from collections.abc import Mapping, Sequence
 
 
@@ -23,3 +24,18 @@ def text_table(columns: Mapping[str, str], rows: Sequence[Sequence[str]], total:
 
     rule = line(["-" * width for width in widths])
     return "\n".join([line(titles), rule, *map(line, rows), rule, line(total)])
+
+
+def html_table(columns: Mapping[str, str], rows: Sequence[Sequence[str]], total: Sequence[str]) -> str:
+    """The same table as HTML; the arguments are those of ``text_table``."""
+    sides = ["right" if side == ">" else "left" for side in columns.values()]
+
+    def line(cells: Sequence[str], tag: str) -> str:
+        made = (
+            f'<{tag} style="text-align: {side}">{html.escape(cell)}</{tag}>' for cell, side in zip(cells, sides, strict=True)
+        )
+        return f"<tr>{''.join(made)}</tr>"
+
+    head, foot = line(list(columns), "th"), line(total, "th")
+    body = "".join(line(row, "td") for row in rows)
+    return f"<table><thead>{head}</thead><tbody>{body}</tbody><tfoot>{foot}</tfoot></table>"

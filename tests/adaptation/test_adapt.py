@@ -8,7 +8,7 @@ from flax import traverse_util
 from foreign import ViT
 
 from lbpwht_jax import Freeze, LoRA, LowRank, LowRankDense, adapt, create_model, lp_l1, lp_linf
-from lbpwht_jax.adaptation.linen import AdaptedModule, resolve
+from lbpwht_jax.adaptation import AdaptedModule, resolve
 from lbpwht_jax.adaptation.resolution import Resolution
 from lbpwht_jax.ops.flops import product_flops
 
@@ -215,7 +215,8 @@ def test_frozen_parameters_cost_nothing():
         (
             LowRank("fc1", LOW, grid=(4, 5)),
             r"block_0/fc1: grid \(4, 5\) with 0 prefix tokens makes 20 tokens, but the input \[2, 21, 8\] has 21; "
-            r"change the rule LowRank\('fc1'\)",
+            r"1 of them may be class or register tokens: prefix_tokens=1; change the rule LowRank\('fc1'\)\. "
+            r"The same holds for block_1/fc1$",
         ),
         (
             LowRank("fc1", lp_l1(2, ndim=1), **TOKENS),

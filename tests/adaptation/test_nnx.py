@@ -8,7 +8,7 @@ from foreign import Mixer
 
 from lbpwht_jax import Freeze, LoRA, LowRank, adapt, lp_l1, lp_linf
 from lbpwht_jax.adaptation import FrozenParam, merge, with_branches
-from lbpwht_jax.adaptation.nnx import AdaptedNNXProduct
+from lbpwht_jax.adaptation.nnx_layers import AdaptedNNXProduct
 
 GRID = (4, 5)
 FULL, LOW = lp_linf(8), lp_l1(2)

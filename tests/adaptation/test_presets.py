@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import pytest
 
 from lbpwht_jax import Freeze, LoRA, LowRank, create_model, lp_l1, lp_linf
-from lbpwht_jax.adaptation.linen import resolve
+from lbpwht_jax.adaptation import resolve
 from lbpwht_jax.adaptation.presets import Method, adapted_model, parse_method
 from lbpwht_jax.models import model_info
 

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lbpwht_jax import LoRA, adapt
-from lbpwht_jax.weights.peft import load_adapter, save_adapter
+from lbpwht_jax import LoRA, adapt, lp_l1
+from lbpwht_jax.weights import adapt_from, load_adapter, save_adapter
 
 IMAGES = jnp.ones((3, 2))
 ADAPTED = adapt(nn.Dense(2, name="fc"), [LoRA("", rank=1, alpha=4)], IMAGES)
@@ -31,8 +31,10 @@ def edited(saved, tmp_path):
     shutil.copytree(saved[0], tmp_path / "adapter")
     path = tmp_path / "adapter" / "adapter_config.json"
 
-    def load(text=None, **fields):
+    def load(text=None, model=None, **fields):
         path.write_text(json.dumps({**json.loads(path.read_text()), **fields}) if text is None else text)
+        if model is not None:
+            return adapt_from(tmp_path / "adapter", model, IMAGES, variables=saved[1])
         return load_adapter(tmp_path / "adapter", ADAPTED, saved[1])
 
     return load
@@ -79,3 +81,47 @@ def test_patterns_are_peft_s(edited, saved):
     with pytest.raises(ValueError, match="has alpha 5, "):
         edited(alpha_pattern={".*": 5, "weight": 6})
     np.testing.assert_equal(edited(alpha_pattern={"x.*": 5}), jax.tree.map(np.asarray, saved[1]))
+
+
+LOW = {"layers": [""], "spec": {"bases": [[0, 0]], "block": 8}, "grid": None, "prefix_tokens": 0}
+
+
+@pytest.mark.parametrize(
+    ("model", "fields", "message"),
+    [
+        (nn.Dense(2), {"use_dora": True}, "use_dora is set, and DoRA's magnitudes are not read"),
+        (
+            nn.Dense(2, name="fc"),
+            {"lora_alpha": None},
+            "the top level has alpha None; lora_alpha or alpha_pattern must",
+        ),
+        (nn.Dense(2), {"lora_alpha": 10**400}, r"must give a positive one, at most 1e\+09"),
+        (nn.Sequential([nn.Dense(2)]), {}, r"branches of the top level, which are no dense layers .* are layers\.0, "),
+        (nn.Dense(2), {"lbpwht_jax": 5}, "lbpwht_jax does not hold low-rank rules as save_adapter writes them"),
+        (nn.Dense(2), {"lbpwht_jax": [{**LOW, "grid": ["a"]}]}, "lbpwht_jax does not hold low-rank rules"),
+        (nn.Dense(2), {"lbpwht_jax": [{**LOW, "spec": {"bases": [[9, 9]]}}]}, "lbpwht_jax does not hold low-rank"),
+        (nn.Dense(2), {"lbpwht_jax": [LOW]}, "the token grid of the top level, a Dense on an input .* cannot be known"),
+    ],
+)
+def test_folders_that_tell_no_rules(edited, model, fields, message):
+    with pytest.raises(ValueError, match=message):
+        edited(model=model, **fields)
+
+
+def test_the_rules_are_read_without_the_pretrained_variables(tmp_path):
+    model, x = nn.Dense(2), jnp.ones((1, 4, 4, 3))
+    adapted = adapt(model, [LoRA("", 2, 3, lp_l1(2), rslora=True, dropout=0.25)], x)
+    variables = jax.jit(adapted.init)(jax.random.key(0), x)
+    save_adapter(tmp_path, adapted, variables)
+    again, loaded = adapt_from(tmp_path, model, jax.ShapeDtypeStruct(x.shape, x.dtype))
+    assert again == adapted
+    # the frozen kernel is what init draws from key 0, which made these variables too
+    jax.tree.map(np.testing.assert_array_equal, loaded, variables)
+
+
+def test_variables_are_where_they_belong(tmp_path):
+    with pytest.raises(TypeError, match=r"save_adapter: a Linen model needs its variables, .*, got NoneType"):
+        save_adapter(tmp_path, ADAPTED)
+    merged = ADAPTED.merge(jax.jit(ADAPTED.init)(jax.random.key(0), IMAGES))
+    with pytest.raises(ValueError, match="save_adapter: the variables lack the LoRA branch of"):
+        save_adapter(tmp_path, ADAPTED, merged)
