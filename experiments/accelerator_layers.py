@@ -9,7 +9,8 @@ from accelerator_results import Row, fill, read
 from accelerator_settings import DTYPE, Job, Settings
 
 from lbpwht_jax import lp_l1
-from lbpwht_jax.bench import STAGES, TABLE_8, Layer, Limits, keep_freed_memory, measure_layer
+from lbpwht_jax.bench import STAGES, TABLE_8, Layer, Limits, measure_layer
+from lbpwht_jax.train import keep_freed_memory
 
 LAYERS = TABLE_8 + STAGES
 

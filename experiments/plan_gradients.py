@@ -23,7 +23,7 @@ from transfer_training import make_trainer, train
 
 from lbpwht_jax.adaptation import AdaptedModule, adapt
 from lbpwht_jax.cost import backward_flops
-from lbpwht_jax.data import ArraySplit
+from lbpwht_jax.data import ArraySplit, Split
 from lbpwht_jax.plan import cross_entropy, plan
 from lbpwht_jax.train import normalise
 
@@ -31,8 +31,10 @@ RESULTS = Path(__file__).parent / "results" / "plan_gradients.json"
 RANKS = (2, 4, 6)
 
 
-def batch_of(split: ArraySplit, seed: int, count: int) -> tuple[jax.Array, jax.Array]:
+def batch_of(split: Split, seed: int, count: int) -> tuple[jax.Array, jax.Array]:
     """Images, normalised, and their labels."""
+    if not isinstance(split, ArraySplit):
+        raise TypeError(f"the images must be in memory, got {type(split).__name__}")
     chosen = np.random.default_rng(seed).permutation(len(split.images))[:count]
     images = jnp.asarray(split.images[chosen]).astype(jnp.float32) / 255
     return normalise(images, backbone_info()), jnp.asarray(split.labels[chosen])

@@ -107,3 +107,25 @@ def paper_table(results: Mapping[str, Any]) -> str:
     ]
     devices = sorted({f"{row['device']}, {row['dtype']}, JAX {row['versions']['jax']}" for row in results["rows"]})
     return f"{'; '.join(devices)}.\n\n{markdown(header, rows)}"
+
+
+def plans(results: Mapping[str, Any]) -> str:
+    """Gradients by a plan beside those by one selection for all layers."""
+    rows = [
+        [
+            row["name"],
+            f"{row['flops']:.3f}",
+            f"{row['whole']:.4f}",
+            f"{row['mean']:.4f}",
+            " ".join("all" if kept is None else str(kept) for kept in row.get("functions", [])),
+        ]
+        for row in results["rows"]
+    ]
+    text = f"""
+        {results["model"]}, pretrained, its head trained for an epoch on {results["images"]}. Plans ([page](plan.md)) were made
+        from batches of {results["batch_size"]} training images. Cosines with the exact gradient are on {results["held_out"]}
+        test images: of all parameters together, and the mean over the planned layers' kernels. FLOPs are shares of full
+        backpropagation's.
+    """
+    header = ["method", "backward FLOPs", "cosine, whole", "cosine, mean", "functions kept, in order"]
+    return f"{prose(text)}\n\n{markdown(header, rows)}"

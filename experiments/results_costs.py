@@ -1,6 +1,6 @@
 """The results page's sections on speed, costs and the training engine."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from transfer_report import markdown, prose
@@ -185,3 +185,23 @@ def kept_bytes(results: Mapping[str, Any]) -> str:
     """
     header = ["model", "method", "layers", *settings, "with remat", "backward MFLOPs", "with remat"]
     return f"{prose(text)}\n\n{markdown(header, rows)}"
+
+
+def temporaries(results: Mapping[str, Any]) -> str:
+    """What compiled steps hold besides what is kept."""
+    rows = [held_cells(row, results["rows"]) for row in results["rows"]]
+    text = f"""
+        Steps of {results["rows"][0]["batch_size"]} images in float32, compiled for a CPU (JAX {results["jax"]}); 100 classes,
+        MiB. `held` is what the compiler plans for a step besides its arguments and results, by `memory_analysis`; the sum is of
+        the bytes kept, the parameters' gradients and the most that one block alone holds. See [blocks as loops](residuals.md).
+    """
+    header = ["model", "method", "kept", "gradients", "a block", "held", "of the sum", "of full"]
+    return f"{prose(text)}\n\n{markdown(header, rows)}"
+
+
+def held_cells(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A row of ``temporaries`` as text."""
+    parts = [row[name] for name in ("kept", "gradients", "block")]
+    full = next(other["held"] for other in rows if (other["model"], other["method"]) == (row["model"], "full"))
+    mib = [f"{number / 2**20:,.0f}" for number in (*parts, row["held"])]
+    return [row["model"], row["method"], *mib, f"{row['held'] / sum(parts):.2f}", f"{row['held'] / full:.2f}"]

@@ -38,6 +38,7 @@ SECTIONS: tuple[tuple[str, str, str, Section], ...] = (
     ("Tiny-ImageNet to CIFAR-10", "transfer", "transfer.py --data cifar10.zip", accuracy.transfer),
     ("Times of the sweep's training steps", "transfer_steps", "transfer_steps.py", accuracy.transfer_steps),
     ("How much of the gradient survives", "transfer_gradients", "transfer_gradients.py --data cifar10.zip", accuracy.gradients),
+    ("Gradients by a plan", "plan_gradients", "plan_gradients.py --data cifar10.zip", accuracy.plans),
     (
         "Times of a layer (the paper's Table 8)",
         "bench_layers",
@@ -55,6 +56,7 @@ SECTIONS: tuple[tuple[str, str, str, Section], ...] = (
     ("A long run", "soak", "soak.py", costs.soak),
     ("The paper's cost tables", "cost_tables", "cost_tables.py", costs.cost_tables),
     ("Bytes kept", "saved_bytes", "saved_bytes.py", costs.kept_bytes),
+    ("What steps hold on a CPU", "temporaries", "temporaries.py", costs.temporaries),
     ("Accuracy, the paper's Table 5", "paper_table_5", "paper_tables.py 5 --data DATA --hub", accuracy.paper_table),
     ("Accuracy, the paper's Table 6", "paper_table_6", "paper_tables.py 6 --data DATA --hub", accuracy.paper_table),
     ("Accuracy, the paper's Table 7", "paper_table_7", "paper_tables.py 7 --data DATA --hub", accuracy.paper_table),

@@ -14,6 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import tyro
+from results_costs import held_cells
 from rich.console import Console
 from rich.table import Table
 
@@ -76,10 +77,11 @@ def block_bytes(model: AdaptedModule, batch: int) -> int:
 
         def loss(params: Any, others: Any, x: jax.Array, alone: nn.Module = alone) -> jax.Array:
             with nn.intercept_methods(model.intercept):
-                return jnp.sum(alone.apply({"params": params, **others}, x))
+                y: Any = alone.apply({"params": params, **others}, x)
+            return jnp.sum(y)
 
         variables = dict(jax.eval_shape(alone.init, jax.random.key(0), x))
-        step = jax.jit(jax.grad(loss, argnums=(0, 2))).lower(variables.pop("params"), variables, x).compile()
+        step: Any = jax.jit(jax.grad(loss, argnums=(0, 2))).lower(variables.pop("params"), variables, x).compile()
         most = max(most, step.memory_analysis().temp_size_in_bytes)
     return most
 
@@ -105,16 +107,8 @@ def table(rows: list[dict[str, Any]]) -> Table:
     for heading in HEADINGS:
         made.add_column(heading, justify="left" if heading in HEADINGS[:2] else "right")
     for row in rows:
-        made.add_row(*cells(row, rows))
+        made.add_row(*held_cells(row, rows))
     return made
-
-
-def cells(row: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:
-    """A row as text, under ``HEADINGS``."""
-    parts = [row[name] for name in ("kept", "gradients", "block")]
-    full = next(other["held"] for other in rows if (other["model"], other["method"]) == (row["model"], "full"))
-    mib = [f"{number / 2**20:,.0f}" for number in (*parts, row["held"])]
-    return [row["model"], row["method"], *mib, f"{row['held'] / sum(parts):.2f}", f"{row['held'] / full:.2f}"]
 
 
 def main(

@@ -76,7 +76,7 @@ class Variant:
 
     def parse(self) -> Method:
         """The method."""
-        fields = {"projection": self.projection, "dx": self.dx} if "lp_" in self.method else {}
+        fields: dict[str, Any] = {"projection": self.projection, "dx": self.dx} if "lp_" in self.method else {}
         return parse_method(self.method, **fields)
 
     def trained_as(self, train: Train) -> bool:

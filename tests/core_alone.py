@@ -13,7 +13,7 @@ import optax
 
 import lbpwht_jax
 
-ROOMS = ("ops", "layers", "models", "adaptation", "weights", "cost")
+ROOMS = ("ops", "layers", "models", "adaptation", "weights", "cost", "plan")
 
 
 def load_every_name() -> None:

@@ -51,7 +51,11 @@ def everything_they_need(requirements):
 def modules_of(distributions):
     """Names by which only these distributions are imported."""
     by_module = importlib.metadata.packages_distributions()
-    return {name for name, owners in by_module.items() if name.isidentifier() and set(map(normal, owners)) <= distributions}
+    return {
+        name
+        for name, owners in by_module.items()
+        if name.isidentifier() and set(map(normal, owners)) <= distributions and name not in sys.stdlib_module_names
+    }
 
 
 CORE = everything_they_need(PROJECT["project"]["dependencies"])

@@ -67,16 +67,17 @@ def _keys(module: Part, args: Any, kwargs: Any, resolution: Resolution | None) -
         with nn.intercept_methods(record):
             return module.init(jax.random.key(0), *args, **kwargs)
 
-    shapes = [
+    shapes: list[tuple[str, Hashable]] = [
         ("/".join(entry.key for entry in path[1:]), (path[0].key, leaf.shape, leaf.dtype))
         for path, leaf in jax.tree.leaves_with_path(abstract_call(init, args, kwargs))
     ]
     rules: list[tuple[str, Hashable]] = []
     if resolution is not None:
-        rules = [
+        rules += [
             (how.layer.path, dataclasses.replace(how, layer=dataclasses.replace(how.layer, path="")))
             for how in resolution.adaptations
-        ] + [(path, "frozen") for path in resolution.frozen]
+        ]
+        rules += [(path, "frozen") for path in resolution.frozen]
 
     def within(path: str, values: list[tuple[str, Hashable]]) -> Hashable:
         return frozenset((key.removeprefix(path), value) for key, value in values if f"{key}/".startswith(f"{path}/"))

@@ -162,7 +162,8 @@ class Observer:
         if path not in self.sites or context.method_name != "__call__" or _is_observed(getattr(module, field)):
             return call(*args, **kwargs)
         observed = _Observed(self.sites[path], self.taps[path], outputs=_outputs(module))
-        return module.clone(parent=module.scope, **{field: observed})(*args, **kwargs)
+        replaced: dict[str, Any] = {field: observed}
+        return module.clone(parent=module.scope, **replaced)(*args, **kwargs)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -185,7 +186,7 @@ class _Observed:
         kernel = rhs.reshape(-1, math.prod(outputs))
         tokens = self.site.prefix_tokens + math.prod(self.site.grid)
         x = lhs.reshape(-1, tokens, len(kernel))
-        y = _product(x, kernel, self.tap, self.site)
+        y: Any = _product(x, kernel, self.tap, self.site)
         return y.reshape(*lhs.shape[: lhs.ndim - self.site.contracted], *outputs).astype(lhs.dtype)
 
 

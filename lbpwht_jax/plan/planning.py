@@ -16,7 +16,7 @@ from lbpwht_jax.adaptation.plan import Plan, PlannedLayer, Unit
 from lbpwht_jax.cost import residual_bytes
 from lbpwht_jax.cost.layers import matmul_flops, saved_elements
 from lbpwht_jax.cost.trace import Product, layer_records
-from lbpwht_jax.ops.spec import LowRankSpec
+from lbpwht_jax.ops.spec import Basis, LowRankSpec
 from lbpwht_jax.plan.candidates import Candidate, candidate, selections
 from lbpwht_jax.plan.knapsack import Choice, solve
 from lbpwht_jax.plan.observe import Energies, Observer, Site
@@ -164,6 +164,10 @@ def _at(site: Site, product: Product) -> Product:
     return dataclasses.replace(product, **at)
 
 
+def _bases(spec: LowRankSpec | None) -> tuple[Basis, ...] | None:
+    return None if spec is None else spec.bases
+
+
 @dataclasses.dataclass(frozen=True)
 class _Option:
     """What the layers of a group may do: the same for all of them."""
@@ -187,7 +191,8 @@ class _Menu:
         unit: Unit,
     ):
         self.model, self.exact, self.variables, self.image_shape = model, exact, variables, image_shape
-        self.sites, self.energies, self.unit = sites, energies, unit
+        self.sites, self.energies = sites, energies
+        self.unit: Unit = unit
         records = layer_records(exact, variables, image_shape, exact.trainable)
         products = [record for record in records if isinstance(record, Product)]
         self.products = {
@@ -260,7 +265,7 @@ class _Menu:
         layers = [
             PlannedLayer(
                 path,
-                None if chosen[path].spec is None else chosen[path].spec.bases,
+                _bases(chosen[path].spec),
                 by_path[path].grid,
                 by_path[path].prefix_tokens,
                 1 - chosen[path].dw_lost,

@@ -39,7 +39,7 @@ def kernel():
 
 
 def test_all_are_there():
-    assert [path.stem for path in NOTEBOOKS] == ["adapt_your_model", "how_it_works", "quickstart"]
+    assert [path.stem for path in NOTEBOOKS] == ["adapt_your_model", "choose_ranks", "how_it_works", "quickstart"]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
