@@ -162,6 +162,7 @@ def step_costs(name, method, train):
     return compiled.cost_analysis()["flops"], traced, residual_bytes(training.model, variables, shape)
 
 
+@pytest.mark.heavy
 def test_the_compiled_step_saves_what_the_count_says():
     flops, traced, kept = step_costs("vit", "full", "all")
     for method, train in (("full", "last_stage"), ("lp_l1-2", "last_stage"), ("lora-4", "last_stage"), ("full", "head")):

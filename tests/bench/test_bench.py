@@ -57,6 +57,7 @@ def test_the_authors_form_is_the_official_projection(grid):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)  # float32 sums of up to 512 products
 
 
+@pytest.mark.heavy
 def test_bench_layers_writes_what_it_shows(tmp_path, capsys):
     arguments = [
         "--only",

@@ -219,6 +219,7 @@ def test_a_checkpoint_of_another_configuration(compared, capsys, tmp_path):
     assert "no configuration of this version's" in mistake(capsys, "finetune", "--resume", other)
 
 
+@pytest.mark.heavy
 def test_a_signal_stops_and_saves_and_the_run_goes_on_bit_for_bit(few_digits, capsys, tmp_path):
     options = [
         "--dataset",
@@ -284,6 +285,7 @@ def test_low_rank_is_cheaper_than_full(compared):
         assert results["lp_l1-2"][key] < results["lp_l1-4"][key] < results["full"][key]
 
 
+@pytest.mark.heavy
 def test_a_sum_on_the_last_stage(few_digits, tmp_path):
     method = "lp_l1-2+lora-4"
     arguments = ["--method", method, "--train", "last_stage", "--dataset", few_digits, "--epochs", "1", "--batch-size", "120"]

@@ -84,7 +84,16 @@ def gradient(model, values, x):
     return jax.grad(loss, has_aux=True)(values["params"])
 
 
-@pytest.mark.parametrize(("family", "remat"), [*((family, False) for family in FAMILIES), ("vit", True)])
+@pytest.mark.parametrize(
+    ("family", "remat"),
+    [
+        ("vit", False),
+        ("vit", True),
+        ("swin_v2", False),
+        ("efficientformer", False),
+        pytest.param("efficientformer_v2", False, marks=pytest.mark.heavy),
+    ],
+)
 def test_loops_give_the_same(family, remat):
     """Logits, gradients and running statistics, with what is kept rounded too."""
     one_by_one = model(family, residuals=RESIDUALS["lean"])

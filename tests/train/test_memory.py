@@ -20,6 +20,7 @@ assert first > 100 and max(again) < 10, (first, again)
 """
 
 
+@pytest.mark.heavy
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's allocator is told")
 def test_freed_memory_is_used_again_without_page_faults():
     # also results of over 2 GiB, which whole steps of large models have
