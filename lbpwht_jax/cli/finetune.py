@@ -78,6 +78,10 @@ class Finetune:
     workers: Annotated[int | None, flag("INT", "as many as there are cores, up to 16")] = None
     """Threads that load images."""
 
+    keep_freed_memory: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Lets the C library (glibc) keep what a step frees, instead of clearing new pages at each step: on CPUs steps of large models
+    are about a fifth faster, but the process takes up to twice the memory."""
+
     output: Annotated[Path | None, flag("FOLDER", "runs/DATE-TIME-METHOD")] = None
     """Folder for the run, which must not hold one yet."""
 
@@ -108,7 +112,8 @@ class Finetune:
         """
         if self.checkpoint_every < 0:
             raise ValueError(f"--checkpoint-every must not be negative, got {self.checkpoint_every}")
-        keep_freed_memory()
+        if self.keep_freed_memory:
+            keep_freed_memory()
         connect(self.coordinator, self.num_processes, self.process_id)
         with contextlib.ExitStack() as locks, plain_errors():
             runs = self._new_runs(locks) if self.resume is None else [self._resumed_run(self.resume, locks)]
