@@ -22,7 +22,10 @@ CLASSES = 10
 
 
 def randomise(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
-    """Draws every tensor of a model at random, none at its initial value, so that activations stay of order one; eval mode."""
+    """Draws every tensor of a model at random, none at its initial value, so that activations stay of order one; eval mode.
+
+    Buffers that a model computes (running statistics apart) stay: SwinV2's and DINOv3's biases of keys are zeros for good.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def normal(shape):

@@ -7,7 +7,7 @@ from typing import Any
 
 import flax.linen as nn
 
-from lbpwht_jax.models import convnext, efficientformer, efficientformer_v2, swin_v2, vit_names
+from lbpwht_jax.models import convnext, dinov3, efficientformer, efficientformer_v2, swin_v2, vit_names
 from lbpwht_jax.models.blocks import Settings
 from lbpwht_jax.models.info import ModelInfo
 from lbpwht_jax.ops.residuals import Residuals, named_residuals
@@ -16,7 +16,7 @@ _LARGEST_IMAGE = 8192
 
 _MODELS: dict[str, ModelInfo] = {
     name: info
-    for family in (vit_names, efficientformer, efficientformer_v2, swin_v2, convnext)
+    for family in (vit_names, dinov3, efficientformer, efficientformer_v2, swin_v2, convnext)
     for name, info in family.MODELS.items()
 }
 
