@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from lbpwht_jax.models.blocks import DropPath, Mlp, Part, ResidualBlock, check_images, dense, drop_path_rates
 from lbpwht_jax.models.conv_blocks import convolution
-from lbpwht_jax.models.info import Images, Layers, ModelInfo, TimmFiles
+from lbpwht_jax.models.info import NOTHING, Images, Layers, ModelInfo, TimmFiles
 from lbpwht_jax.models.loops import run_blocks
 from lbpwht_jax.models.norms import layer_norm, layer_scale, widen
 from lbpwht_jax.ops.gelu import coded_gelu
@@ -173,7 +173,7 @@ _RENAMES = ((r"\.ls\.gamma$", ".gamma"), (r"^norm\.", "head.norm."), (r"^head\.(
 
 def _info(arguments: dict, crop: float, *, response_norm: bool = False, pointwise: bool = False) -> ModelInfo:
     """A model, given whether timm's files have its dense layers as 1x1 convolutions."""
-    files = TimmFiles(renames=_RENAMES, **({"pointwise": r"mlp/fc[12]/kernel$"} if pointwise else {}))
+    files = TimmFiles(renames=_RENAMES, pointwise=r"mlp/fc[12]/kernel$" if pointwise else NOTHING)
     arguments = {**arguments, "response_norm": response_norm}
     return ModelInfo(ConvNeXt, arguments, Images(224, crop=crop), Layers(r"blocks_\d+/mlp/fc[12]$"), files)
 

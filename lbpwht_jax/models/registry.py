@@ -35,7 +35,8 @@ def model_info(name: str) -> ModelInfo:
       ValueError: if the name is unknown, with the nearest ones.
     """
     if name not in _MODELS:
-        nearest = difflib.get_close_matches(name.lower(), _MODELS, n=3, cutoff=0.3)
+        like = [known for known in sorted(_MODELS) if known.startswith(name.lower())] if name else []
+        nearest = like[:3] or difflib.get_close_matches(name.lower(), _MODELS, n=3, cutoff=0.3)
         near = f"nearest: {', '.join(nearest)}" if nearest else f"the families are {', '.join(_FAMILIES)}, with timm's names"
         raise ValueError(f"unknown model {name!r}; {near}")
     return _MODELS[name]

@@ -3,7 +3,7 @@
 import dataclasses
 import re
 
-from lbpwht_jax.models.info import Images, Layers, ModelInfo, TimmFiles
+from lbpwht_jax.models.info import NOTHING, Images, Layers, ModelInfo, TimmFiles
 from lbpwht_jax.models.vit import VisionTransformer, resample_positions
 from lbpwht_jax.models.vit_options import Options
 
@@ -30,14 +30,22 @@ def _info(name: str, images: Images, options: Options) -> ModelInfo:
     low_rank = r"blocks_\d+/(attn/(qkv|proj)|mlp/fc[12])$" + r"|^attn_pool/kv$" * attended
     last_stage = rf"^(blocks_({last})|norm|{'attn_pool|' * attended}head(_dist)?)(/|$)"
     # Files of models that average have the attention pooling of the weights they come from, which timm leaves out too.
-    ignored = {"buffers": r"^attn_pool\."} if options.pooling == "average" else {}
+    ignored = r"^attn_pool\." if options.pooling == "average" else NOTHING
     layers = Layers(low_rank=low_rank, last_stage=last_stage)
-    return ModelInfo(VisionTransformer, arguments, images, layers, TimmFiles(resample=resample_positions, **ignored))
+    return ModelInfo(VisionTransformer, arguments, images, layers, TimmFiles(resample=resample_positions, buffers=ignored))
 
 
-_HALF = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
-_VIT = Images(224, **_HALF, crop=0.9)
-_VIT_384 = Images(384, **_HALF)
+def _half(size: int, crop: float) -> Images:
+    return Images(size, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), crop=crop)
+
+
+def _clip(crop: float) -> Images:
+    mean, std = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+    return Images(224, mean=mean, std=std, crop=crop)
+
+
+_VIT = _half(224, 0.9)
+_VIT_384 = _half(384, 1.0)
 _DEIT = Images(224, crop=0.9)
 _DEIT_3 = Options(prefix_positions=False, layer_scale=1e-6)
 
@@ -63,9 +71,8 @@ _PLAIN = {
     **{f"deit_{size}_patch16_224": _DEIT for size in ("tiny", "small", "base")},
     **{f"deit_{size}_distilled_patch16_224": _DEIT for size in ("tiny", "small", "base")},
 }
-_CLIP = {"mean": (0.48145466, 0.4578275, 0.40821073), "std": (0.26862954, 0.26130258, 0.27577711)}
-_CLIP_OPTIONS = Options(pre_norm=True, epsilon=1e-5)
-_QUICK = dataclasses.replace(_CLIP_OPTIONS, activation="quick_gelu")
+_CLIP = Options(pre_norm=True, epsilon=1e-5)
+_QUICK = dataclasses.replace(_CLIP, activation="quick_gelu")
 _DINO_V2 = Options(layer_scale=1e-5)
 _DINO_V2_REGISTERS = Options(layer_scale=1e-5, registers=4, prefix_positions=False)
 
@@ -73,12 +80,12 @@ _WITH_OPTIONS = {
     **{f"deit3_{size}_patch16_224": (_DEIT, _DEIT_3) for size in ("small", "medium", "base", "large")},
     **{f"deit3_{size}_patch16_384": (Images(384), _DEIT_3) for size in ("small", "base", "large")},
     "deit3_huge_patch14_224": (_DEIT, _DEIT_3),
-    "vit_base_patch16_clip_224": (Images(224, **_CLIP, crop=0.95), _CLIP_OPTIONS),
-    "vit_base_patch16_clip_quickgelu_224": (Images(224, **_CLIP), _QUICK),
-    "vit_base_patch32_clip_224": (Images(224, **_CLIP, crop=0.9), _CLIP_OPTIONS),
-    "vit_base_patch32_clip_quickgelu_224": (Images(224, **_CLIP, crop=0.9), _QUICK),
-    "vit_large_patch14_clip_224": (Images(224, **_HALF), _CLIP_OPTIONS),
-    "vit_large_patch14_clip_quickgelu_224": (Images(224, **_CLIP), _QUICK),
+    "vit_base_patch16_clip_224": (_clip(0.95), _CLIP),
+    "vit_base_patch16_clip_quickgelu_224": (_clip(1.0), _QUICK),
+    "vit_base_patch32_clip_224": (_clip(0.9), _CLIP),
+    "vit_base_patch32_clip_quickgelu_224": (_clip(0.9), _QUICK),
+    "vit_large_patch14_clip_224": (_half(224, 1.0), _CLIP),
+    "vit_large_patch14_clip_quickgelu_224": (_clip(1.0), _QUICK),
     **{f"vit_{size}_patch14_dinov2": (Images(518), _DINO_V2) for size in ("small", "base", "large")},
     **{f"vit_{size}_patch14_reg4_dinov2": (Images(518), _DINO_V2_REGISTERS) for size in ("small", "base", "large")},
     **{f"vit_{kind}_siglip_224": (_VIT, Options(pooling="attention")) for kind in ("base_patch16", "so400m_patch14")},

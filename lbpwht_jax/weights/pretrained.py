@@ -43,7 +43,8 @@ def load_pretrained(
     Args:
       name: the model's name, one of ``list_models()``.
       source: a ``.safetensors``, ``.pth`` or ``.bin`` file; a folder with ``model.safetensors`` or ``pytorch_model.bin``; or
-        a Hugging Face hub id such as ``"timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k"``, which needs the extra ``[hub]``.
+        a Hugging Face hub id such as ``"timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k"``, or timm's name of weights, which is
+        the same without ``timm/``; both need the extra ``[hub]``.
       num_classes: outputs of the head; by default as many as the file has. If the file has another number, or no head, the
         head (both heads, if there are two) starts with zeros, and the log (INFO, ``"lbpwht_jax"``) says so.
       image_size: height and width of the images in pixels, by default the model's. What was made for another size is
