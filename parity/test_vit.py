@@ -148,3 +148,20 @@ def test_views_and_half_precision(tmp_path):
         theirs = value.detach()
         assert read[key].dtype.name == str(theirs.dtype).removeprefix("torch.")
         np.testing.assert_array_equal(np.asarray(read[key], np.float32), theirs.float().numpy())
+
+
+def test_metas_files_of_dinov2(tmp_path):
+    """A file in Meta's layout is what timm makes of it."""
+    name = "vit_small_patch14_reg4_dinov2"
+    model = reference(name, 56)
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    positions = torch.randn(1, 17, 384, generator=torch.Generator().manual_seed(0))
+    state |= {"register_tokens": state.pop("reg_token"), "mask_token": torch.zeros(1, 384), "pos_embed": positions}
+    torch.save(state, tmp_path / "meta.pth")
+    model.load_state_dict(timm.models.vision_transformer.checkpoint_filter_fn(dict(state), model), strict=True)
+    ours = load_pretrained(name, tmp_path / "meta.pth", image_size=56)
+    images = util.images_for(name, 56)
+    with torch.no_grad():
+        theirs = model(torch.from_numpy(images).permute(0, 3, 1, 2))
+    module = create_model(name, num_classes=util.CLASSES, image_size=56)
+    assert util.relative(jax.jit(module.apply)(ours, images), theirs) < util.LOGITS

@@ -35,10 +35,10 @@ def load_pretrained(
     """Reads weights into the variables of a model.
 
     The layout is recognised by the keys: timm's; the authors' EfficientFormer and EfficientFormerV2; transformers' ViT, DeiT
-    and SwinV2; Microsoft's SwinV2; or this library's own (``export_weights(..., format="flax")``). Every tensor of the model
-    must be there with the model's shape, and no other; only the head may differ, if ``num_classes`` asks for another.
-    (transformers' ViT normalises with epsilon 1e-12 where timm and this library use 1e-6: its logits differ in the last
-    digits.)
+    and SwinV2; Microsoft's SwinV2; Meta's DINOv2; or this library's own (``export_weights(..., format="flax")``). Every tensor
+    of the model must be there with the model's shape, and no other; only the head may differ, if ``num_classes`` asks for
+    another. (transformers' ViT normalises with epsilon 1e-12 where timm and this library use 1e-6: its logits differ in the
+    last digits.)
 
     Args:
       name: the model's name, one of ``list_models()``.
