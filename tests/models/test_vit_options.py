@@ -88,6 +88,7 @@ def test_one_function_is_exact_where_patches_are_alike(kind):
     assert_close(low, exact, 1e-4)  # float32 rounding
 
 
+@pytest.mark.heavy
 def test_few_bits_turn_gradients_little():
     """What is kept of CLIP's activation is its slope in 8 bits."""
     _, exact = logits_and_gradients(low_rank("clip", 3), variables("clip"))
