@@ -51,7 +51,7 @@ def low_rank(second, rank, residuals="plain"):
     return adapt(module, [LowRank(LAYERS, lp_l1(rank))], IMAGES)
 
 
-@pytest.mark.parametrize("second", [False, True])
+@pytest.mark.parametrize("second", [pytest.param(False, marks=pytest.mark.heavy), True])
 def test_full_rank_gives_the_exact_gradients(second):
     """Of a plain model unrolled and of a looped one that keeps each array once; float32 rounding apart. Maps of 18, 9, 4 and 2
     tokens along each axis fill no whole number of blocks."""

@@ -63,7 +63,7 @@ def low_rank(kind, rank, **settings):
     return adapt(small(kind, settings=Settings(**settings)), [LowRank(layers, lp_l1(rank))], IMAGES)
 
 
-@pytest.mark.parametrize("kind", ["dinov2 with registers", "clip", "siglip"])
+@pytest.mark.parametrize("kind", ["dinov2 with registers", pytest.param("clip", marks=pytest.mark.heavy), "siglip"])
 def test_full_rank_gives_the_exact_gradients(kind):
     """Of a plain model unrolled and of a looped one that keeps each array once; float32 rounding apart."""
     logits, exact = logits_and_gradients(small(kind), variables(kind))
