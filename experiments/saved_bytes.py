@@ -16,7 +16,14 @@ from lbpwht_jax.cost import abstract_variables, backward_flops, layer_costs, res
 from lbpwht_jax.models import model_info
 from lbpwht_jax.ops.residuals import RESIDUALS
 
-MODELS = ("efficientformer_l1", "vit_small_patch16_224", "swinv2_tiny_window8_256", "efficientformerv2_s0")
+MODELS = (
+    "efficientformer_l1",
+    "vit_small_patch16_224",
+    "swinv2_tiny_window8_256",
+    "efficientformerv2_s0",
+    "vit_small_patch14_dinov2",
+    "convnext_tiny",
+)
 RESULTS = Path(__file__).parent / "results" / "saved_bytes.json"
 
 

@@ -22,7 +22,10 @@ CLASSES = 10
 
 
 def randomise(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
-    """Draws every tensor of a model at random, none at its initial value, so that activations stay of order one; eval mode."""
+    """Draws every tensor of a model at random, none at its initial value, so that activations stay of order one; eval mode.
+
+    Buffers that a model computes (running statistics apart) stay: SwinV2's and DINOv3's biases of keys are zeros for good.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def normal(shape):
@@ -36,8 +39,8 @@ def randomise(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
                 tensor.copy_(0.5 + torch.rand(tensor.shape, generator=generator))
             elif leaf == "weight" and tensor.ndim > 1:
                 tensor.copy_(normal(tensor.shape) / math.sqrt(math.prod(tensor.shape[1:])))
-            elif leaf in ("weight", "gamma"):
-                tensor.copy_((0.3 if leaf == "gamma" else 1.0) * (1 + 0.2 * normal(tensor.shape)))
+            elif leaf == "weight" or leaf.startswith("gamma"):
+                tensor.copy_((0.3 if leaf != "weight" else 1.0) * (1 + 0.2 * normal(tensor.shape)))
             elif name in parameters or leaf == "running_mean":
                 tensor.add_(0.3 * normal(tensor.shape))
     return model.eval()

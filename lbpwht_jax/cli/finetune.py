@@ -79,8 +79,8 @@ class Finetune:
     """Threads that load images."""
 
     keep_freed_memory: tyro.conf.FlagCreatePairsOff[bool] = False
-    """Lets the C library (glibc) keep what a step frees, instead of clearing new pages at each step: on CPUs steps of large models
-    are about a fifth faster, but the process takes up to twice the memory."""
+    """Lets the C library (glibc) keep what a step frees, instead of clearing new pages at each step: on CPUs steps of large
+    models are about a fifth faster, but the process takes up to twice the memory."""
 
     output: Annotated[Path | None, flag("FOLDER", "runs/DATE-TIME-METHOD")] = None
     """Folder for the run, which must not hold one yet."""

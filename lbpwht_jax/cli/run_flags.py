@@ -23,6 +23,7 @@ from lbpwht_jax.train import Recipe
 from lbpwht_jax.train.recipe import Algorithm, ClassWeights
 from lbpwht_jax.weights import BUNDLED
 from lbpwht_jax.weights.sources import local_file
+from lbpwht_jax.weights.timm_config import timm_config, timm_model
 
 _T = TypeVar("_T")
 
@@ -282,8 +283,9 @@ class RunFlags:
         for name in ("lora_alpha", "lora_dropout"):
             if getattr(self, name) is not None and known.branches == "none":
                 raise ValueError(f"--{name.replace('_', '-')} goes with a method that has LoRA, such as lora-8, not {method}")
-        model, dataset_name = _or(self.model, self._pretrained_model()), _or(self.dataset, "digits")
-        info = model_info(model)
+        model = self._pretrained_model() if self.model is None else self.model
+        dataset_name = _or(self.dataset, "digits")
+        like = model_info(model).images
         if self.pretrained is None and model != BUNDLED:
             raise ValueError(
                 f"no weights of {model} come with this package; give --pretrained a file, a folder or a hub id, or none for "
@@ -291,6 +293,8 @@ class RunFlags:
             )
         if self.pretrained not in (None, NO_WEIGHTS, BUNDLED_WEIGHTS):
             local_file(self.pretrained)  # tells at once that it is not there
+            published = timm_config(self.pretrained)
+            like = like if published is None else published.over(like)
         recipe = Recipe(epochs=15)
         if self.recipe == "paper":
             recipe = dataclasses.replace(recipe, **paper_recipe(dataset_name))
@@ -305,12 +309,12 @@ class RunFlags:
         defaults = RunConfig(
             model=model,
             pretrained=BUNDLED_WEIGHTS,
-            image_size=info.images.size,
-            channels=info.images.channels,  # pyright: ignore[reportArgumentType] - pydantic checks it
-            mean=info.images.mean,
-            std=info.images.std,
-            interpolation=info.images.interpolation,  # pyright: ignore[reportArgumentType]
-            crop=info.images.crop,
+            image_size=like.size,
+            channels=like.channels,  # pyright: ignore[reportArgumentType] - pydantic checks it
+            mean=like.mean,
+            std=like.std,
+            interpolation=like.interpolation,  # pyright: ignore[reportArgumentType]
+            crop=like.crop,
             dataset=dataset_name,
             data_dir=None if data_dir is None else str(data_dir),
             classes=dataset.classes,
@@ -329,10 +333,13 @@ class RunFlags:
         return config, dataset, notes
 
     def _pretrained_model(self) -> str:
-        """The model of the run that training starts from, if it is a run; else the one that comes with the package."""
-        if self.pretrained is not None and (Path(self.pretrained) / run_folder.CONFIG).is_file():
+        """The model of the weights that training starts from, where they tell; else the one that comes with the package."""
+        if self.pretrained in (None, NO_WEIGHTS, BUNDLED_WEIGHTS):
+            return BUNDLED
+        named = timm_model(self.pretrained)
+        if named is None and (Path(self.pretrained) / run_folder.CONFIG).is_file():
             return run_folder.read_config(Path(self.pretrained)).model
-        return BUNDLED
+        return _or(named, BUNDLED)
 
 
 def _batch_that_fits(recipe: Recipe, images: int) -> int:

@@ -1,17 +1,19 @@
 """What the model families share: settings, dense layers that know their grid, GELU, drop path and the MLP."""
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from lbpwht_jax.layers.linen import LowRankDense
+from lbpwht_jax.models.quick_gelu import quick_gelu
 from lbpwht_jax.ops.residuals import Residuals
 from lbpwht_jax.ops.spec import Grid
 
 Loop = tuple[tuple[str, ...], ...]
+Activation = Literal["gelu", "quick_gelu"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,17 +123,19 @@ def drop_path_rates(rate: float, depth: int) -> list[float]:
 
 
 class Mlp(Part):
-    """The two dense layers of a transformer block, ``fc1``, GELU, ``fc2``.
+    """The two dense layers of a transformer block, ``fc1``, an activation, ``fc2``.
 
     Attributes:
       hidden: channels between the two.
       grid: tokens along each axis, ``None`` for channels-last maps.
       prefix_tokens: leading tokens outside the grid.
+      activation: ``"gelu"``, the exact one, or ``"quick_gelu"``.
     """
 
     hidden: int
     grid: Grid | None
     prefix_tokens: int = 0
+    activation: Activation = "gelu"
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -139,4 +143,6 @@ class Mlp(Part):
         tokens = {"grid": self.grid, "prefix_tokens": self.prefix_tokens}
         channels = x.shape[-1]
         x = dense(self, "fc1", self.hidden, **tokens)(x)
+        if self.activation == "quick_gelu":
+            return dense(self, "fc2", channels, **tokens)(quick_gelu(x, self.settings.slope_bits))
         return dense(self, "fc2", channels, **tokens, activation="gelu")(x)

@@ -1,4 +1,4 @@
-"""What the EfficientFormer families share: convolutions, pooling, attention on a map with its biases, and their files."""
+"""What the convolutional families share: convolutions, pooling, attention on a map with its biases, and their files."""
 
 import dataclasses
 import functools
@@ -21,20 +21,36 @@ from lbpwht_jax.ops.norms import Activation
 
 
 def conv3x3(parent: Part, name: str, features: int, stride: int = 1, *, depthwise: bool = False) -> nn.Conv:
-    """A 3x3 convolution within ``parent``, padded by one zero on every side: maps shrink to ``ceil(size / stride)``.
+    """A 3x3 convolution within ``parent``, padded by one zero on every side: maps shrink to ``ceil(size / stride)``."""
+    return convolution(parent, name, features, 3, stride, depthwise=depthwise)
+
+
+def convolution(
+    parent: Part,
+    name: str,
+    features: int,
+    size: int,
+    stride: int = 1,
+    *,
+    padding: int | None = None,
+    depthwise: bool = False,
+) -> nn.Conv:
+    """A convolution within ``parent``.
 
     Args:
       parent: the module under construction.
       name: the new layer's name.
       features: output channels.
+      size: edge of its window.
       stride: stride along both axes.
+      padding: zeros on every side; by default as many as keep a map's size where the stride is 1 and the window odd.
       depthwise: one kernel per channel; ``features`` must be the input's channels.
     """
     groups = features if depthwise else 1
     residuals = parent.settings.residuals
     product = _Convolution(None if residuals is None else residuals.norm_bits)
     fields = {"feature_group_count": groups, "dtype": parent.settings.dtype, "name": name, "conv_general_dilated": product}
-    return nn.Conv(features, (3, 3), stride, padding=1, **fields)
+    return nn.Conv(features, (size, size), stride, padding=size // 2 if padding is None else padding, **fields)
 
 
 @dataclasses.dataclass(frozen=True)

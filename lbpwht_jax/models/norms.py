@@ -124,22 +124,24 @@ class LeanBatchNorm(nn.Module):
 
 
 class LayerScale(nn.Module):
-    """Multiplies every channel by a learned factor, ``gamma``, which starts at ``1e-5``.
+    """Multiplies every channel by a learned factor, ``gamma``.
 
     Attributes:
+      start: the value at which the factors start.
       bits: in how many bits the input is kept; ``None`` for all of it.
     """
 
+    start: float
     bits: int | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """``x`` of shape ``[..., channels]``; the result has the same shape and dtype."""
-        gamma = self.param("gamma", nn.initializers.constant(1e-5), x.shape[-1:])
+        gamma = self.param("gamma", nn.initializers.constant(self.start), x.shape[-1:])
         return bilinear(jnp.multiply, x, gamma.astype(x.dtype).reshape((1,) * (x.ndim - 1) + (-1,)), bits=self.bits)
 
 
-def layer_scale(parent: Part, name: str, x: jax.Array) -> jax.Array:
+def layer_scale(parent: Part, name: str, x: jax.Array, start: float = 1e-5) -> jax.Array:
     """``LayerScale`` within ``parent``."""
     residuals = parent.settings.residuals
-    return LayerScale(None if residuals is None else residuals.norm_bits, name=name)(x)
+    return LayerScale(start, None if residuals is None else residuals.norm_bits, name=name)(x)

@@ -7,7 +7,7 @@ from typing import Any
 
 import flax.linen as nn
 
-from lbpwht_jax.models import efficientformer, efficientformer_v2, swin_v2, vit
+from lbpwht_jax.models import convnext, dinov3, efficientformer, efficientformer_v2, swin_v2, vit_names
 from lbpwht_jax.models.blocks import Settings
 from lbpwht_jax.models.info import ModelInfo
 from lbpwht_jax.ops.residuals import Residuals, named_residuals
@@ -15,10 +15,12 @@ from lbpwht_jax.ops.residuals import Residuals, named_residuals
 _LARGEST_IMAGE = 8192
 
 _MODELS: dict[str, ModelInfo] = {
-    name: info for family in (vit, efficientformer, efficientformer_v2, swin_v2) for name, info in family.MODELS.items()
+    name: info
+    for family in (vit_names, dinov3, efficientformer, efficientformer_v2, swin_v2, convnext)
+    for name, info in family.MODELS.items()
 }
 
-_FAMILIES = ("vit", "deit", "efficientformer", "efficientformerv2", "swinv2")
+_FAMILIES = ("vit", "deit", "efficientformer", "efficientformerv2", "swinv2", "convnext")
 
 
 def list_models(pattern: str = "*") -> list[str]:
@@ -33,7 +35,8 @@ def model_info(name: str) -> ModelInfo:
       ValueError: if the name is unknown, with the nearest ones.
     """
     if name not in _MODELS:
-        nearest = difflib.get_close_matches(name.lower(), _MODELS, n=3, cutoff=0.3)
+        like = [known for known in sorted(_MODELS) if known.startswith(name.lower())] if name else []
+        nearest = like[:3] or difflib.get_close_matches(name.lower(), _MODELS, n=3, cutoff=0.3)
         near = f"nearest: {', '.join(nearest)}" if nearest else f"the families are {', '.join(_FAMILIES)}, with timm's names"
         raise ValueError(f"unknown model {name!r}; {near}")
     return _MODELS[name]

@@ -1,8 +1,9 @@
-"""Plain and distilled vision transformers: ViT (Dosovitskiy et al., 2021) and DeiT (Touvron et al., 2021), timm's names."""
+"""Vision transformers: ViT (Dosovitskiy et al., 2021) and those that differ from it little, down to DeiT, CLIP and DINOv2."""
 
 import functools
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -10,13 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from lbpwht_jax.models.blocks import DropPath, Mlp, Part, ResidualBlock, check_images, dense, drop_path_rates
-from lbpwht_jax.models.info import Images, Layers, ModelInfo, TimmFiles
 from lbpwht_jax.models.loops import run_blocks
-from lbpwht_jax.models.norms import layer_norm
+from lbpwht_jax.models.norms import layer_norm, layer_scale
+from lbpwht_jax.models.vit_options import AttentionPool, Options
 from lbpwht_jax.ops.attention import attention, kept_attention
 from lbpwht_jax.ops.spec import Grid
-
-_EPSILON = 1e-6
 
 
 class PatchEmbed(Part):
@@ -25,16 +24,19 @@ class PatchEmbed(Part):
     Attributes:
       dim: channels of a token.
       patch_size: edge of a patch, in pixels.
+      use_bias: whether to add a bias.
     """
 
     dim: int
     patch_size: int
+    use_bias: bool
 
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
         """``[batch, height, width, channels]`` to ``[batch, height / patch_size, width / patch_size, dim]``."""
         size = (self.patch_size, self.patch_size)
-        return nn.Conv(self.dim, size, size, "VALID", dtype=self.settings.dtype, name="proj")(images)
+        fields = {"use_bias": self.use_bias, "dtype": self.settings.dtype, "name": "proj"}
+        return nn.Conv(self.dim, size, size, "VALID", **fields)(images)
 
 
 class Attention(Part):
@@ -43,7 +45,7 @@ class Attention(Part):
     Attributes:
       heads: number of heads; the channels are divided among them.
       grid: patches along each axis.
-      prefix_tokens: class and distillation tokens in front.
+      prefix_tokens: tokens in front of the patches'.
     """
 
     heads: int
@@ -68,22 +70,30 @@ class Block(ResidualBlock):
       heads: attention heads.
       mlp_ratio: hidden channels of the MLP over the block's channels.
       grid: patches along each axis.
-      prefix_tokens: class and distillation tokens in front.
+      prefix_tokens: tokens in front of the patches'.
+      options: those of the model.
     """
 
     heads: int
-    mlp_ratio: int
+    mlp_ratio: float
     grid: Grid
     prefix_tokens: int
+    options: Options
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         """``x`` of shape ``[batch, prefix_tokens + tokens, channels]``; the result has the same shape."""
         common = {"grid": self.grid, "prefix_tokens": self.prefix_tokens, "settings": self.settings}
-        y = Attention(self.heads, **common, name="attn")(layer_norm(self, "norm1", x, epsilon=_EPSILON))
-        x = x + DropPath(self.drop_path)(y, train)
-        y = Mlp(self.mlp_ratio * x.shape[-1], **common, name="mlp")(layer_norm(self, "norm2", x, epsilon=_EPSILON))
-        return x + DropPath(self.drop_path)(y, train)
+        epsilon = self.options.epsilon
+        y = Attention(self.heads, **common, name="attn")(layer_norm(self, "norm1", x, epsilon=epsilon))
+        x = x + DropPath(self.drop_path)(self._scaled("ls1", y), train)
+        mlp = Mlp(int(self.mlp_ratio * x.shape[-1]), activation=self.options.activation, **common, name="mlp")
+        y = mlp(layer_norm(self, "norm2", x, epsilon=epsilon))
+        return x + DropPath(self.drop_path)(self._scaled("ls2", y), train)
+
+    def _scaled(self, name: str, branch: jax.Array) -> jax.Array:
+        start = self.options.layer_scale
+        return branch if start is None else layer_scale(self, name, branch, start)
 
 
 class VisionTransformer(Part):
@@ -96,8 +106,9 @@ class VisionTransformer(Part):
       dim: channels.
       depth: number of blocks.
       heads: attention heads per block.
-      mlp_ratio: hidden channels of the MLPs over ``dim``.
+      mlp_ratio: hidden channels of the MLPs over ``dim``; their product is rounded down.
       distilled: adds DeiT's distillation token and its head; the two heads' outputs are averaged.
+      options: how it differs from the plain one.
       drop_path: probability of dropping the last block's residual branches; the earlier blocks' rise linearly to it.
     """
 
@@ -107,9 +118,18 @@ class VisionTransformer(Part):
     dim: int
     depth: int
     heads: int
-    mlp_ratio: int = 4
+    mlp_ratio: float = 4
     distilled: bool = False
+    options: Options = Options()
     drop_path: float = 0.0
+
+    @property
+    def prefix(self) -> dict[str, int]:
+        """How many tokens stand in front of the patches', by the name of their parameter, in order."""
+        options = self.options
+        class_tokens = int(options.pooling == "token")
+        counts = {"cls_token": class_tokens, "dist_token": int(self.distilled), "reg_token": options.registers}
+        return {name: count for name, count in counts.items() if count}
 
     @nn.compact
     def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
@@ -126,38 +146,53 @@ class VisionTransformer(Part):
           ValueError: if the images are not of ``image_size``, or that is no multiple of ``patch_size``.
         """
         check_images(self, images, self.patch_size)
-        x = PatchEmbed(self.dim, self.patch_size, settings=self.settings, name="patch_embed")(images)
+        options, prefix_tokens = self.options, sum(self.prefix.values())
+        x = PatchEmbed(self.dim, self.patch_size, not options.pre_norm, settings=self.settings, name="patch_embed")(images)
         batch, *grid, _ = x.shape
-        x = x.reshape(batch, -1, self.dim)
-        names = ["cls_token", "dist_token"] if self.distilled else ["cls_token"]
-        tokens = [self.param(name, nn.initializers.normal(0.02), (1, 1, self.dim)) for name in names]
-        tokens = [jnp.broadcast_to(token.astype(x.dtype), (batch, 1, self.dim)) for token in tokens]
-        x = jnp.concatenate([*tokens, x], axis=1)
-        x = x + self.param("pos_embed", nn.initializers.normal(0.02), (1, *x.shape[1:])).astype(x.dtype)
-        block = functools.partial(Block, self.heads, self.mlp_ratio, tuple(grid), len(names), settings=self.settings)
+        x = self._placed(x.reshape(batch, -1, self.dim))
+        if options.pre_norm:
+            x = layer_norm(self, "norm_pre", x, epsilon=options.epsilon)
+        common = {"grid": tuple(grid), "prefix_tokens": prefix_tokens, "options": options, "settings": self.settings}
+        block = functools.partial(Block, self.heads, self.mlp_ratio, **common)
         blocks = {f"blocks_{i}": block for i in range(self.depth)}
         x = run_blocks(self, blocks, drop_path_rates(self.drop_path, self.depth), x, train)
-        x = layer_norm(self, "norm", x, epsilon=_EPSILON)
-        logits = nn.Dense(self.num_classes, dtype=self.settings.dtype, name="head")(x[:, 0])
+        x = layer_norm(self, "norm", x, epsilon=options.epsilon)
+        if options.pooling == "attention":
+            seen = AttentionPool(self.heads, int(self.mlp_ratio * self.dim), **common, name="attn_pool")(x)
+        else:
+            seen = x[:, 0] if options.pooling == "token" else x[:, prefix_tokens:].mean(axis=1)
+        logits = nn.Dense(self.num_classes, dtype=self.settings.dtype, name="head")(seen)
         if self.distilled:
             logits = (logits + nn.Dense(self.num_classes, dtype=self.settings.dtype, name="head_dist")(x[:, 1])) / 2
         return logits
 
+    def _placed(self, patches: jax.Array) -> jax.Array:
+        """``[batch, tokens, dim]`` with the other tokens in front, and position embeddings."""
+        init, batch = nn.initializers.normal(0.02), patches.shape[0]
+        prefix = [self.param(name, init, (1, count, self.dim)) for name, count in self.prefix.items()]
+        tokens = [jnp.broadcast_to(token.astype(patches.dtype), (batch, *token.shape[1:])) for token in prefix]
+        x = jnp.concatenate([*tokens, patches], axis=1)
+        placed = x if self.options.prefix_positions else patches
+        placed = placed + self.param("pos_embed", init, (1, *placed.shape[1:])).astype(x.dtype)
+        return placed if self.options.prefix_positions else jnp.concatenate([*tokens, placed], axis=1)
 
-def resample_positions(state: Mapping[str, np.ndarray], module: nn.Module) -> dict[str, np.ndarray]:
+
+def resample_positions(state: Mapping[str, np.ndarray], module: Any) -> dict[str, np.ndarray]:
     """Brings a checkpoint's position embeddings to the module's grid, by antialiased bicubic interpolation as timm does.
 
     Args:
-      state: timm's state dict; ``pos_embed`` is ``[1, prefix_tokens + height * width, dim]`` of a square grid.
+      state: timm's state dict; ``pos_embed`` is ``[1, prefix_tokens + height * width, dim]`` of a square grid, or without the
+        prefix where the model's tokens in front have no positions.
       module: a ``VisionTransformer``.
 
     Returns:
-      The state dict, with the class and distillation tokens' embeddings as they were.
+      The state dict, with the embeddings of the tokens in front as they were.
 
     Raises:
       ValueError: if the positions form no square grid.
     """
-    prefix, edge = 1 + module.distilled, module.image_size // module.patch_size
+    prefix = sum(module.prefix.values()) if module.options.prefix_positions else 0
+    edge = module.image_size // module.patch_size
     positions = state["pos_embed"]
     count = positions.shape[1] - prefix
     if count == edge * edge:
@@ -172,33 +207,3 @@ def resample_positions(state: Mapping[str, np.ndarray], module: nn.Module) -> di
     grid = jax.image.resize(grid, (edge, edge, grid.shape[-1]), "cubic", antialias=True)
     grid = np.asarray(grid).reshape(1, edge * edge, -1).astype(positions.dtype)
     return {**state, "pos_embed": np.concatenate([positions[:, :prefix], grid], axis=1)}
-
-
-def _info(patch_size: int, dim: int, depth: int, heads: int, images: Images, distilled: bool = False) -> ModelInfo:
-    arguments = {"patch_size": patch_size, "dim": dim, "depth": depth, "heads": heads, "distilled": distilled}
-    # A plain transformer has no stages; the last quarter of its blocks stands in for the last one.
-    last = "|".join(str(i) for i in range(depth - max(depth // 4, 1), depth))
-    layers = Layers(
-        low_rank=r"blocks_\d+/(attn/(qkv|proj)|mlp/fc[12])$", last_stage=rf"^(blocks_({last})|norm|head(_dist)?)(/|$)"
-    )
-    return ModelInfo(VisionTransformer, arguments, images, layers, TimmFiles(resample=resample_positions))
-
-
-_MICRO = Images(28, channels=1, mean=(0.5,), std=(0.5,))
-_VIT = Images(224, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), crop=0.9)
-_DEIT = Images(224, crop=0.9)
-
-MODELS = {
-    "vit_micro_patch4_28": _info(4, 96, 6, 4, _MICRO),
-    "vit_tiny_patch16_224": _info(16, 192, 12, 3, _VIT),
-    "vit_small_patch16_224": _info(16, 384, 12, 6, _VIT),
-    "vit_base_patch16_224": _info(16, 768, 12, 12, _VIT),
-    "vit_base_patch32_224": _info(32, 768, 12, 12, _VIT),
-    "vit_large_patch16_224": _info(16, 1024, 24, 16, _VIT),
-    "deit_tiny_patch16_224": _info(16, 192, 12, 3, _DEIT),
-    "deit_small_patch16_224": _info(16, 384, 12, 6, _DEIT),
-    "deit_base_patch16_224": _info(16, 768, 12, 12, _DEIT),
-    "deit_tiny_distilled_patch16_224": _info(16, 192, 12, 3, _DEIT, distilled=True),
-    "deit_small_distilled_patch16_224": _info(16, 384, 12, 6, _DEIT, distilled=True),
-    "deit_base_distilled_patch16_224": _info(16, 768, 12, 12, _DEIT, distilled=True),
-}

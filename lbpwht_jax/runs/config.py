@@ -180,8 +180,10 @@ class RunConfig:
             with bundled_file() as path:
                 variables = replace_head(load_pretrained(BUNDLED, path, image_size=self.image_size), fresh)
         else:
-            variables = load_pretrained(self.model, self.pretrained, image_size=self.image_size)
-            variables = variables if self.keeps_head() else replace_head(variables, fresh)
+            keeps = self.keeps_head()
+            classes = None if keeps else len(self.classes)  # the file may have no head
+            variables = load_pretrained(self.model, self.pretrained, classes, self.image_size)
+            variables = variables if keeps else replace_head(variables, fresh)
         return model.with_branches(jax.random.fold_in(key, 1), variables)
 
     def keeps_head(self) -> bool:

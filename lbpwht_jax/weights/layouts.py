@@ -72,6 +72,14 @@ def _flatten_layer_scales(state: State) -> State:
     return {key: value.reshape(-1) if key.endswith(".gamma") else value for key, value in state.items()}
 
 
+def _place_class_token(state: State) -> State:
+    """Adds the class token's position to it where there are registers; timm's models with registers place patches alone."""
+    if "reg_token" not in state or "cls_token" not in state or "pos_embed" not in state:
+        return state
+    positions = state["pos_embed"]
+    return {**state, "cls_token": state["cls_token"] + positions[:, :1], "pos_embed": positions[:, 1:]}
+
+
 def _after(match: re.Match) -> str:
     """Names the next stage: timm puts a downsampling into the stage after it, the authors into the stage before it."""
     return f"layers.{int(match[1]) + 1}.downsample"
@@ -135,6 +143,13 @@ LAYOUTS = (
         r"layers\.0\.downsample\.reduction\.",
         ((r"^layers\.(\d+)\.downsample", _after), (r"^head\.(?!fc\.)", "head.fc.")),
         dropped=r".*\.(relative_position_index|relative_coords_table|attn_mask)$",
+    ),
+    Layout(
+        "Meta DINOv2",
+        r"mask_token$",
+        ((r"^register_tokens$", "reg_token"),),
+        dropped=r"mask_token$",
+        finish=_place_class_token,
     ),
     Layout(
         "Snap EfficientFormerV2",

@@ -35,15 +35,16 @@ def load_pretrained(
     """Reads weights into the variables of a model.
 
     The layout is recognised by the keys: timm's; the authors' EfficientFormer and EfficientFormerV2; transformers' ViT, DeiT
-    and SwinV2; Microsoft's SwinV2; or this library's own (``export_weights(..., format="flax")``). Every tensor of the model
-    must be there with the model's shape, and no other; only the head may differ, if ``num_classes`` asks for another.
-    (transformers' ViT normalises with epsilon 1e-12 where timm and this library use 1e-6: its logits differ in the last
-    digits.)
+    and SwinV2; Microsoft's SwinV2; Meta's DINOv2; or this library's own (``export_weights(..., format="flax")``). Every tensor
+    of the model must be there with the model's shape, and no other; only the head may differ, if ``num_classes`` asks for
+    another. (transformers' ViT normalises with epsilon 1e-12 where timm and this library use 1e-6: its logits differ in the
+    last digits.)
 
     Args:
       name: the model's name, one of ``list_models()``.
       source: a ``.safetensors``, ``.pth`` or ``.bin`` file; a folder with ``model.safetensors`` or ``pytorch_model.bin``; or
-        a Hugging Face hub id such as ``"timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k"``, which needs the extra ``[hub]``.
+        a Hugging Face hub id such as ``"timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k"``, or timm's name of weights, which is
+        the same without ``timm/``; both need the extra ``[hub]``.
       num_classes: outputs of the head; by default as many as the file has. If the file has another number, or no head, the
         head (both heads, if there are two) starts with zeros, and the log (INFO, ``"lbpwht_jax"``) says so.
       image_size: height and width of the images in pixels, by default the model's. What was made for another size is

@@ -5,10 +5,12 @@ import re
 import socket
 import urllib.parse
 import urllib.request
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
+from lbpwht_jax.models import list_models
 from lbpwht_jax.weights.files import parse_json, read_header, read_safetensors
 from lbpwht_jax.weights.torch_file import read_torch_file
 
@@ -23,7 +25,7 @@ def read_weights(source: str | os.PathLike, *, offline: bool = False) -> dict[st
 
     Args:
       source: a ``.safetensors``, ``.pth`` or ``.bin`` file; a folder with ``model.safetensors`` or ``pytorch_model.bin``; or
-        a Hugging Face hub id, which needs the extra ``[hub]``.
+        a Hugging Face hub id, or timm's name of weights, ``NAME.TAG``, for ``timm/NAME.TAG``; both need the extra ``[hub]``.
       offline: uses only the hub's local cache, without the network.
 
     Raises:
@@ -31,7 +33,7 @@ def read_weights(source: str | os.PathLike, *, offline: bool = False) -> dict[st
       FileNotFoundError: if the file or folder is missing, or the hub (or its cache, if offline) has no such weights.
       ImportError: if the source is a hub id and huggingface_hub is missing.
     """
-    path = local_file(source) or _download(os.fspath(source).removeprefix("hf-hub:"), offline)
+    path = local_file(source) or download(hub_id(source), offline)
     if path.suffix == ".safetensors":
         return read_safetensors(path)[0]
     if path.suffix in _SUFFIXES:
@@ -55,11 +57,17 @@ def local_file(source: str | os.PathLike) -> Path | None:
         return found[0]
     if path.is_file():
         return path
-    if path.suffix in _SUFFIXES or not _HUB.match(os.fspath(source)):
+    if path.suffix in _SUFFIXES or not _HUB.match(hub_id(source)):
         raise FileNotFoundError(
             f"{source}: no such file or folder, nor a hub id such as timm/efficientformer_l1.snap_dist_in1k"
         )
     return None
+
+
+def hub_id(source: str | os.PathLike) -> str:
+    """The hub's name of a source that is no file: without ``hf-hub:``, with ``timm/`` before a known model's ``NAME.TAG``."""
+    name = os.fspath(source).removeprefix("hf-hub:")
+    return f"timm/{name}" if re.fullmatch(r"[^./]+\.\w+", name) and name.partition(".")[0] in list_models() else name
 
 
 def class_names(source: str | os.PathLike, *, offline: bool = False) -> list[str] | None:
@@ -72,7 +80,7 @@ def class_names(source: str | os.PathLike, *, offline: bool = False) -> list[str
     Raises:
       ValueError: if the header's are no list of names; and what ``read_weights`` raises.
     """
-    path = local_file(source) or _download(os.fspath(source).removeprefix("hf-hub:"), offline)
+    path = local_file(source) or download(hub_id(source), offline)
     text = read_header(path).get("classes") if path.suffix == ".safetensors" else None
     if text is None:
         return None
@@ -94,7 +102,8 @@ def _unresolved(endpoint: str) -> str:
     return ""
 
 
-def _download(repository: str, offline: bool) -> Path:
+def download(repository: str, offline: bool, names: Sequence[str] = _NAMES) -> Path:
+    """A file of a repository of the hub, the first of ``names`` that it has; errors are those of ``read_weights``."""
     try:
         from huggingface_hub import constants, errors, hf_hub_download  # noqa: PLC0415 - optional, of the extra hub
     except ImportError:
@@ -103,7 +112,7 @@ def _download(repository: str, offline: bool) -> Path:
             "pip install 'lbpwht_jax[hub]', or pass the path of a file"
         ) from None
     unreachable = "" if offline else _unresolved(constants.ENDPOINT)
-    for name in _NAMES:
+    for name in names:
         try:
             return Path(hf_hub_download(repository, name, local_files_only=offline or bool(unreachable)))
         except errors.LocalEntryNotFoundError as error:
@@ -120,4 +129,4 @@ def _download(repository: str, offline: bool) -> Path:
                 f"{repository}: no such file or folder, and the hub has no such repository, or it needs a login"
             ) from error
     place = "the hub's local cache" if offline else "the hub"
-    raise FileNotFoundError(f"{repository}: {place} has neither {' nor '.join(_NAMES)} of it")
+    raise FileNotFoundError(f"{repository}: {place} has neither {' nor '.join(names)} of it")

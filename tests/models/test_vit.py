@@ -138,10 +138,13 @@ def test_resampled_positions():
 
 
 def test_preprocessing():
-    """timm's: ViT's checkpoints were trained on inputs in [-1, 1], DeiT's on ImageNet's statistics."""
-    for name in [*list_models("vit_*_224"), *list_models("deit_*")]:
-        info = model_info(name)
-        half = name.startswith("vit")
-        assert info.images.mean == ((0.5, 0.5, 0.5) if half else (0.485, 0.456, 0.406))
-        assert info.images.std == ((0.5, 0.5, 0.5) if half else (0.229, 0.224, 0.225))
-        assert (info.images.crop, info.images.interpolation, info.images.size, info.images.channels) == (0.9, "bicubic", 224, 3)
+    """timm's: ViT's checkpoints were trained on inputs in [-1, 1], DeiT's and DINO's on ImageNet's statistics."""
+    plain = {name for size in (224, 384) for name in list_models(f"vit_*_patch*_{size}") if name.count("_") == 3}
+    assert len(plain) == 17
+    for name in [*plain, *list_models("deit*_224"), *list_models("deit*_384")]:
+        images, size = model_info(name).images, int(name[-3:])
+        half = name.startswith("vit") and name != "vit_small_patch8_224"
+        assert images.mean == ((0.5, 0.5, 0.5) if half else (0.485, 0.456, 0.406))
+        assert images.std == ((0.5, 0.5, 0.5) if half else (0.229, 0.224, 0.225))
+        assert (images.crop, images.interpolation) == (0.9 if size == 224 else 1.0, "bicubic")
+        assert (images.size, images.channels) == (size, 3)

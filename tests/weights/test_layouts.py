@@ -105,3 +105,18 @@ def test_layer_scales_lose_their_window():
         "network.0.0.layer_scale_2": np.arange(4.0).reshape(4, 1, 1),
     }
     np.testing.assert_array_equal(to_timm_layout(source)[1]["stages.0.blocks.0.ls2.gamma"], np.arange(4.0))
+
+
+def test_meta_dinov2():
+    """With registers, timm has no position of the class token: it is added to the token itself."""
+    tensors = values("cls_token", "blocks.0.ls1.gamma", "norm.weight") | values("mask_token", shape=(1, 3))
+    tensors |= values("pos_embed", shape=(1, 5, 3))
+    layout, plain = to_timm_layout(tensors)
+    assert layout == "Meta DINOv2"
+    assert plain.keys() == tensors.keys() - {"mask_token"}
+    np.testing.assert_array_equal(plain["pos_embed"], tensors["pos_embed"])
+    registers = values("register_tokens", shape=(1, 4, 3)) | values("cls_token", shape=(1, 1, 3))
+    _, state = to_timm_layout(tensors | registers)
+    np.testing.assert_array_equal(state["reg_token"], registers["register_tokens"])
+    np.testing.assert_array_equal(state["cls_token"], registers["cls_token"] + tensors["pos_embed"][:, :1])
+    np.testing.assert_array_equal(state["pos_embed"], tensors["pos_embed"][:, 1:])

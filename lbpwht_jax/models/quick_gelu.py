@@ -1,0 +1,60 @@
+"""The activation of OpenAI's CLIP: ``x * sigmoid(1.702 x)``, an approximation of the GELU (Hendrycks and Gimpel, 2016)."""
+
+import functools
+
+import jax
+
+from lbpwht_jax.ops.coders import Slopes
+from lbpwht_jax.ops.dtypes import accumulation_dtype
+from lbpwht_jax.ops.platforms import apart
+
+_SHARPNESS = 1.702
+
+
+def quick_gelu(x: jax.Array, bits: int | None = None) -> jax.Array:
+    """``x * sigmoid(1.702 x)``, keeping its slope alone for the backward pass.
+
+    Args:
+      x: floating point.
+      bits: in how many bits the slope is kept, 2, 3, 4 or 8, by the codes of the exact GELU, whose slopes reach a little
+        further; ``None`` keeps it as it is.
+
+    Returns:
+      Array of ``x``'s shape and dtype, computed in at least float32.
+    """
+    return _plain(x) if bits is None else _coded(x, bits)
+
+
+@jax.custom_jvp
+def _plain(x: jax.Array) -> jax.Array:
+    wide = x.astype(accumulation_dtype(x.dtype))
+    return (wide * jax.nn.sigmoid(_SHARPNESS * wide)).astype(x.dtype)
+
+
+def _slope(x: jax.Array) -> jax.Array:
+    wide = x.astype(accumulation_dtype(x.dtype))
+    share = jax.nn.sigmoid(_SHARPNESS * wide)
+    return (share + _SHARPNESS * wide * share * (1 - share)).astype(x.dtype)
+
+
+@_plain.defjvp
+def _plain_jvp(primals, tangents):
+    (x,), (t,) = primals, tangents
+    return _plain(x), _slope(x) * t
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _coded(x: jax.Array, bits: int) -> jax.Array:
+    return _plain(x)
+
+
+def _coded_forward(x: jax.Array, bits: int) -> tuple[jax.Array, Slopes]:
+    return apart((_plain(x), Slopes.of(_slope(x), bits)))
+
+
+def _coded_backward(bits: int, slope: Slopes, g: jax.Array) -> tuple[jax.Array]:
+    slope, g = apart((slope, g))
+    return (g * slope.decoded(),)
+
+
+_coded.defvjp(_coded_forward, _coded_backward)
