@@ -17,6 +17,7 @@ from lbpwht_jax.cli.run_flags import PLANNED_LAYERS, RunFlags
 from lbpwht_jax.data import Dataset, Subset, evaluation_batches
 from lbpwht_jax.ops.residuals import ResidualsName
 from lbpwht_jax.plan import parse_budget, plan
+from lbpwht_jax.runs import folder as run_folder
 from lbpwht_jax.runs.config import RunConfig
 from lbpwht_jax.screen import console, say
 from lbpwht_jax.train import loading, normalise
@@ -31,8 +32,9 @@ class Plan:
     "lbpwht finetune --method plan:FILE", and a picture of it beside.
     """
 
-    model: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="[MODEL]")] = None
-    """Name of the model; by default the one that comes with the package."""
+    model: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="[MODEL|RUN]")] = None
+    """Name of the model, or the folder of a run, with its model, weights and data; by default the model that comes with the
+    package."""
     budget: Annotated[str, flag("flops=SHARE|bytes=SHARE", "flops=0.3")] = "flops=0.3"
     """The most that the backward pass may take, in FLOPs of its products or in bytes kept, as a share of full backpropagation
     with the same flags, such as flops=0.3 or bytes=0.8."""
@@ -70,9 +72,13 @@ class Plan:
                 raise ValueError(f"--{name.replace('_', '-')} must be positive, got {getattr(self, name)}")
         if self.train == "head":
             raise ValueError("--train head leaves no layer to plan; take all or last_stage")
-        fields = ("model", "dataset", "pretrained", "train", "residuals", "image_size")
-        flags = RunFlags(method=PLANNED_LAYERS, **{name: getattr(self, name) for name in fields})
-        config, dataset, _ = flags.new_run(None)
+        names = ("model", "dataset", "pretrained", "train", "residuals", "image_size")
+        fields = {name: getattr(self, name) for name in names}
+        if self.model is not None and (Path(self.model) / run_folder.CONFIG).is_file():
+            known = run_folder.read_config(Path(self.model))
+            of_run = {"dataset": known.dataset, "pretrained": self.model, "image_size": known.image_size}
+            fields |= {"model": known.model, **{name: fields[name] or value for name, value in of_run.items()}}
+        config, dataset, _ = RunFlags(method=PLANNED_LAYERS, **fields).new_run(None)
         recipe = dataclasses.replace(config.recipe, seed=self.seed)
         config = dataclasses.replace(config, recipe=recipe)
 
@@ -93,9 +99,10 @@ def summary(made: Chosen) -> str:
     """What a plan comes to, in a sentence."""
     exact = sum(layer.functions is None for layer in made.layers)
     gap = "no plan loses less" if made.gap == 0 else f"the least possible loss is at most {made.gap:.1%} lower"
+    left = " Keeping more would lose no less." if made.used < 0.9 * made.limit and made.limit < 1 else ""
     return (
         f"{made.budget}={made.used:.4f} of full backpropagation, of a budget of {made.limit:g}; {exact} of {len(made.layers)} "
-        f"layers exact; predicted loss {made.loss:.4f} ({gap})."
+        f"layers exact; predicted loss {made.loss:.4f} ({gap}).{left}"
     )
 
 

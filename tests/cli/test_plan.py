@@ -48,6 +48,8 @@ def test_a_run_chooses_first_keeps_its_plan_and_goes_on(tmp_path, capsys):
     assert config.method == "plan" and config.plan is not None and 0.27 <= config.plan.used <= 0.3
     assert f"flops={config.plan.used:.4f}" in printed
     assert main(["evaluate", str(run)]) == 0
+    assert main(["plan", str(run), "--batches", "1", "--output", str(tmp_path / "of_run.json")]) == 0
+    assert load_plan(tmp_path / "of_run.json").model == config.model
     assert main(["finetune", "--resume", str(run), "--epochs", "2"]) == 0
     assert run_folder.read_config(run).plan == config.plan
     file = tmp_path / "own.json"
