@@ -74,6 +74,7 @@ def test_the_extras_bring_more_than_the_core():
     assert not {"jax", "flax", "optax", "numpy", "safetensors"} & set(NOT_CORE)
 
 
+@pytest.mark.heavy
 def test_the_core_alone_trains():
     done = run(f"import runpy; runpy.run_path({str(ROOT / 'tests' / 'core_alone.py')!r}, run_name='__main__')")
     assert done.returncode == 0, done.stderr

@@ -32,9 +32,8 @@ class Plan:
     "lbpwht finetune --method plan:FILE", and a picture of it beside.
     """
 
-    model: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="[MODEL|RUN]")] = None
-    """Name of the model, or the folder of a run, with its model, weights and data; by default the model that comes with the
-    package."""
+    model: Annotated[str | None, tyro.conf.Positional, flag("[MODEL|RUN]", "vit_micro_patch4_28")] = None
+    """Name of the model, or the folder of a run, with its model, weights and data."""
     budget: Annotated[str, flag("flops=SHARE|bytes=SHARE", "flops=0.3")] = "flops=0.3"
     """The most that the backward pass may take, in FLOPs of its products or in bytes kept, as a share of full backpropagation
     with the same flags, such as flops=0.3 or bytes=0.8."""

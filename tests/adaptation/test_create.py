@@ -46,6 +46,7 @@ def test_the_layers_asked_for_alone_are_low_rank(variables):
     chex.assert_trees_all_equal(low, gradients(by_rule, variables))
 
 
+@pytest.mark.heavy
 def test_recomputation_and_narrow_types(variables):
     again = create_model(NAME, num_classes=10, spec=lp_l1(2), layers="mlp/fc1$", remat=True)
     # the same sums, differently fused

@@ -130,9 +130,9 @@ def noise(info, count=4):
     ("name", "method", "train"),
     [
         ("vit", "lp_l1-2", "last_stage"),
-        ("vit", "lp_l1-2+lora_all-4", "all"),
+        pytest.param("vit", "lp_l1-2+lora_all-4", "all", marks=pytest.mark.heavy),
         ("vit", "lora-4", "head"),
-        ("efficientformer", "lp_l1-2+lora-4", "last_stage"),
+        pytest.param("efficientformer", "lp_l1-2+lora-4", "last_stage", marks=pytest.mark.heavy),
     ],
 )
 def test_frozen_arrays_stay_bit_for_bit(name, method, train):

@@ -50,6 +50,7 @@ def finetune(folder, run, *flags):
     return run_folder.read_config(run), load_weights(run / "weights.safetensors")[0]["params"]
 
 
+@pytest.mark.heavy
 def test_linear_probe(published, tmp_path):
     """The model's name and its images come from the configuration beside the weights; the head alone is trained."""
     folder, before = published("vit_small_patch14_reg4_dinov2")

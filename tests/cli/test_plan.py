@@ -9,6 +9,7 @@ from lbpwht_jax.cli import main
 from lbpwht_jax.runs import folder as run_folder
 
 
+@pytest.mark.heavy
 def test_a_plan_is_made_printed_and_drawn(tmp_path, capsys):
     file = tmp_path / "plan.json"
     assert main(["plan", "--budget", "flops=0.3", "--batches", "1", "--batch-size", "8", "--output", str(file)]) == 0

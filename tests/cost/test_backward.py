@@ -86,6 +86,7 @@ def test_backward_flops_and_residual_bytes_of_a_model(rank, kept):
     assert residuals <= residual_bytes(model, variables, (14, 14, 1)) <= residuals + 100
 
 
+@pytest.mark.heavy
 def test_low_rank_costs_less_on_the_bundled_model():
     costs = []
     for spec in (None, lp_l1(6), lp_l1(4), lp_l1(2)):

@@ -46,7 +46,7 @@ def test_matmul_flops_by_layer_add_up_to_the_program_s(method, train):
     ("name", "size", "method", "train"),
     [
         ("efficientformer_l1", 64, "lp_l1-4", "last_stage"),
-        ("efficientformerv2_s0", 64, "lp_l1-4+lora-8", "all"),
+        pytest.param("efficientformerv2_s0", 64, "lp_l1-4+lora-8", "all", marks=pytest.mark.heavy),
         ("swinv2_tiny_window8_256", 64, "lp_l1-4", "all"),
     ],
 )
@@ -110,6 +110,7 @@ def test_trainable_parameters():
     assert count("lora_all-8", "last_stage") == branches + 4 * dim + 2 * dim + head
 
 
+@pytest.mark.heavy
 def test_command_line(capsys):
     arguments = ["cost", MICRO, "--method", "lp_l1-4", "--train", "last_stage", "--num-classes", "10"]
     arguments += ["--when", "always"]
@@ -145,6 +146,7 @@ def test_command_line(capsys):
     assert "low-rank" in printed and "trainable parameters" in printed
 
 
+@pytest.mark.heavy
 def test_image_size_is_the_model_s_unless_given():
     assert model_cost(MICRO, num_classes=10).image_size == model_info(MICRO).images.size == 28
     assert model_cost(MICRO, num_classes=10, image_size=32).image_size == 32

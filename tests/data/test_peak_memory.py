@@ -21,6 +21,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.heavy
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems count memory in other units")
 def test_peak_memory(tmp_path):
     # one process for all: its peak only rises, so each file is measured against ordinary reading

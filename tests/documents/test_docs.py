@@ -37,7 +37,7 @@ SHELL = [
 ]
 
 
-HEAVY = {"compile.md": pytest.mark.heavy}  # a process of its own for each program
+HEAVY = dict.fromkeys(("compile.md", "plan.md"), pytest.mark.heavy)  # they compile whole steps
 
 
 @pytest.mark.parametrize(

@@ -90,7 +90,7 @@ def gradient(model, values, x):
         ("vit", False),
         ("vit", True),
         ("swin_v2", False),
-        ("efficientformer", False),
+        pytest.param("efficientformer", False, marks=pytest.mark.heavy),
         pytest.param("efficientformer_v2", False, marks=pytest.mark.heavy),
     ],
 )
@@ -106,7 +106,7 @@ def test_loops_give_the_same(family, remat):
     chex.assert_trees_all_close(found, wanted, rtol=1e-3, atol=1e-4 * largest)
 
 
-@pytest.mark.parametrize("family", ["vit", "swin_v2"])
+@pytest.mark.parametrize("family", ["vit", pytest.param("swin_v2", marks=pytest.mark.heavy)])
 def test_names_and_counts_are_those_of_single_blocks(family):
     one_by_one = model(family, residuals=RESIDUALS["lean"])
     in_loops = looped(one_by_one, family)
@@ -119,6 +119,7 @@ def test_names_and_counts_are_those_of_single_blocks(family):
     assert unrolled(in_loops) == one_by_one
 
 
+@pytest.mark.heavy
 def test_transformations():
     in_loops, values, x = looped(model("vit"), "vit"), variables("vit"), images("vit")
     wanted = jax.jit(functools.partial(gradient, model("vit")))(values, x)[0]

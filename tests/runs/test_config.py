@@ -55,7 +55,7 @@ def test_there_and_back(tmp_path):
     config = read_config(folder(tmp_path, WRITTEN))
     values = config.to_json()
     assert values["recipe"]["augmentation"]["crop_scale"] == [0.08, 1.0] and values["classes"] == ["zero", "one"]
-    added = ["residuals", "scan_blocks", "validation", "lora_alpha", "lora_dropout", "extended"]
+    added = ["residuals", "scan_blocks", "validation", "lora_alpha", "lora_dropout", "extended", "plan"]
     assert list(values) == [*(key for key in WRITTEN if key not in ("steps", "versions", "device")), *added]
     assert RunConfig.from_json(json.dumps(values)) == config
 
