@@ -104,6 +104,7 @@ def loaded(code):
     return set(json.loads(subprocess.check_output([sys.executable, "-c", path + code + tail], text=True)))
 
 
+@pytest.mark.heavy
 def test_importing_loads_little():
     core = loaded("import jax, jax.experimental.pallas.tpu, jax.experimental.pallas.triton, numpy")
     assert loaded("import lbpwht_jax.ops") - core - sys.stdlib_module_names == {"lbpwht_jax"}

@@ -163,6 +163,7 @@ def test_other_classes_than_the_run_knows(compared, capsys, tmp_path):
     )
 
 
+@pytest.mark.heavy
 def test_a_run_that_is_finished_in_use_or_not_there(compared, capsys, tmp_path):
     assert "is finished; there is nothing to resume" in mistake(capsys, "finetune", "--resume", compared[0])
     assert "is no run folder" in mistake(capsys, "finetune", "--resume", tmp_path)

@@ -104,6 +104,7 @@ def test_each_layout_is_trained_on(images, layout, tmp_path, capsys):
     assert [row["class"] for row in found["classes"]] == [*CLASSES]
 
 
+@pytest.mark.heavy
 def test_a_run_on_the_screen(images, tmp_path):
     run = tmp_path / "run"
     arguments = ["--dataset", f"folder:{images}", "--train", "head", "--method", "full", "--epochs", "2", "--output", str(run)]

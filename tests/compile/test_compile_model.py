@@ -35,6 +35,7 @@ def test_arguments_and_outputs_by_hand(row):
     assert row.alias_bytes <= state
 
 
+@pytest.mark.heavy
 def test_temporaries_are_those_of_the_step_that_bench_times(row):
     program = step_program(MODEL, measured_model(MODEL, "lp_l1-2", "all", 100), 8, 100, Placement(devices=jax.devices()[:1]))
     memory = program.step.lower(program.abstract_state(), program.abstract_batch()).compile().memory_analysis()

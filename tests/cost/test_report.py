@@ -47,7 +47,7 @@ def test_matmul_flops_by_layer_add_up_to_the_program_s(method, train):
     [
         ("efficientformer_l1", 64, "lp_l1-4", "last_stage"),
         pytest.param("efficientformerv2_s0", 64, "lp_l1-4+lora-8", "all", marks=pytest.mark.heavy),
-        ("swinv2_tiny_window8_256", 64, "lp_l1-4", "all"),
+        pytest.param("swinv2_tiny_window8_256", 64, "lp_l1-4", "all", marks=pytest.mark.heavy),
     ],
 )
 def test_matmul_flops_of_every_family_add_up(name, size, method, train):

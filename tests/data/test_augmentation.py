@@ -160,6 +160,7 @@ def test_boxes_are_as_large_as_their_shares():
 ALL = Augmentation((0.2, 1.0), flip=True, shift=1, randaugment=(2, 9.0), mixup=0.8, cutmix=1.0)
 
 
+@pytest.mark.heavy
 def test_the_key_decides_and_devices_do_not():
     run = jax.jit(make_augmentation(ALL, 16), static_argnums=4)
     one, again, other = (run(key, IMAGES, ASPECT, LABELS, 3) for key in (KEY, jax.random.key(0), jax.random.key(1)))

@@ -37,7 +37,7 @@ SHELL = [
 ]
 
 
-HEAVY = dict.fromkeys(("compile.md", "plan.md"), pytest.mark.heavy)  # they compile whole steps
+HEAVY = dict.fromkeys(("compile.md", "costs.md", "plan.md"), pytest.mark.heavy)  # they compile whole steps
 
 
 @pytest.mark.parametrize(

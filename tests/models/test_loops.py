@@ -89,7 +89,7 @@ def gradient(model, values, x):
     [
         ("vit", False),
         ("vit", True),
-        ("swin_v2", False),
+        pytest.param("swin_v2", False, marks=pytest.mark.heavy),
         pytest.param("efficientformer", False, marks=pytest.mark.heavy),
         pytest.param("efficientformer_v2", False, marks=pytest.mark.heavy),
     ],

@@ -169,6 +169,7 @@ def test_each_setting_keeps_less_than_the_one_before(family):
     assert sizes[2] < 0.5 * sizes[0]
 
 
+@pytest.mark.heavy
 def test_transformations():
     """Under vmap, remat, scan, pmap and shard_map the gradients of "lean" are those without."""
     family = "vit"
