@@ -19,7 +19,8 @@ from lbpwht_jax.weights.timm_keys import from_timm
 from lbpwht_jax.weights.torch_file import read_torch_file
 from parity import util
 
-NAMES = sorted({*list_models("vit_*_patch*"), *list_models("deit*")} - {*list_models("*dinov3*")})
+OURS = "vit_micro_patch4_28"  # which timm does not have
+NAMES = sorted({*list_models("vit_*_patch*"), *list_models("deit*")} - {*list_models("*dinov3*"), OURS})
 LARGE = {name for name in NAMES if "_large_" in name or "_huge_" in name or "_so400m_" in name}
 SLOW = {name for name in NAMES if "_384" in name or "_patch8_" in name or name.startswith(("deit3_base", "deit3_medium"))}
 SLOW |= {"vit_base_patch14_dinov2", "vit_base_patch14_reg4_dinov2"}
