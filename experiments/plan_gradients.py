@@ -16,10 +16,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
-from transfer import Setting, Variant, adapted_backbone, pretrained, sweep_images
+from transfer import Setting, Variant, adapted_backbone, sweep_images
 from transfer_backbone import NAME, WEIGHTS, backbone_info
-from transfer_gradients import cosine
-from transfer_training import make_trainer, train
+from transfer_gradients import cosine, with_trained_head
 
 from lbpwht_jax.adaptation import AdaptedModule, adapt
 from lbpwht_jax.cost import backward_flops
@@ -82,14 +81,9 @@ def main(
       batch_size: images of each.
       held_out: test images of the batch that gradients are compared on.
     """
-    setting, info = Setting(epochs=1), backbone_info()
     dataset = sweep_images(data, Setting(), cache)
-    classes, shape = len(dataset.classes), info.images.shape
-    head = adapted_backbone(Variant("full"), "head", classes)
-    trainer = make_trainer(head, info, dataset, setting.recipe(0), head.trainable)
-    for _, _, state in train(trainer, pretrained(weights, classes, 0)):  # noqa: B007, the last state is used below
-        pass
-    variables = jax.device_get(state.variables)
+    classes, shape = len(dataset.classes), backbone_info().images.shape
+    variables = with_trained_head(dataset, weights, seed=0)
     exact_model = adapted_backbone(Variant("full"), "all", classes)
     low = adapted_backbone(Variant("lp_l1-4"), "all", classes)
     layers = [adaptation.layer.path for adaptation in low.resolution.adaptations]

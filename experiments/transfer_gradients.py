@@ -64,6 +64,17 @@ def spec_of(variant: Variant) -> LowRankSpec:
     return spec
 
 
+def with_trained_head(dataset: Dataset, weights: Path, seed: int) -> dict[str, Any]:
+    """The backbone's variables after an epoch in which its new head alone was trained."""
+    classes = len(dataset.classes)
+    head = adapted_backbone(Variant("full"), "head", classes)
+    trainer = make_trainer(head, backbone_info(), dataset, Setting(epochs=1).recipe(seed), head.trainable)
+    for _, loss, state in train(trainer, pretrained(weights, classes, seed)):  # noqa: B007, used below
+        pass
+    print(f"the head's loss: {loss:.3f}", flush=True)
+    return jax.device_get(state.variables)
+
+
 def main(
     data: Path,
     weights: Path = WEIGHTS,
@@ -88,15 +99,9 @@ def main(
       seed: determines the new head and the choice of images.
       train_per_class: training images of each class.
     """
-    info = backbone_info()
-    images, names = read_split([data], "train", info.images.size, train_per_class, cache)
+    images, names = read_split([data], "train", backbone_info().images.size, train_per_class, cache)
     classes, dataset = len(names), Dataset(data.stem, images, images, names)
-    head = adapted_backbone(Variant("full"), "head", classes)
-    trainer = make_trainer(head, info, dataset, Setting(epochs=1).recipe(seed), head.trainable)
-    for _, loss, state in train(trainer, pretrained(weights, classes, seed)):  # noqa: B007, used below
-        pass
-    variables = jax.device_get(state.variables)
-    print(f"the head's loss: {loss:.3f}", flush=True)
+    variables = with_trained_head(dataset, weights, seed)
     chosen = np.random.default_rng(seed).permutation(len(images))[:batch_size]
     batch = ArraySplit(images.images[chosen], images.labels[chosen])
     exact = kernel_gradients(adapted_backbone(Variant("full"), "all", classes), variables, batch)

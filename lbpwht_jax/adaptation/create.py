@@ -48,7 +48,8 @@ def create_model(
         of itself; ``"exact"``, less, without rounding; ``"lean"``, 8 bits; ``"tiny"``, 2 to 8 bits; or a ``Residuals``.
       scan_blocks: runs equal blocks in a row as one loop over their stacked parameters (``jax.lax.scan``): what is kept for
         the backward pass is then what the blocks keep and nothing else, whatever the compiler, and one block is compiled
-        instead of many. Variables are as without. The model is traced once, on shapes alone.
+        instead of many. Variables are as without. Within another module, blocks run one by one. The model is traced once, on
+        shapes alone.
       spec: low-rank backprop for the layers that ``layers`` matches; ``None`` backpropagates exactly. With a spec the model
         is traced once, on shapes alone.
       layers: regular expression searched in the paths of the layers on token grids, such as ``"mlp/fc[12]$"``; by default

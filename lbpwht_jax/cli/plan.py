@@ -1,6 +1,7 @@
 """The command ``lbpwht plan``, and the plan that ``lbpwht finetune --method auto`` makes first."""
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
@@ -56,7 +57,7 @@ class Plan:
     same_within_stage: tyro.conf.FlagCreatePairsOff[bool] = False
     """Gives the blocks of a stage the same functions, so that they can run as a loop (--scan-blocks)."""
     output: Path = Path("plan.json")
-    """Where the plan goes; the picture has the same name, with .png."""
+    """Where the plan goes, a new file; the picture has the same name, with .png."""
 
     def prepare(self) -> Callable[[], None]:
         """Checks what can be checked, and returns the function that makes the plan.
@@ -69,6 +70,8 @@ class Plan:
         for name in ("batches", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be positive, got {getattr(self, name)}")
+        if self.output.suffix != ".json" or not self.output.parent.is_dir() or self.output.exists():
+            raise ValueError(f"--output must be a new .json file in a folder that there is, got {self.output}")
         if self.train == "head":
             raise ValueError("--train head leaves no layer to plan; take all or last_stage")
         names = ("model", "dataset", "pretrained", "train", "residuals", "image_size")
@@ -135,6 +138,7 @@ def chosen_plan(
     order = np.random.default_rng(recipe.seed).permutation(len(dataset.train))[:wanted]
     images = Subset(dataset.train, order)
     load = loading(config.info, config.image_size, min(batch_size, wanted), recipe.seed)
+    load = dataclasses.replace(load, shard_index=0, shard_count=1)  # every process of a run must come to the same plan
     measured = []
     with evaluation_batches(images, load, config.crop, config.interpolation) as loaded:
         for batch in loaded:
@@ -146,18 +150,14 @@ def chosen_plan(
 
 
 def picture(made: Chosen, file: Path) -> None:
-    """Draws, for each layer, the functions that it keeps by their indices, the energies kept, and its share of the cost."""
-    axes_of_functions = 2
+    """Draws, for each layer, which functions it keeps, low sequencies first, the energies kept, and its share of the cost."""
+    functions = sorted(itertools.product(range(made.block), repeat=2), key=lambda function: (sum(function), function))
     figure = Figure(figsize=(9, 1 + 0.28 * len(made.layers)), layout="constrained")
     masks, bars = figure.subplots(1, 2, sharey=True, width_ratios=[2, 3])
     names = [layer.path for layer in made.layers]
-    columns = made.block**axes_of_functions
-    grid = np.zeros((len(names), columns))
-    for row, layer in enumerate(made.layers):
-        kept = columns if layer.functions is None else len(layer.functions)
-        grid[row, :kept] = 1
-    masks.imshow(grid, aspect="auto", cmap="Greens", vmin=0, vmax=1.4)
-    masks.set(xlabel=f"functions kept, of {columns}", yticks=range(len(names)), yticklabels=names)
+    kept = [[layer.functions is None or function in layer.functions for function in functions] for layer in made.layers]
+    masks.imshow(kept, aspect="auto", cmap="Greens", vmin=0, vmax=1.4, interpolation="nearest")
+    masks.set(xlabel="functions kept, by sequency", xticks=[], yticks=range(len(names)), yticklabels=names)
     places = np.arange(len(names))
     for shift, values, label in (
         (-0.25, [100 * layer.dw_kept for layer in made.layers], "dW kept"),

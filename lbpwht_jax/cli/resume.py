@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lbpwht_jax.cli.run_flags import RunFlags
+from lbpwht_jax.cli.run_flags import AUTO, RunFlags
 from lbpwht_jax.data import Dataset, open_dataset, steps_per_epoch
 from lbpwht_jax.runs import folder as run_folder
 from lbpwht_jax.runs import training as training_run
@@ -90,6 +90,11 @@ def check_agreement(flags: RunFlags, config: RunConfig, folder: Path) -> None:
     """
     if flags.recipe is not None:
         raise ValueError(f"--recipe does not go with --resume: the run in {folder} keeps its configuration; leave it out")
+    if flags.method == AUTO or flags.budget is not None:
+        raise ValueError(
+            f"--method auto and --budget do not go with --resume: the run in {folder} keeps its method, {config.method}; leave "
+            "them out"
+        )
     for name, wanted, recorded in differences(flags.over(config), config):
         if name == "recipe.epochs":  # the one that may change
             continue

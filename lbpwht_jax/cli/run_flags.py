@@ -291,16 +291,18 @@ class RunFlags:
                 f"no weights of {model} come with this package; give --pretrained a file, a folder or a hub id, or none for "
                 "random weights"
             )
+        notes = []
         if self.pretrained not in (None, NO_WEIGHTS, BUNDLED_WEIGHTS):
-            local_file(self.pretrained)  # tells at once that it is not there
+            file = local_file(self.pretrained)  # tells at once that it is not there
             published = timm_config(self.pretrained)
             like = like if published is None else published.over(like)
+            if published is None and file is None:
+                notes.append(f"No config.json of {self.pretrained} could be had: images are prepared as {model}'s usually are.")
         recipe = Recipe(epochs=15)
         if self.recipe == "paper":
             recipe = dataclasses.replace(recipe, **paper_recipe(dataset_name))
         recipe = self.numbers.over(recipe)
         dataset = open_dataset(dataset_name, recipe.seed, data_dir, _or(self.validation, 0.0))
-        notes = []
         if self.numbers.batch_size is None and (fits := _batch_that_fits(recipe, len(dataset.train))):
             notes.append(
                 f"Batch size {fits}: the recipe's {recipe.batch_size} is more than the {len(dataset.train)} training images."

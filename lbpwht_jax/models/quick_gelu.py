@@ -1,12 +1,9 @@
 """The activation of OpenAI's CLIP: ``x * sigmoid(1.702 x)``, an approximation of the GELU (Hendrycks and Gimpel, 2016)."""
 
-import functools
-
 import jax
 
-from lbpwht_jax.ops.coders import Slopes
 from lbpwht_jax.ops.dtypes import accumulation_dtype
-from lbpwht_jax.ops.platforms import apart
+from lbpwht_jax.ops.gelu import coded_activation
 
 _SHARPNESS = 1.702
 
@@ -22,7 +19,7 @@ def quick_gelu(x: jax.Array, bits: int | None = None) -> jax.Array:
     Returns:
       Array of ``x``'s shape and dtype, computed in at least float32.
     """
-    return _plain(x) if bits is None else _coded(x, bits)
+    return coded_activation(_plain, _slope, x, bits)
 
 
 @jax.custom_jvp
@@ -41,20 +38,3 @@ def _slope(x: jax.Array) -> jax.Array:
 def _plain_jvp(primals, tangents):
     (x,), (t,) = primals, tangents
     return _plain(x), _slope(x) * t
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _coded(x: jax.Array, bits: int) -> jax.Array:
-    return _plain(x)
-
-
-def _coded_forward(x: jax.Array, bits: int) -> tuple[jax.Array, Slopes]:
-    return apart((_plain(x), Slopes.of(_slope(x), bits)))
-
-
-def _coded_backward(bits: int, slope: Slopes, g: jax.Array) -> tuple[jax.Array]:
-    slope, g = apart((slope, g))
-    return (g * slope.decoded(),)
-
-
-_coded.defvjp(_coded_forward, _coded_backward)

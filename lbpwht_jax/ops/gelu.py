@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,6 +12,8 @@ from jax import lax
 from lbpwht_jax.ops.coders import SLOPE_BITS, Slopes
 from lbpwht_jax.ops.dtypes import accumulation_dtype
 from lbpwht_jax.ops.platforms import apart
+
+Elementwise = Callable[[jax.Array], jax.Array]
 
 
 def _normal_cdf(x: jax.Array) -> jax.Array:
@@ -46,27 +49,41 @@ def check_slope_bits(bits: int | None, name: str) -> None:
 
 def coded_gelu(x: jax.Array, bits: int | None) -> jax.Array:
     """``gelu(x)``, keeping its slope in 2, 3, 4 or 8 bits for the backward pass; as ``gelu`` does for ``None``."""
-    return gelu(x) if bits is None else _coded_gelu(x, bits)
+    return coded_activation(gelu, gelu_slope, x, bits)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _coded_gelu(x: jax.Array, bits: int) -> jax.Array:
-    return gelu(x)
+def coded_activation(function: Elementwise, slope: Elementwise, x: jax.Array, bits: int | None) -> jax.Array:
+    """``function(x)``, keeping its slope in few bits for the backward pass.
+
+    Args:
+      function: an activation.
+      slope: its derivative, whose values lie near those of GELU's, for which the codes are made.
+      x: floating point.
+      bits: 2, 3, 4 or 8; with ``None`` what ``function`` keeps of itself.
+    """
+    return function(x) if bits is None else _coded(function, slope, x, bits)
 
 
-def _coded_gelu_backward(bits: int, slope: Slopes, g: jax.Array) -> tuple[jax.Array]:
-    slope, g = apart((slope, g))
-    return (g * slope.decoded(),)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 3))
+def _coded(function: Elementwise, slope: Elementwise, x: jax.Array, bits: int) -> jax.Array:
+    return function(x)
 
 
-_coded_gelu.defvjp(lambda x, bits: gelu_and_slope(x, bits), _coded_gelu_backward)
+def _coded_forward(function: Elementwise, slope: Elementwise, x: jax.Array, bits: int) -> tuple[jax.Array, Slopes]:
+    return apart((function(x), Slopes.of(slope(x), bits)))
+
+
+def _coded_backward(function: Elementwise, slope: Elementwise, bits: int, kept: Slopes, g: jax.Array) -> tuple[jax.Array]:
+    kept, g = apart((kept, g))
+    return (g * kept.decoded(),)
+
+
+_coded.defvjp(_coded_forward, _coded_backward)
 
 
 def gelu_and_slope(x: jax.Array, bits: int | None) -> tuple[jax.Array, Any]:
     """``gelu(x)``, and its slope, in so many bits or whole."""
-    if bits is None:
-        return gelu(x), gelu_slope(x)
-    return apart((gelu(x), Slopes.of(gelu_slope(x), bits)))
+    return (gelu(x), gelu_slope(x)) if bits is None else _coded_forward(gelu, gelu_slope, x, bits)
 
 
 def decoded_slope(slope: Any) -> jax.Array:

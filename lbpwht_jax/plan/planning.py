@@ -71,14 +71,14 @@ def plan(
     the least summed loss among all that cost no more than the budget, or a bound on how far it is from that. The loss is the
     mean over layers of the lost share of the layer's own gradient, averaged with the lost share of all these gradients
     together. What a layer loses of its input's cotangent, which reaches the layers before it, is told but not counted:
-    weighing it in made the gradients worse (docs/plan.md).
+    weighing it in did not help at every budget (docs/plan.md).
 
     Args:
       model: a Linen model under ``LowRank`` rules, whose layers are planned whatever functions the rules name; layers that
         backpropagate exactly stay so. It is called as ``model.apply(variables, images, train=True)``.
       variables: its variables.
-      batches: what ``loss`` takes; by default pairs of normalised images ``[batch, height, width, channels]`` and integer
-        labels ``[batch]``.
+      batches: what ``loss`` takes, tuples whose first are images ``[batch, height, width, channels]``; by default pairs of
+        normalised images and integer labels ``[batch]``.
       budget: ``"flops=SHARE"``, FLOPs of the backward pass's products, or ``"bytes=SHARE"``, bytes kept for it per image, as
         shares of those of the model with all layers exact, as ``lbpwht cost`` counts both.
       loss: called as ``loss(model, variables, batch)``, returning a scalar.
@@ -90,7 +90,7 @@ def plan(
 
     Raises:
       ValueError: if the budget is unknown, or less than the least possible; if the model has no low-rank layer, or LoRA
-        branches; if there is no batch.
+        branches; if there is no batch, or gradients are not finite.
       TypeError: if the model is not an ``AdaptedModule``.
     """
     unit, share = parse_budget(budget)
@@ -107,6 +107,11 @@ def plan(
         raise ValueError("plan: there is no batch to measure on; give at least one")
     progress("measuring gradients")
     energies = _observe(exact, variables, batches, sites, loss)
+    wrong = [path for path, each in energies.items() if not (np.isfinite(each.dw).all() and np.isfinite(each.dx).all())]
+    if wrong:
+        raise ValueError(
+            f"plan: the gradients of {len(wrong)} layers, such as {wrong[0]}, are not finite; check weights and images"
+        )
     progress("choosing")
     menu = _Menu(model, exact, variables, batches[0][0].shape[1:], sites, energies, unit)
     return menu.plan(share, _groups(sites, menu.products, same_within_stage))

@@ -112,6 +112,8 @@ class RunConfig:
     def _a_plan_where_named(self) -> "RunConfig":
         if (self.plan is None) == (parse_method(self.method, self.plan or _SOME_PLAN).plan is not None):
             raise ValueError(f"method {self.method} {'needs' if self.plan is None else 'has no use for'} a plan")
+        if self.plan is not None and self.projection != "fitted":
+            raise ValueError(f"projection {self.projection} does not go with a plan, whose projections are fitted")
         return self
 
     @property

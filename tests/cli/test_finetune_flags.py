@@ -4,8 +4,9 @@ import dataclasses
 
 import pytest
 
-from lbpwht_jax.cli import main
+from lbpwht_jax.cli import main, run_flags
 from lbpwht_jax.cli.run_flags import RunFlags
+from lbpwht_jax.weights.timm_config import TimmConfig
 
 
 @pytest.mark.parametrize(
@@ -89,3 +90,14 @@ def test_every_flag_that_decides_what_a_run_computes_can_be_told_from_a_flag_not
             yield from given(value) if dataclasses.is_dataclass(value) else [value]
 
     assert set(given(RunFlags())) == {None, False}
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_weights_of_the_hub_without_their_configuration_are_noted(monkeypatch, known):
+    published = TimmConfig("config.json", "vit_tiny_patch16_224", {}) if known else None
+    monkeypatch.setattr(run_flags, "timm_config", lambda source: published)
+    name = "timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k"
+    config, _, notes = RunFlags(pretrained=name).new_run(None)
+    assert config.model == "vit_tiny_patch16_224"
+    expected = [] if known else [f"No config.json of {name} could be had: images are prepared as {config.model}'s usually are."]
+    assert notes == expected

@@ -5,6 +5,7 @@ import dataclasses
 import functools
 
 import chex
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -141,6 +142,29 @@ def test_rules_that_tell_blocks_apart_split_a_loop():
     trained = adapted_model("vit_micro_patch4_28", "lp_l1-2", "last_stage", 10, scan_blocks=True).module
     assert [len(loop) for loop in trained.settings.loops] == [5]
     assert create_model("vit_micro_patch4_28", spec=lp_l1(2), scan_blocks=True).module.settings.loops == in_loops.settings.loops
+
+
+def test_within_another_module_blocks_run_one_by_one():
+    """Rules may tell the blocks apart there, which are not looked at when that module is adapted."""
+
+    class Outer(nn.Module):
+        inner: nn.Module
+
+        def __call__(self, x):
+            return self.inner(x)
+
+    x = images("vit")
+    in_loops = with_loops(FAMILIES["vit"][0], x)
+    rules = [LowRank(r"inner/blocks_1/mlp/fc1$", lp_l1(2))]
+    own = adapt(Outer(in_loops), rules, x)
+    alone = adapt(FAMILIES["vit"][0], [LowRank(r"blocks_1/mlp/fc1$", lp_l1(2))], x)
+
+    def kernels(model, inside):
+        values = {"params": {"inner": variables("vit")["params"]}} if inside else variables("vit")
+        grads = jax.jit(jax.grad(lambda p: jnp.sum(model.apply({"params": p}, x) ** 2)))(values["params"])
+        return grads["inner"] if inside else grads
+
+    chex.assert_trees_all_close(kernels(own, True), kernels(alone, False), rtol=1e-4, atol=1e-5)  # float32 rounding
 
 
 def test_branches_run_in_loops():

@@ -227,6 +227,9 @@ def test_what_cannot_be_planned(micro):
         plan(model, variables, batches, "flops=0.01")
     with pytest.raises(ValueError, match="there is no batch to measure on"):
         plan(model, variables, [], "flops=0.3")
+    broken = [(batches[0][0] * np.nan, batches[0][1])]
+    with pytest.raises(ValueError, match=r"the gradients of 24 layers, such as .* are not finite; check weights and images"):
+        plan(model, variables, broken, "flops=0.3")
     with pytest.raises(ValueError, match="no layer of the model is low-rank"):
         plan(adapted_model(MICRO, "full", num_classes=10), variables, batches, "flops=0.3")
     branched = adapt(model.module, [LoRA("qkv", 2, spec=lp_linf(2))], batches[0][0])
