@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
 
 from lbpwht_jax.ops.gelu import check_slope_bits, coded_gelu
-from lbpwht_jax.ops.matmul import low_rank_matmul
+from lbpwht_jax.ops.matmul import Link, low_rank_matmul
 from lbpwht_jax.ops.spec import Grid, LowRankSpec, lp_l1
 
 
@@ -54,11 +54,12 @@ class LowRankDense(nn.Module):
     slope_bits: int | None = None
 
     @nn.compact
-    def __call__(self, inputs: jax.Array) -> jax.Array:
+    def __call__(self, inputs: jax.Array, link: Link | None = None) -> jax.Array:
         """Applies the layer.
 
         Args:
           inputs: ``[..., prefix_tokens + tokens, channels]`` with ``grid``, ``[batch, *grid, channels]`` without.
+          link: joins this layer to its neighbour, as for ``low_rank_matmul``.
 
         Returns:
           Array of the inputs' shape with ``features`` channels.
@@ -85,6 +86,7 @@ class LowRankDense(nn.Module):
                 bias=bias,
                 activation=self.activation,
                 slope_bits=self.slope_bits,
+                link=link,
                 name=self._name,
             )
         inputs = inputs if self.activation is None else coded_gelu(inputs, self.slope_bits)

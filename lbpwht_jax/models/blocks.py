@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from lbpwht_jax.layers.linen import LowRankDense
 from lbpwht_jax.models.quick_gelu import quick_gelu
+from lbpwht_jax.ops.matmul import Link
 from lbpwht_jax.ops.residuals import Residuals
 from lbpwht_jax.ops.spec import Grid
 
@@ -142,7 +143,8 @@ class Mlp(Part):
         """``x`` of shape ``[..., tokens, channels]`` or ``[..., *grid, channels]``; the result has the same shape."""
         tokens = {"grid": self.grid, "prefix_tokens": self.prefix_tokens}
         channels = x.shape[-1]
-        x = dense(self, "fc1", self.hidden, **tokens)(x)
+        link = Link()
+        x = dense(self, "fc1", self.hidden, **tokens)(x, link)
         if self.activation == "quick_gelu":
             return dense(self, "fc2", channels, **tokens)(quick_gelu(x, self.settings.slope_bits))
-        return dense(self, "fc2", channels, **tokens, activation="gelu")(x)
+        return dense(self, "fc2", channels, **tokens, activation="gelu")(x, link)

@@ -62,6 +62,41 @@ def slope_levels(bits: int) -> tuple[float, ...]:
     return tuple(levels.tolist())
 
 
+def has_row_steps(channels: int) -> bool:
+    """Whether rows of so many channels have a step each."""
+    return channels >= _LEAST_CHANNELS
+
+
+def row_codes(rows: jax.Array, bits: int, axes: Any) -> tuple[jax.Array, jax.Array]:
+    """What ``Rows`` keeps of float32 rows: whole numbers from 0, float32 and unpacked, and steps, of length 1 along ``axes``.
+
+    Made of operations that kernels have too, as ``coded_rows``, ``slope_codes`` and ``coded_slopes`` are.
+    """
+    most = 2 ** (bits - 1) - 1
+    largest = jnp.max(jnp.abs(rows), axis=axes, keepdims=True)
+    inverse = jnp.where(largest > 0, most / largest, 0.0)
+    return jnp.clip(_rounded(rows * inverse), -most, most) + most, largest / most
+
+
+def coded_rows(codes: jax.Array, steps: jax.Array, bits: int) -> jax.Array:
+    """The float32 rows that codes stand for."""
+    return (codes.astype(jnp.float32) - (2 ** (bits - 1) - 1)) * steps
+
+
+def slope_codes(slopes: jax.Array) -> jax.Array:
+    """What ``Slopes`` keeps of float32 slopes in 8 bits: whole numbers in float32."""
+    return jnp.clip(_rounded((slopes - _LEAST_SLOPE) * (255 / (_LARGEST_SLOPE - _LEAST_SLOPE))), 0.0, 255.0)
+
+
+def coded_slopes(codes: jax.Array) -> jax.Array:
+    """The float32 slopes that codes of 8 bits stand for."""
+    return codes.astype(jnp.float32) * ((_LARGEST_SLOPE - _LEAST_SLOPE) / 255) + _LEAST_SLOPE
+
+
+def _rounded(x: jax.Array) -> jax.Array:
+    return jnp.floor(x + 0.5)
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Rows:
@@ -87,17 +122,13 @@ class Rows:
     @classmethod
     def of(cls, x: jax.Array, bits: int) -> "Rows":
         """The codes of ``x``, ``[batch, ..., channels]``, floating point."""
-        wide, most = x.astype(jnp.float32), 2 ** (bits - 1) - 1
-        axes = -1 if x.shape[-1] >= _LEAST_CHANNELS else tuple(range(1, x.ndim))
-        largest = jnp.max(jnp.abs(wide), axis=axes, keepdims=True)
-        inverse = jnp.where(largest > 0, most / largest, 0)
-        codes = jnp.clip(jnp.round(wide * inverse), -most, most) + most
-        return cls(_pack(codes.astype(jnp.uint8), bits), largest / most, bits, x.shape[-1], x.dtype)
+        axes = -1 if has_row_steps(x.shape[-1]) else tuple(range(1, x.ndim))
+        codes, steps = row_codes(x.astype(jnp.float32), bits, axes)
+        return cls(_pack(codes.astype(jnp.uint8), bits), steps, bits, x.shape[-1], x.dtype)
 
     def decoded(self) -> jax.Array:
         """``[..., channels]``."""
-        codes = _unpack(self.codes, self.bits, self.channels).astype(jnp.float32)
-        return ((codes - (2 ** (self.bits - 1) - 1)) * self.steps).astype(self.dtype)
+        return coded_rows(_unpack(self.codes, self.bits, self.channels), self.steps, self.bits).astype(self.dtype)
 
 
 @jax.tree_util.register_dataclass
@@ -122,7 +153,7 @@ class Slopes:
         """The codes of ``slopes``, ``[..., channels]``, floating point."""
         wide = slopes.astype(jnp.float32)
         if bits == 8:
-            codes = jnp.clip(jnp.round((wide - _LEAST_SLOPE) * (255 / (_LARGEST_SLOPE - _LEAST_SLOPE))), 0, 255)
+            codes = slope_codes(wide)
         else:
             levels = slope_levels(bits)
             borders = [(low + high) / 2 for low, high in itertools.pairwise(levels)]
@@ -133,8 +164,7 @@ class Slopes:
         """``[..., channels]``."""
         codes = _unpack(self.codes, self.bits, self.channels)
         if self.bits == 8:
-            step = (_LARGEST_SLOPE - _LEAST_SLOPE) / 255
-            return (codes.astype(jnp.float32) * step + _LEAST_SLOPE).astype(self.dtype)
+            return coded_slopes(codes).astype(self.dtype)
         levels = slope_levels(self.bits)
         steps = [jnp.where(codes > k, high - low, 0.0) for k, (low, high) in enumerate(itertools.pairwise(levels))]
         return functools.reduce(jnp.add, steps, jnp.float32(levels[0])).astype(self.dtype)

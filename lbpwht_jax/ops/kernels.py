@@ -5,6 +5,9 @@ Their kinds, on ``[..., tokens or coefficients, channels]``:
 - ``project``: tokens to coefficients, ``A x``.
 - ``expand``: coefficients to tokens, ``E c``.
 - ``gelu_backward``: coefficients c and tokens h to ``gelu'(h) * E c`` and ``A gelu(h)``, reading h once for both.
+- ``gelu_backward_projected``: the same, with ``A (gelu'(h) * E c)`` in the first one's place.
+- ``gelu_coded``: tokens h to ``gelu(h)``, ``A gelu(h)`` and the codes of ``gelu'(h)`` in 8 bits.
+- ``slope_projected``: coefficients c and codes of slopes s to ``A (s * E c)``.
 
 JAX gives no guarantee that a later XLA understands a GPU's kernels: to export a program that has some with ``jax.export``, pass
 ``disabled_checks=[jax.export.DisabledSafetyCheck.custom_call("__gpu$xla.gpu.triton")]``.
@@ -18,23 +21,24 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.custom_batching import custom_vmap
-from jax.experimental.custom_partitioning import custom_partitioning
-from jax.sharding import NamedSharding, PartitionSpec
 
 from lbpwht_jax.ops import kernels_gpu, products_tpu
 from lbpwht_jax.ops.basis import coefficient_count
+from lbpwht_jax.ops.distributed import distributed
 from lbpwht_jax.ops.sharding import explicit_sharding
 from lbpwht_jax.ops.spec_fields import Grid, SpecFields
 
 # TPUs have products instead: their compiler does not split kernels over several chips.
 _BACKENDS: dict[str, Any] = {"cuda": kernels_gpu}
 
-# The second axis of operands and of results: n tokens, r coefficients.
+# The second axis of operands and of results: n tokens, r coefficients, u the codes of tokens.
 _AXES = {
     "project": ("n", "r"),
     "expand": ("r", "n"),
     "gelu_backward": ("rn", "nr"),
+    "gelu_backward_projected": ("rn", "rr"),
+    "gelu_coded": ("n", "nru"),
+    "slope_projected": ("ru", "r"),
 }
 
 
@@ -49,7 +53,7 @@ def kernel_forms(kind: str, x: jax.Array, spec: SpecFields, grid: Grid, prefix_t
       prefix_tokens: leading tokens outside the grid.
 
     Returns:
-      Functions of arrays ``[..., tokens or coefficients, channels]`` that return one, or two for ``gelu_backward``.
+      Functions of arrays ``[..., tokens or coefficients, channels]`` that return one, or several where the kind has several.
     """
     if explicit_sharding(x) is not None:
         return {}
@@ -63,7 +67,7 @@ def kernel_forms(kind: str, x: jax.Array, spec: SpecFields, grid: Grid, prefix_t
         return results[0] if len(results) == 1 else results
 
     forms: dict[str, Callable[..., Any]] = {platform: functools.partial(form, platform) for platform in takers}
-    if products_tpu.takes(x.dtype, spec, grid, prefix_tokens):
+    if kind in products_tpu.KINDS and products_tpu.takes(x.dtype, spec, grid, prefix_tokens):
         forms["tpu"] = products_tpu.form(kind, spec, grid, prefix_tokens)
     return forms
 
@@ -86,39 +90,24 @@ def kernel(
       A function of arrays ``[batch, tokens or coefficients, channels]`` that returns a tuple of such arrays.
     """
     backend, (inputs, outputs) = _BACKENDS[platform], _AXES[kind]
-    rows = {"n": prefix_tokens + math.prod(grid), "r": prefix_tokens + coefficient_count(spec, grid)}
+    tokens = prefix_tokens + math.prod(grid)
+    rows = {"n": tokens, "u": tokens, "r": prefix_tokens + coefficient_count(spec, grid)}
     letters = iter("defghijklm")
     shapes_of_tables = jax.eval_shape(lambda: backend.tables(spec, grid, prefix_tokens, jnp.float32))
-    tables = [" ".join(itertools.islice(letters, table.ndim)) for table in shapes_of_tables]
+    table_axes = [" ".join(itertools.islice(letters, table.ndim)) for table in shapes_of_tables]
 
     def run(*operands: jax.Array) -> tuple[jax.Array, ...]:
-        like = operands[-1]
+        like = operands[len(table_axes)]
         varying = jax.typeof(like).manual_axis_type
-        shapes = [
-            jax.ShapeDtypeStruct((len(like), rows[n], like.shape[-1]), like.dtype, manual_axis_type=varying) for n in outputs
-        ]
-        return backend.run(kind, shapes, *operands, interpret=interpret)
 
-    def partition(mesh: Any, operands: Any, results: Any) -> tuple:
-        batch, _, channels = (*operands[-1].sharding.spec, None, None, None)[:3]
-        split, whole = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((batch, None, channels), ()))
-        return mesh, run, (split,) * len(outputs), (whole,) * len(tables) + (split,) * len(inputs)
+        def shape(n: str) -> jax.ShapeDtypeStruct:
+            dtype = jnp.uint8 if n == "u" else like.dtype
+            return jax.ShapeDtypeStruct((len(like), rows[n], like.shape[-1]), dtype, manual_axis_type=varying)
 
-    partitioned = custom_partitioning(run)
-    rule = f"{', '.join([*tables, *(f'b {n} c' for n in inputs)])} -> {', '.join(f'b {n} c' for n in outputs)}"
-    replicated = [*" ".join(tables).split(), *dict.fromkeys(inputs + outputs)]
-    partitioned.def_partition(partition, sharding_rule=rule, need_replication_factors=tuple(replicated))
+        return backend.run(kind, [shape(n) for n in outputs], *operands, interpret=interpret)
 
-    @custom_vmap
-    def mapped(*arrays: jax.Array) -> tuple[jax.Array, ...]:
-        operands = (*backend.tables(spec, grid, prefix_tokens, arrays[0].dtype), *arrays)
-        # inside shard_map each device has its own part already
-        return run(*operands) if jax.typeof(arrays[0]).manual_axis_type.varying else partitioned(*operands)
+    def tables(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+        return backend.tables(spec, grid, prefix_tokens, arrays[0].dtype)
 
-    @mapped.def_vmap
-    def _(size: int, batched: list[bool], *arrays: jax.Array) -> tuple:
-        whole = [a if own else jnp.broadcast_to(a, (size, *a.shape)) for a, own in zip(arrays, batched, strict=True)]
-        results = mapped(*(a.reshape(size * a.shape[1], *a.shape[2:]) for a in whole))
-        return tuple(r.reshape(size, -1, *r.shape[1:]) for r in results), (True,) * len(results)
-
-    return mapped
+    given, made = ([f"b {n} c".replace("u", "n") for n in axes] for axes in (inputs, outputs))
+    return distributed(run, given, made, "bc", tables, table_axes)

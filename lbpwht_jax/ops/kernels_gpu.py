@@ -13,6 +13,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from lbpwht_jax.ops.cells import MISSING, grid_cells
+from lbpwht_jax.ops.coders import coded_slopes, slope_codes
 from lbpwht_jax.ops.gelu import kernel_gelu, kernel_gelu_slope
 from lbpwht_jax.ops.platforms import is_narrow
 from lbpwht_jax.ops.spec_fields import Grid, SpecFields
@@ -54,7 +55,41 @@ def _gelu_backward(
     coefficients.store(projected, _multiply(analysis, kernel_gelu(before).astype(x.dtype)))
 
 
-_BODIES: dict[str, Callable[..., None]] = {"project": _project, "expand": _expand, "gelu_backward": _gelu_backward}
+def _gelu_backward_projected(
+    tokens: _Rows, coefficients: _Rows, analysis: jax.Array, synthesis: jax.Array, g: Any, x: Any, dx: Any, projected: Any
+) -> None:
+    before = tokens.load(x).astype(jnp.float32)
+    through = _multiply(synthesis, coefficients.load(g)) * kernel_gelu_slope(before)
+    coefficients.store(dx, _multiply(analysis, through.astype(x.dtype)))
+    coefficients.store(projected, _multiply(analysis, kernel_gelu(before).astype(x.dtype)))
+
+
+def _gelu_coded(
+    tokens: _Rows, coefficients: _Rows, analysis: jax.Array, _: jax.Array, x: Any, out: Any, projected: Any, codes: Any
+) -> None:
+    before = tokens.load(x).astype(jnp.float32)
+    after = kernel_gelu(before).astype(x.dtype)
+    tokens.store(out, after)
+    tokens.store(codes, slope_codes(kernel_gelu_slope(before)))
+    coefficients.store(projected, _multiply(analysis, after))
+
+
+def _slope_projected(
+    tokens: _Rows, coefficients: _Rows, analysis: jax.Array, synthesis: jax.Array, g: Any, codes: Any, dx: Any
+) -> None:
+    through = _multiply(synthesis, coefficients.load(g)) * coded_slopes(tokens.load(codes))
+    coefficients.store(dx, _multiply(analysis, through.astype(g.dtype)))
+
+
+# What a program does, and how many products of the cells' matrices it makes.
+_BODIES: dict[str, tuple[Callable[..., None], int]] = {
+    "project": (_project, 1),
+    "expand": (_expand, 1),
+    "gelu_backward": (_gelu_backward, 2),
+    "gelu_backward_projected": (_gelu_backward_projected, 3),
+    "gelu_coded": (_gelu_coded, 1),
+    "slope_projected": (_slope_projected, 2),
+}
 
 
 def takes(dtype: Any, spec: SpecFields, grid: Grid, prefix_tokens: int) -> bool:
@@ -81,6 +116,7 @@ def run(kind: str, shapes: list[jax.ShapeDtypeStruct], *operands: jax.Array, int
     Returns:
       The results.
     """
+    body, products = _BODIES[kind]
     batch, _, channels = operands[-1].shape
     count, width = len(operands[0]), min(_CHANNELS, max(16, 1 << (channels - 1).bit_length()))
 
@@ -90,7 +126,7 @@ def run(kind: str, shapes: list[jax.ShapeDtypeStruct], *operands: jax.Array, int
         tokens = _Rows(image, plgpu.load(tokens_ref.at[cell]), columns, channels)
         coefficients = _Rows(image, plgpu.load(coefficients_ref.at[cell]), columns, channels)
         matrices = plgpu.load(analysis_ref.at[cell]), plgpu.load(synthesis_ref.at[cell])
-        _BODIES[kind](tokens, coefficients, *matrices, *refs)
+        body(tokens, coefficients, *matrices, *refs)
 
     program.__name__ = f"walsh_{kind}"  # what a profile shows
     call = pl.pallas_call(
@@ -100,7 +136,7 @@ def run(kind: str, shapes: list[jax.ShapeDtypeStruct], *operands: jax.Array, int
         compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=2),
         interpret=interpret,
         cost_estimate=pl.CostEstimate(
-            flops=2 * operands[2].size * batch * channels * len(shapes),
+            flops=2 * operands[2].size * batch * channels * products,
             bytes_accessed=sum(array.size * array.dtype.itemsize for array in (*operands, *shapes)),
             transcendentals=2 * operands[-1].size if "gelu" in kind else 0,
         ),

@@ -8,231 +8,42 @@ so that only ``A x`` and ``W`` are kept for the backward pass: ``A x`` where the
 """
 
 import dataclasses
-import functools
 import math
 import operator
-from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
-from jax.custom_derivatives import SymbolicZero
 
-from lbpwht_jax.ops.basis import coefficient_count, holds_token_sum, token_sum_weights
+from lbpwht_jax.ops.basis import holds_token_sum
 from lbpwht_jax.ops.dtypes import accumulation_dtype
-from lbpwht_jax.ops.gelu import check_slope_bits, coded_gelu, decoded_slope, gelu, gelu_and_slope, gelu_slope
+from lbpwht_jax.ops.gelu import check_slope_bits, coded_gelu
+from lbpwht_jax.ops.gelu_forms import Transforms
 from lbpwht_jax.ops.heuristic import chosen
-from lbpwht_jax.ops.kernels import kernel_forms
-from lbpwht_jax.ops.platforms import apart, by_platform, is_narrow
-from lbpwht_jax.ops.projection import expand, project
-from lbpwht_jax.ops.sharding import explicit_sharding, is_explicit, vary_alike, with_whole_tokens
+from lbpwht_jax.ops.sharding import is_explicit, vary_alike
 from lbpwht_jax.ops.spec_fields import Grid, SpecFields
 from lbpwht_jax.ops.validate import check_operands
+from lbpwht_jax.ops.vjp import Like, Static, add_bias, matmul
 
 
-@dataclasses.dataclass(frozen=True)
-class _Like:
-    """The dtype of an array, and its sharding where JAX must be told (on a mesh with explicit axes)."""
+@dataclasses.dataclass
+class Link:
+    """Joins a layer to the one behind it, so that the cotangent between them is passed on as coefficients and never expanded.
 
-    dtype: Any
-    sharding: Any = None
-
-    @classmethod
-    def of(cls, array: jax.Array) -> "_Like":
-        return cls(array.dtype, explicit_sharding(array))
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Static:
-    """All that is known when tracing; hashable.
-
-    Attributes:
-      spec: the functions kept and what is low-rank, after the automatic choice.
-      grid: tokens along each axis.
-      prefix_tokens: leading tokens outside the grid.
-      precision: precision of all products.
-      accumulate: dtype in which products accumulate.
-      y, x, kernel, bias: what the result and the operands' cotangents must be like.
-      gelu: whether x goes through GELU first.
-      slope_bits: in how many bits GELU's slope is kept; ``None`` for all of it.
+    Make one for each pair, give it to ``low_rank_matmul`` of the first layer, and to that of the second with the first's result
+    as x and an activation. It takes effect where both are low-rank in the same functions; elsewhere nothing changes.
     """
 
-    spec: SpecFields
-    grid: Grid
-    prefix_tokens: int
-    precision: Any
-    accumulate: Any
-    y: _Like
-    x: _Like
-    kernel: _Like
-    bias: _Like
-    gelu: bool
-    slope_bits: int | None
+    stand_in: jax.Array | None = None
+    transforms: Transforms | None = None
 
-    def project(self, x: jax.Array) -> jax.Array:
-        return project(x, self.spec, self.grid, self.prefix_tokens, self.precision)
-
-    def expand(self, coefficients: jax.Array) -> jax.Array:
-        return expand(coefficients, self.spec, self.grid, self.prefix_tokens, self.precision)
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class _Residuals:
-    """What the forward pass keeps for the backward pass.
-
-    Attributes:
-      x: the coefficients of x, or all of x where ``dw`` is exact, for the kernel's cotangent; ``None`` if that is not wanted.
-      kernel: for the cotangent of x; ``None`` if that is not wanted.
-      gelu: for the cotangent of x: GELU's slope at x, or its ``Slopes`` in few bits, or x itself where a kernel computes the
-        slope; ``None`` if that is not wanted or there is no GELU.
-      wants_dx, wants_dw, wants_db: which operands are differentiated.
-    """
-
-    x: Any
-    kernel: Any
-    gelu: Any
-    wants_dx: bool = dataclasses.field(metadata={"static": True})
-    wants_dw: bool = dataclasses.field(metadata={"static": True})
-    wants_db: bool = dataclasses.field(metadata={"static": True})
-
-
-def _product(a: jax.Array, b: jax.Array, contract: tuple, static: _Static, like: _Like) -> jax.Array:
-    dtype = a.dtype if a.dtype == b.dtype else static.accumulate
-
-    def product(result: Any, a: jax.Array, b: jax.Array) -> jax.Array:
-        return lax.dot_general(
-            a,
-            b,
-            (contract, ((), ())),
-            precision=static.precision,
-            preferred_element_type=result,
-            out_sharding=like.sharding,
-        ).astype(like.dtype)
-
-    wide, narrow = functools.partial(product, static.accumulate), functools.partial(product, like.dtype)
-    if is_narrow(a.dtype, b.dtype, like.dtype) and like.sharding is None:
-        # GPUs and TPUs accumulate in float32 inside; a float32 result, rounded afterwards, would cost twice the bytes
-        return by_platform(wide, a, b, cuda=narrow, tpu=narrow)
-    return wide(a.astype(dtype), b.astype(dtype))
-
-
-def _add_bias(y: jax.Array, bias: jax.Array) -> jax.Array:
-    return y + bias.reshape((1,) * (y.ndim - 1) + (-1,))
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _matmul(x: jax.Array, kernel: jax.Array, bias: jax.Array | None, static: _Static) -> jax.Array:
-    x = gelu(x) if static.gelu else x
-    y = _product(x, kernel, ((x.ndim - 1,), (0,)), static, static.y)
-    return y if bias is None else _add_bias(y, bias)
-
-
-def _forward(x: Any, kernel: Any, bias: Any, static: _Static) -> tuple[jax.Array, _Residuals]:
-    wants_dx, wants_dw = x.perturbed, kernel.perturbed
-    x, kept_x, kept_gelu = x.value, None, None
-    if static.gelu and wants_dx and wants_dw and static.slope_bits is None:
-        x, kept_x, kept_gelu = _gelu_forward(x, static)
-    else:
-        if static.gelu:
-            x, kept_gelu = gelu_and_slope(x, static.slope_bits) if wants_dx else (gelu(x), None)
-        if wants_dw:
-            kept_x, x = apart((static.project(x), x)) if static.spec.dw == "low_rank" else (x, x)
-    y: Any = _matmul(x, kernel.value, None if bias is None else bias.value, dataclasses.replace(static, gelu=False))
-    wants_db = bias is not None and bias.perturbed
-    return y, _Residuals(kept_x, kernel.value if wants_dx else None, kept_gelu, wants_dx, wants_dw, wants_db)
-
-
-def _backward(static: _Static, kept: _Residuals, g: jax.Array | SymbolicZero) -> tuple:
-    if isinstance(g, SymbolicZero):
-        return None, None, None
-    low_dx = kept.wants_dx and static.spec.dx == "low_rank"
-    low_dw = kept.wants_dw and static.spec.dw == "low_rank"
-    coefficients: Any = static.project(g) if low_dx or low_dw else None
-    dx = dw = db = None
-    kept_x = kept.x
-    if kept.wants_dx:
-        dx = _dx(coefficients if low_dx else g, kept.kernel, static)
-        if static.gelu and kept.wants_dw and static.slope_bits is None:
-            dx, kept_x = _gelu_backward(dx, kept.gelu, kept_x, static)
-        elif low_dx:
-            dx = static.expand(dx)
-            dx = dx if kept.gelu is None else dx * decoded_slope(kept.gelu)
-    if kept.wants_dw:
-        dw = _dw(kept_x, coefficients if low_dw else g, static)
-    if kept.wants_db:
-        db = _db(g, coefficients, static)
-    return dx, dw, db
-
-
-_matmul.defvjp(_forward, _backward, symbolic_zeros=True)
-
-
-def _dx(g: jax.Array, kernel: jax.Array, static: _Static) -> jax.Array:
-    """The cotangent of x from the result's, ``g``; where ``dx`` is low-rank, the coefficients of both."""
-    like = static.x
-    if static.spec.dx == "low_rank" and like.sharding is not None:
-        like = dataclasses.replace(like, sharding=with_whole_tokens(like.sharding))
-    return _product(g, kernel, ((g.ndim - 1,), (1,)), static, like)
-
-
-def _gelu_forward(x: jax.Array, static: _Static) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """``gelu(x)``, its coefficients and GELU's slope.
-
-    Where ``_gelu_backward`` is a kernel, it computes these two from x: the slope's place takes x, the coefficients' zeros.
-    """
-
-    def plain(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        activated = gelu(x)
-        return activated, static.project(activated), gelu_slope(x)
-
-    def with_kernel(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        rows = static.prefix_tokens + coefficient_count(static.spec, static.grid)
-        return gelu(x), jnp.zeros_like(x, shape=(*x.shape[:-2], rows, x.shape[-1])), x
-
-    kernels = kernel_forms("gelu_backward", x, static.spec, static.grid, static.prefix_tokens)
-    return by_platform(plain, x, **dict.fromkeys(kernels, with_kernel))
-
-
-def _gelu_backward(
-    coefficients: jax.Array, kept_gelu: jax.Array, kept_x: jax.Array, static: _Static
-) -> tuple[jax.Array, jax.Array]:
-    """The cotangent of x and the coefficients of ``gelu(x)``, from what ``_gelu_forward`` kept."""
-    kernels = kernel_forms("gelu_backward", coefficients, static.spec, static.grid, static.prefix_tokens)
-
-    def plain(coefficients: jax.Array, slope: jax.Array, kept_x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return static.expand(coefficients) * slope, kept_x
-
-    forms = {platform: functools.partial(_without_last, form) for platform, form in kernels.items()}
-    return by_platform(plain, coefficients, kept_gelu, kept_x, **forms)
-
-
-def _without_last(form: Callable[..., Any], *operands: jax.Array) -> Any:
-    return form(*operands[:-1])
-
-
-def _dw(x: jax.Array, g: jax.Array, static: _Static) -> jax.Array:
-    """The kernel's cotangent; ``x`` and ``g`` are both whole, or both coefficients."""
-    if static.x.sharding is None:  # on CPU XLA takes a quarter longer to contract several axes than one
-        x, g = (a.reshape(math.prod(a.shape[:-1]), a.shape[-1]) for a in (x, g))
-    rows = tuple(range(x.ndim - 1))
-    return _product(x, g, (rows, rows), static, static.kernel)
-
-
-def _db(g: jax.Array, coefficients: jax.Array | None, static: _Static) -> jax.Array:
-    """The bias's cotangent, the sum of ``g`` over batch and tokens: from the coefficients where there are any."""
-    if coefficients is not None:
-        weights = token_sum_weights(static.spec, static.grid, static.prefix_tokens)
-        rows = np.flatnonzero(weights)
-        dtype = accumulation_dtype(coefficients.dtype)
-        g = _flat_batch(coefficients)[:, rows].astype(dtype) * jnp.asarray(weights[rows], dtype).reshape(1, -1, 1)
-    return jnp.sum(_flat_batch(g), (0, 1), dtype=accumulation_dtype(g.dtype)).astype(static.bias.dtype)
-
-
-def _flat_batch(x: jax.Array) -> jax.Array:
-    return x.reshape(math.prod(x.shape[:-2]), *x.shape[-2:])
+    def take(self, x: jax.Array, transforms: Transforms) -> jax.Array | None:
+        """The stand-in for x that the first layer made, if this is what it made it for."""
+        stand_in = self.stand_in
+        if stand_in is None or self.transforms != transforms or stand_in.dtype != x.dtype:
+            return None
+        return stand_in if (*stand_in.shape[:-2], stand_in.shape[-1]) == (*x.shape[:-2], x.shape[-1]) else None
 
 
 def low_rank_matmul(
@@ -248,6 +59,7 @@ def low_rank_matmul(
     bias: jax.Array | None = None,
     activation: Literal["gelu"] | None = None,
     slope_bits: int | None = None,
+    link: Link | None = None,
     name: str = "low_rank_matmul",
 ) -> jax.Array:
     """``x @ kernel``, or ``x @ kernel + bias``, exact, with a low-rank backward pass along the token grid (LBP-WHT, section 3).
@@ -269,6 +81,7 @@ def low_rank_matmul(
       bias: ``[out]``, of the result's dtype. Its cotangent is exact, and taken from the coefficients where they hold it.
       activation: ``"gelu"`` applies the exact GELU to ``x`` first, which kernels for GPUs do in passing.
       slope_bits: keeps the activation's slope in 2, 3, 4 or 8 bits; ``None`` keeps it as it is.
+      link: joins this layer to the one behind it or, with an activation, to the one before it; nothing else changes.
       name: where the operation is used; it opens the error messages.
 
     Returns:
@@ -297,24 +110,28 @@ def low_rank_matmul(
     tokens = x if grid is not None else x.reshape(*x.shape[: -1 - spec.ndim], math.prod(token_grid), x.shape[-1])
     chosen_spec = chosen(spec, token_grid, prefix_tokens, *kernel.shape)
     low_rank = (chosen_spec.dx, chosen_spec.dw) == ("low_rank", "low_rank")
-    has_kernels = kernel_forms("gelu_backward", tokens, chosen_spec, token_grid, prefix_tokens) != {}
-    fuses = low_rank and (has_kernels or slope_bits is not None)
+    precision = precision if isinstance(precision, (str, lax.Precision, type(None))) else tuple(precision)
+    transforms = Transforms(chosen_spec, token_grid, prefix_tokens, precision)
+    fuses = low_rank and (slope_bits is not None or transforms.kernels("gelu_backward", tokens) != {})
     if activation is not None and not fuses:
         tokens = coded_gelu(tokens, slope_bits)
+    given = link.take(tokens, transforms) if link is not None and activation is not None and fuses else None
+    links = link is not None and activation is None and low_rank and not is_explicit(x) and (bias is None or folded is not None)
     dtype = jnp.result_type(x, kernel) if preferred_element_type is None else jnp.dtype(preferred_element_type)
-    static = _Static(
-        spec=chosen_spec,
-        grid=token_grid,
-        prefix_tokens=prefix_tokens,
-        precision=precision if isinstance(precision, (str, lax.Precision, type(None))) else tuple(precision),
+    static = Static(
+        transforms=transforms,
+        precision=precision,
         accumulate=accumulation_dtype(x.dtype, kernel.dtype),
-        y=_Like(dtype, out_sharding),
-        x=_Like.of(tokens),
-        kernel=_Like.of(kernel),
-        bias=_Like(dtype if folded is None else folded.dtype),
+        y=Like(dtype, out_sharding),
+        x=Like.of(tokens),
+        kernel=Like.of(kernel),
+        bias=Like(dtype if folded is None else folded.dtype),
         gelu=activation is not None and fuses,
         slope_bits=slope_bits,
+        stand_in=links,
     )
-    y: Any = _matmul(tokens, kernel, folded, static)
+    y, stand_in = matmul(tokens, kernel, folded, given, static)
+    if link is not None and links:
+        link.stand_in, link.transforms = stand_in, transforms
     y = y if grid is not None else y.reshape(*x.shape[:-1], kernel.shape[1])
-    return y if bias is None or folded is not None else _add_bias(y, bias)
+    return y if bias is None or folded is not None else add_bias(y, bias)

@@ -18,6 +18,7 @@ from lbpwht_jax.ops.gelu import gelu, gelu_slope
 from lbpwht_jax.ops.platforms import is_narrow
 from lbpwht_jax.ops.spec_fields import Grid, SpecFields
 
+KINDS = ("project", "expand", "gelu_backward", "gelu_backward_projected")
 # Up to this many tokens there are no bands.
 _ONE_BAND = 1024
 # A TPU v5e multiplies and adds about as often in the time that it takes to move an element of 16 bits.
@@ -41,8 +42,12 @@ def form(kind: str, spec: SpecFields, grid: Grid, prefix_tokens: int) -> Callabl
         coefficients, x = lax.optimization_barrier((coefficients, x))
         return synthesis(coefficients) * gelu_slope(x), analysis(gelu(x))
 
-    forms: dict[str, Callable[..., Any]] = {"project": analysis, "expand": synthesis, "gelu_backward": gelu_backward}
-    return forms[kind]
+    def gelu_backward_projected(coefficients: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        dx, projected = gelu_backward(coefficients, x)
+        return analysis(dx), projected
+
+    forms = (analysis, synthesis, gelu_backward, gelu_backward_projected)
+    return dict(zip(KINDS, forms, strict=True))[kind]
 
 
 def _bands(spec: SpecFields, grid: Grid, prefix_tokens: int) -> int:

@@ -25,7 +25,8 @@ GRIDS = {
     "three-dimensions": (lp_l1(3, ndim=3, block=4), (3, 5, 4), 0),
     "everything": (lp_l1(15), (8, 8), 0),
 }
-KINDS = [(platform, kind) for platform in ("cuda",) for kind in ("project", "expand", "gelu_backward")]
+ALL_KINDS = ("project", "expand", "gelu_backward", "gelu_backward_projected", "gelu_coded", "slope_projected")
+KINDS = [(platform, kind) for platform in ("cuda",) for kind in ALL_KINDS]
 # float32 sums of up to 64 terms, and erf to 1.5e-7
 TOLERANCE = 3e-6
 
@@ -38,26 +39,50 @@ def slope(x):
     return 0.5 * (1 + erf(x / np.sqrt(2))) + x * np.exp(-0.5 * x * x) / np.sqrt(2 * np.pi)
 
 
+def code(slopes):
+    """Equal steps from the least slope, at -sqrt(2), to the largest, at sqrt(2): written apart from the library's coders."""
+    least, largest = slope(np.array([-np.sqrt(2), np.sqrt(2)]))
+    return np.rint((slopes - least) / (largest - least) * 255).astype(np.uint8)
+
+
+def decoded(codes):
+    least, largest = slope(np.array([-np.sqrt(2), np.sqrt(2)]))
+    return codes / 255 * (largest - least) + least
+
+
 def case(kind, grid, batch=2, channels=40):
     """Random operands in float32, and what a kernel should return, in float64."""
     analysis, synthesis = projection_matrices(*grid)
     rng = np.random.default_rng(0)
     tokens = 2 * rng.normal(size=(batch, len(synthesis), channels))
     coefficients = rng.normal(size=(batch, len(analysis), channels))
+    codes = rng.integers(0, 256, tokens.shape, np.uint8)
+    dx = slope(tokens) * (synthesis @ coefficients)
     operands, expected = {
         "project": ((tokens,), (analysis @ tokens,)),
         "expand": ((coefficients,), (synthesis @ coefficients,)),
         "gelu_backward": (
             (coefficients, tokens),
-            (slope(tokens) * (synthesis @ coefficients), analysis @ gelu(tokens)),
+            (dx, analysis @ gelu(tokens)),
+        ),
+        "gelu_backward_projected": ((coefficients, tokens), (analysis @ dx, analysis @ gelu(tokens))),
+        "gelu_coded": ((tokens,), (gelu(tokens), analysis @ gelu(tokens), code(slope(tokens)))),
+        "slope_projected": (
+            (coefficients, codes),
+            (analysis @ (decoded(codes) * (synthesis @ coefficients)),),
         ),
     }[kind]
-    return [jnp.asarray(array, jnp.float32) for array in operands], list(expected)
+    return [jnp.asarray(a, a.dtype if a.dtype == np.uint8 else jnp.float32) for a in operands], list(expected)
 
 
 def assert_close(actual, expected):
     for a, e in zip(actual, expected, strict=True):
         chex.assert_shape(a, e.shape)
+        if e.dtype == np.uint8:
+            chex.assert_type(a, np.uint8)
+            # a slope halfway between two codes may go to either; erf's approximation decides
+            assert np.abs(np.asarray(a, int) - e).max() <= 1 and np.mean(a != e) < 1e-3
+            continue
         np.testing.assert_allclose(a, e, rtol=0, atol=TOLERANCE * np.abs(e).max())
 
 
@@ -73,7 +98,7 @@ LARGE = {"bands": (lp_l1(4), (40, 32), 0), "no bands": (lp_l1(2), (36, 36), 0)}
 
 
 @pytest.mark.parametrize("grid", [*GRIDS.values(), *LARGE.values()], ids=[*GRIDS, *LARGE])
-@pytest.mark.parametrize("kind", ["project", "expand", "gelu_backward"])
+@pytest.mark.parametrize("kind", ["project", "expand", "gelu_backward", "gelu_backward_projected"])
 def test_a_tpus_products_equal_the_matrices(kind, grid):
     operands, expected = case(kind, grid, channels=10)
     results = jax.jit(form(kind, *grid))(*operands)

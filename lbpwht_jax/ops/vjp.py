@@ -1,0 +1,220 @@
+"""The exact product with a low-rank backward pass as JAX differentiates it: what is kept, and the cotangents.
+
+``lbpwht_jax.ops.matmul`` has the formulas. A layer can hand the cotangent of its input to the layer before it as coefficients
+alone, all that that one needs, by way of a *stand-in*: a second result of the layer before and a last operand of this one,
+zeros in the place of the coefficients of the array between the two. The stand-in's cotangent holds the coefficients of the
+array's, which itself is zero then and takes neither time nor memory.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.custom_derivatives import SymbolicZero
+
+from lbpwht_jax.ops import gelu_forms
+from lbpwht_jax.ops.basis import coefficient_count, token_sum_weights
+from lbpwht_jax.ops.dtypes import accumulation_dtype
+from lbpwht_jax.ops.gelu import gelu
+from lbpwht_jax.ops.gelu_forms import Transforms
+from lbpwht_jax.ops.platforms import apart, by_platform, is_narrow
+from lbpwht_jax.ops.sharding import explicit_sharding, with_whole_tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class Like:
+    """The dtype of an array, and its sharding where JAX must be told (on a mesh with explicit axes)."""
+
+    dtype: Any
+    sharding: Any = None
+
+    @classmethod
+    def of(cls, array: jax.Array) -> "Like":
+        return cls(array.dtype, explicit_sharding(array))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Static:
+    """All that is known when tracing; hashable.
+
+    Attributes:
+      transforms: between tokens and coefficients, with the functions kept and what is low-rank, after the automatic choice.
+      precision: precision of all products.
+      accumulate: dtype in which products accumulate.
+      y, x, kernel, bias: what the result and the operands' cotangents must be like.
+      gelu: whether x goes through GELU first.
+      slope_bits: in how many bits GELU's slope is kept; ``None`` for all of it.
+      stand_in: whether the result has a stand-in, for the layer behind.
+    """
+
+    transforms: Transforms
+    precision: Any
+    accumulate: Any
+    y: Like
+    x: Like
+    kernel: Like
+    bias: Like
+    gelu: bool
+    slope_bits: int | None
+    stand_in: bool
+
+    @property
+    def spec(self) -> Any:
+        return self.transforms.spec
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Residuals:
+    """What the forward pass keeps for the backward pass.
+
+    Attributes:
+      x: the coefficients of x, or all of x where ``dw`` is exact, for the kernel's cotangent; ``None`` if that is not wanted.
+      kernel: for the cotangent of x; ``None`` if that is not wanted.
+      gelu: for the cotangent of x: what ``gelu_forms`` keeps; ``None`` if that is not wanted or there is no GELU.
+      wants_dx, wants_dw, wants_db: which operands are differentiated.
+      projects_dx: whether the coefficients of x's cotangent are wanted, for the stand-in of x, and not all of it.
+    """
+
+    x: Any
+    kernel: Any
+    gelu: Any
+    wants_dx: bool = dataclasses.field(metadata={"static": True})
+    wants_dw: bool = dataclasses.field(metadata={"static": True})
+    wants_db: bool = dataclasses.field(metadata={"static": True})
+    projects_dx: bool = dataclasses.field(metadata={"static": True})
+
+
+def _product(a: jax.Array, b: jax.Array, contract: tuple, static: Static, like: Like) -> jax.Array:
+    dtype = a.dtype if a.dtype == b.dtype else static.accumulate
+
+    def product(result: Any, a: jax.Array, b: jax.Array) -> jax.Array:
+        return lax.dot_general(
+            a,
+            b,
+            (contract, ((), ())),
+            precision=static.precision,
+            preferred_element_type=result,
+            out_sharding=like.sharding,
+        ).astype(like.dtype)
+
+    wide, narrow = functools.partial(product, static.accumulate), functools.partial(product, like.dtype)
+    if is_narrow(a.dtype, b.dtype, like.dtype) and like.sharding is None:
+        # GPUs and TPUs accumulate in float32 inside; a float32 result, rounded afterwards, would cost twice the bytes
+        return by_platform(wide, a, b, cuda=narrow, tpu=narrow)
+    return wide(a.astype(dtype), b.astype(dtype))
+
+
+def add_bias(y: jax.Array, bias: jax.Array) -> jax.Array:
+    """``y + bias`` along the last axis."""
+    return y + bias.reshape((1,) * (y.ndim - 1) + (-1,))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def matmul(x: jax.Array, kernel: jax.Array, bias: jax.Array | None, stand_in: jax.Array | None, static: Static) -> tuple:
+    """``x @ kernel + bias``, of tokens; and its stand-in, or ``None``.
+
+    Args:
+      x: ``[..., prefix_tokens + tokens, in]``.
+      kernel: ``[in, out]``.
+      bias: ``[out]`` or ``None``.
+      stand_in: that of x, ``[..., prefix_tokens + coefficients, in]``; or ``None``.
+      static: what is known when tracing.
+    """
+    del stand_in
+    return _result(gelu(x) if static.gelu else x, kernel, bias, static)
+
+
+def _result(x: jax.Array, kernel: jax.Array, bias: jax.Array | None, static: Static) -> tuple:
+    y = _product(x, kernel, ((x.ndim - 1,), (0,)), static, static.y)
+    y = y if bias is None else add_bias(y, bias)
+    if not static.stand_in:
+        return y, None
+    transforms = static.transforms
+    rows = transforms.prefix_tokens + coefficient_count(transforms.spec, transforms.grid)
+    return y, jnp.zeros_like(y, shape=(*y.shape[:-2], rows, y.shape[-1]))
+
+
+def _forward(x: Any, kernel: Any, bias: Any, stand_in: Any, static: Static) -> tuple[tuple, _Residuals]:
+    wants_dx, wants_dw = x.perturbed, kernel.perturbed
+    wants_db = bias is not None and bias.perturbed
+    x, kept_x, kept_gelu = x.value, None, None
+    if static.gelu:
+        x, kept_x, kept_gelu = gelu_forms.forward(x, static.transforms, static.slope_bits, wants_dx, wants_dw)
+    elif wants_dw:
+        kept_x, x = apart((static.transforms.project(x), x)) if static.spec.dw == "low_rank" else (x, x)
+    result = _result(x, kernel.value, None if bias is None else bias.value, static)
+    kept_kernel, projects_dx = kernel.value if wants_dx else None, stand_in is not None
+    return result, _Residuals(kept_x, kept_kernel, kept_gelu, wants_dx, wants_dw, wants_db, projects_dx)
+
+
+def _backward(static: Static, kept: _Residuals, cotangents: tuple) -> tuple:
+    g, of_stand_in = cotangents
+    if isinstance(g, SymbolicZero) and (of_stand_in is None or isinstance(of_stand_in, SymbolicZero)):
+        return (None,) * 4
+    low_dx = kept.wants_dx and static.spec.dx == "low_rank"
+    low_dw = kept.wants_dw and static.spec.dw == "low_rank"
+    coefficients: Any = None
+    if low_dx or low_dw or static.stand_in:
+        coefficients = _coefficients(g, of_stand_in, static)
+    dx = dw = db = of_given = None
+    kept_x = kept.x
+    if kept.wants_dx:
+        dx = _dx(coefficients if low_dx else g, kept.kernel, static)
+        if static.gelu:
+            dx, kept_x = gelu_forms.backward(dx, kept.gelu, kept_x, static.transforms, static.slope_bits, kept.projects_dx)
+        elif low_dx:
+            dx = static.transforms.expand(dx)
+        if kept.projects_dx:
+            dx, of_given = None, dx
+    if kept.wants_dw:
+        dw = _dw(kept_x, coefficients if low_dw else g, static)
+    if kept.wants_db:
+        db = _db(g, coefficients, static)
+    return dx, dw, db, of_given
+
+
+matmul.defvjp(_forward, _backward, symbolic_zeros=True)
+
+
+def _coefficients(g: Any, of_stand_in: Any, static: Static) -> jax.Array:
+    """Those of the result's cotangent: of what comes whole, and what comes as coefficients."""
+    parts = [] if isinstance(g, SymbolicZero) else [static.transforms.project(g)]
+    parts += [] if of_stand_in is None or isinstance(of_stand_in, SymbolicZero) else [of_stand_in]
+    return functools.reduce(jnp.add, parts)
+
+
+def _dx(g: jax.Array, kernel: jax.Array, static: Static) -> jax.Array:
+    """The cotangent of x from the result's, ``g``; where ``dx`` is low-rank, the coefficients of both."""
+    like = static.x
+    if static.spec.dx == "low_rank" and like.sharding is not None:
+        like = dataclasses.replace(like, sharding=with_whole_tokens(like.sharding))
+    return _product(g, kernel, ((g.ndim - 1,), (1,)), static, like)
+
+
+def _dw(x: jax.Array, g: jax.Array, static: Static) -> jax.Array:
+    """The kernel's cotangent; ``x`` and ``g`` are both whole, or both coefficients."""
+    if static.x.sharding is None:  # on CPU XLA takes a quarter longer to contract several axes than one
+        x, g = (a.reshape(math.prod(a.shape[:-1]), a.shape[-1]) for a in (x, g))
+    rows = tuple(range(x.ndim - 1))
+    return _product(x, g, (rows, rows), static, static.kernel)
+
+
+def _db(g: jax.Array, coefficients: jax.Array | None, static: Static) -> jax.Array:
+    """The bias's cotangent, the sum of ``g`` over batch and tokens: from the coefficients where there are any."""
+    if coefficients is not None:
+        transforms = static.transforms
+        weights = token_sum_weights(transforms.spec, transforms.grid, transforms.prefix_tokens)
+        rows = np.flatnonzero(weights)
+        dtype = accumulation_dtype(coefficients.dtype)
+        g = _flat_batch(coefficients)[:, rows].astype(dtype) * jnp.asarray(weights[rows], dtype).reshape(1, -1, 1)
+    return jnp.sum(_flat_batch(g), (0, 1), dtype=accumulation_dtype(g.dtype)).astype(static.bias.dtype)
+
+
+def _flat_batch(x: jax.Array) -> jax.Array:
+    return x.reshape(math.prod(x.shape[:-2]), *x.shape[-2:])
