@@ -14,7 +14,7 @@ from lbpwht_jax.models.blocks import DropPath, Mlp, Part, ResidualBlock, check_i
 from lbpwht_jax.models.loops import run_blocks
 from lbpwht_jax.models.norms import layer_norm, layer_scale
 from lbpwht_jax.models.vit_options import AttentionPool, Options
-from lbpwht_jax.ops.attention import attention, kept_attention
+from lbpwht_jax.ops.attention import packed_attention
 from lbpwht_jax.ops.spec import Grid
 
 
@@ -58,8 +58,7 @@ class Attention(Part):
         tokens = {"grid": self.grid, "prefix_tokens": self.prefix_tokens}
         batch, length, channels = x.shape
         qkv = dense(self, "qkv", 3 * channels, **tokens)(x)
-        query, key, value = jnp.moveaxis(qkv.reshape(batch, length, 3, self.heads, channels // self.heads), 2, 0)
-        x = kept_attention(attention, self.settings.residuals, (query, key, value))
+        x = packed_attention(qkv.reshape(batch, length, 3, self.heads, channels // self.heads), self.settings.residuals)
         return dense(self, "proj", channels, **tokens)(x.reshape(batch, length, channels))
 
 

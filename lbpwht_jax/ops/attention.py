@@ -8,8 +8,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from lbpwht_jax.ops import attention_gpu
+from lbpwht_jax.ops.coders import Rows
 from lbpwht_jax.ops.dtypes import accumulation_dtype
-from lbpwht_jax.ops.platforms import by_platform, is_narrow
+from lbpwht_jax.ops.platforms import apart, by_platform, is_narrow
 from lbpwht_jax.ops.recompute import recomputed
 from lbpwht_jax.ops.residuals import Residuals
 from lbpwht_jax.ops.sharding import explicit_sharding
@@ -65,6 +67,61 @@ def kept_attention(
         return function(*operands, *others)
     bits = (residuals.attention_bits,) * len(operands) + (None,) * len(others)
     return recomputed(function, *operands, *others, bits=bits)
+
+
+def packed_attention(qkv: jax.Array, residuals: Residuals | None) -> jax.Array:
+    """``attention`` of queries, keys and values in one array, keeping for the backward pass what the setting says.
+
+    On NVIDIA GPUs, with 8 bits and narrow dtypes, it is a kernel that reads that array as it is and writes the codes in
+    passing, and one that makes all three cotangents from the codes.
+
+    Args:
+      qkv: ``[batch, tokens, 3, heads, head_dim]``, floating point.
+      residuals: the setting; ``None`` for what JAX keeps of itself.
+
+    Returns:
+      ``[batch, tokens, heads, head_dim]``.
+    """
+    coded = residuals is not None and residuals.attention_bits == attention_gpu.BITS
+    if coded and explicit_sharding(qkv) is None and attention_gpu.takes(qkv.dtype, qkv.shape[-1]):
+        return _coded(qkv)
+    return kept_attention(attention, residuals, _parts(qkv))
+
+
+def _parts(qkv: jax.Array) -> tuple[jax.Array, ...]:
+    return tuple(jnp.moveaxis(qkv, 2, 0))
+
+
+@jax.custom_vjp
+def _coded(qkv: jax.Array) -> jax.Array:
+    return attention(*_parts(qkv))
+
+
+def _coded_forward(qkv: jax.Array) -> tuple[jax.Array, list[Rows]]:
+    def plain(qkv: jax.Array) -> tuple[jax.Array, list[Rows]]:
+        kept, parts = apart(([Rows.of(part, attention_gpu.BITS) for part in _parts(qkv)], _parts(qkv)))
+        return attention(*parts), kept
+
+    def with_kernel(qkv: jax.Array) -> tuple[jax.Array, list[Rows]]:
+        result, *kept = attention_gpu.forward_kernel()(qkv)
+        pairs = zip(kept[:3], kept[3:], strict=True)
+        return result, [Rows(codes, steps, attention_gpu.BITS, qkv.shape[-1], qkv.dtype) for codes, steps in pairs]
+
+    return by_platform(plain, qkv, cuda=with_kernel)
+
+
+def _coded_backward(kept: list[Rows], g: jax.Array) -> tuple[jax.Array]:
+    def plain(kept: list[Rows], g: jax.Array) -> tuple[jax.Array]:
+        kept, g = apart((kept, g))
+        return (jnp.stack(jax.vjp(attention, *(rows.decoded() for rows in kept))[1](g), axis=2),)
+
+    def with_kernel(kept: list[Rows], g: jax.Array) -> tuple[jax.Array, ...]:
+        return attention_gpu.backward_kernel()(*(rows.codes for rows in kept), *(rows.steps for rows in kept), g)
+
+    return by_platform(plain, kept, g, cuda=with_kernel)
+
+
+_coded.defvjp(_coded_forward, _coded_backward)
 
 
 def _plain(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:

@@ -13,7 +13,7 @@ from jax import lax
 from lbpwht_jax.ops.sharding import explicit_sharding
 
 
-def by_platform(plain: Callable[..., Any], *operands: jax.Array, **forms: Callable[..., Any]) -> Any:
+def by_platform(plain: Callable[..., Any], *operands: Any, **forms: Callable[..., Any]) -> Any:
     """``forms[platform](*operands)`` on the platforms named (``"cuda"``, ``"tpu"``), ``plain(*operands)`` on all others."""
     return lax.platform_dependent(*operands, default=plain, **forms)
 

@@ -1,9 +1,9 @@
 """The exact product with a low-rank backward pass as JAX differentiates it: what is kept, and the cotangents.
 
 ``lbpwht_jax.ops.matmul`` has the formulas. A layer can hand the cotangent of its input to the layer before it as coefficients
-alone, all that that one needs, by way of a *stand-in*: a second result of the layer before and a last operand of this one,
-zeros in the place of the coefficients of the array between the two. The stand-in's cotangent holds the coefficients of the
-array's, which itself is zero then and takes neither time nor memory.
+alone, all that that one needs, by way of a *stand-in*: a second result of the layer before and a last operand of this one, in
+the shape of the coefficients of the array between the two, which nobody reads. The stand-in's cotangent holds the coefficients
+of the array's, which itself is zero then and takes neither time nor memory.
 """
 
 import dataclasses
@@ -137,7 +137,8 @@ def _result(x: jax.Array, kernel: jax.Array, bias: jax.Array | None, static: Sta
         return y, None
     transforms = static.transforms
     rows = transforms.prefix_tokens + coefficient_count(transforms.spec, transforms.grid)
-    return y, jnp.zeros_like(y, shape=(*y.shape[:-2], rows, y.shape[-1]))
+    # Nobody reads it. It is made of y so that vmap maps it too: it would sum the cotangents of a constant
+    return y, jnp.broadcast_to(y[..., :1, :], (*y.shape[:-2], rows, y.shape[-1]))
 
 
 def _forward(x: Any, kernel: Any, bias: Any, stand_in: Any, static: Static) -> tuple[tuple, _Residuals]:

@@ -1,0 +1,240 @@
+"""Attention for NVIDIA GPUs as Pallas kernels that keep queries, keys and values in 8 bits, and read tokens unpadded.
+
+The forward pass is FlashAttention (Dao et al., 2022, algorithm 1): blocks of keys with a running maximum and sum, so that
+scores are never stored. It writes the codes in passing. The backward pass is one program per image and head, which decodes
+queries, keys and values. It goes over the keys twice for each block of queries, for the softmax's sums and then for the
+queries' cotangent, and once over the queries for each block of keys.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from lbpwht_jax.ops.coders import coded_rows, row_codes
+from lbpwht_jax.ops.distributed import distributed
+from lbpwht_jax.ops.platforms import is_narrow
+
+BITS = 8
+_BLOCK = 64
+_LARGEST_HEAD = 128
+_LEAST = -1e30  # a score that leaves nothing of its weight
+
+QUERY, KEY, VALUE = range(3)
+
+
+def takes(dtype: Any, head_dim: int) -> bool:
+    """Whether there are kernels for heads of so many channels in some dtype."""
+    return is_narrow(dtype) and head_dim <= _LARGEST_HEAD
+
+
+@functools.cache
+def forward_kernel(interpret: bool = False) -> Callable[..., tuple[jax.Array, ...]]:
+    """The forward pass, which can be mapped, and sharded along batch and heads.
+
+    Args:
+      interpret: runs it on any platform, slowly, as a test does.
+
+    Returns:
+      A function of ``[batch, tokens, 3, heads, head_dim]``, queries, keys and values, that returns attention's result,
+      ``[batch, tokens, heads, head_dim]``, ``Rows``' codes of queries, keys and values, each uint8 of the same shape, and their
+      steps, each float32 ``[batch, tokens, heads, 1]``.
+    """
+
+    def run(qkv: jax.Array) -> tuple[jax.Array, ...]:
+        return _forward(qkv, interpret)
+
+    return distributed(run, ["b n s h d"], ["b n h d"] * 4 + ["b n h o"] * 3, "bh")
+
+
+@functools.cache
+def backward_kernel(interpret: bool = False) -> Callable[..., tuple[jax.Array, ...]]:
+    """The backward pass, as ``forward_kernel``.
+
+    Args:
+      interpret: as there.
+
+    Returns:
+      A function of the codes, the steps and the result's cotangent that returns the cotangent of
+      ``[batch, tokens, 3, heads, head_dim]``.
+    """
+
+    def run(*operands: jax.Array) -> tuple[jax.Array, ...]:
+        return _backward(operands, interpret)
+
+    return distributed(run, ["b n h d"] * 3 + ["b n h o"] * 3 + ["b n h d"], ["b n s h d"], "bh")
+
+
+class _Head:
+    """Blocks of the tokens of one head of one image."""
+
+    def __init__(self, index: jax.Array, tokens: int, heads: int, channels: int):
+        self.image, self.head, self.tokens = index // heads, index % heads, tokens
+        self.columns = jnp.arange(max(16, 1 << (channels - 1).bit_length()))
+        self.inside = (self.columns < channels)[None, :]
+
+    def rows(self, block: Any) -> jax.Array:
+        return block * _BLOCK + jnp.arange(_BLOCK)
+
+    def present(self, block: Any) -> jax.Array:
+        return (self.rows(block) < self.tokens)[:, None]
+
+    def load(self, ref: Any, block: Any, *part: int, other: int = 0) -> jax.Array:
+        index = (self.image, self.rows(block)[:, None], *part, self.head, self.columns[None, :])
+        return plgpu.load(ref.at[index], mask=self.present(block) & self.inside, other=other)
+
+    def store(self, ref: Any, value: jax.Array, block: Any, *part: int) -> None:
+        index = (self.image, self.rows(block)[:, None], *part, self.head, self.columns[None, :])
+        plgpu.store(ref.at[index], value.astype(ref.dtype), mask=self.present(block) & self.inside)
+
+    def steps(self, ref: Any, block: Any) -> tuple[Any, jax.Array]:
+        """Where the steps of a block's rows are, and which there are: ``[rows, 1]``."""
+        return ref.at[self.image, self.rows(block)[:, None], self.head, jnp.arange(1)[None, :]], self.present(block)
+
+
+def _forward(qkv: jax.Array, interpret: bool) -> tuple[jax.Array, ...]:
+    batch, tokens, _, heads, channels = qkv.shape
+    blocks, scale = pl.cdiv(tokens, _BLOCK), channels**-0.5
+
+    def program(qkv_ref, out_ref, *kept_refs):
+        head, block = _Head(pl.program_id(0), tokens, heads, channels), pl.program_id(1)
+        query = head.load(qkv_ref, block, QUERY)
+
+        def add(j, carry):
+            most, total, result = carry
+            scores = plgpu.dot(query, head.load(qkv_ref, j, KEY), trans_b=True) * scale
+            scores = jnp.where(head.present(j).reshape(1, _BLOCK), scores, _LEAST)
+            new = jnp.maximum(most, jnp.max(scores, axis=1))
+            weights, before = jnp.exp(scores - new[:, None]), jnp.exp(most - new)
+            part = plgpu.dot(weights.astype(query.dtype), head.load(qkv_ref, j, VALUE))
+            return new, total * before + jnp.sum(weights, axis=1), result * before[:, None] + part
+
+        start = jnp.full(_BLOCK, _LEAST), jnp.zeros(_BLOCK), jnp.zeros((_BLOCK, len(head.columns)))
+        _, total, result = lax.fori_loop(0, blocks, add, start)
+        head.store(out_ref, result / total[:, None], block)
+        for part in (QUERY, KEY, VALUE):
+            codes, steps = row_codes(head.load(qkv_ref, block, part).astype(jnp.float32), BITS, 1)
+            head.store(kept_refs[part], codes, block)
+            where, mask = head.steps(kept_refs[3 + part], block)
+            plgpu.store(where, steps, mask=mask)
+
+    result = (batch, tokens, heads, channels)
+    codes, steps = _like(qkv, result, jnp.uint8), _like(qkv, (*result[:-1], 1), jnp.float32)
+    shapes = [_like(qkv, result, qkv.dtype), codes, codes, codes, steps, steps, steps]
+    call = _call(program, "attention_forward", (batch * heads, blocks), shapes, (qkv,), result, products=2, interpret=interpret)
+    return tuple(call(qkv))
+
+
+def _backward(operands: tuple[jax.Array, ...], interpret: bool) -> tuple[jax.Array, ...]:
+    g = operands[-1]
+    batch, tokens, heads, channels = g.shape
+    blocks, scale = pl.cdiv(tokens, _BLOCK), channels**-0.5
+
+    def program(*refs):
+        *kept_refs, g_ref, dx_ref, sums_ref = refs
+        index = pl.program_id(0)
+        head = _Head(index, tokens, heads, channels)
+
+        def load(j, part):
+            where, mask = head.steps(kept_refs[3 + part], j)
+            codes = head.load(kept_refs[part], j, other=2 ** (BITS - 1) - 1)  # which stands for zero
+            rows = coded_rows(codes, plgpu.load(where, mask=mask, other=0), BITS)
+            return rows.astype(g_ref.dtype)
+
+        def sums(which, i):
+            return sums_ref.at[index, which, head.rows(i)]
+
+        def queries(i, _):
+            query, of_result = load(i, QUERY), head.load(g_ref, i)
+
+            def score(j):
+                scores = plgpu.dot(query, load(j, KEY), trans_b=True) * scale
+                of_weights = plgpu.dot(of_result, load(j, VALUE), trans_b=True)
+                return jnp.where(head.present(j).reshape(1, _BLOCK), scores, _LEAST), of_weights
+
+            def add(j, carry):
+                most, total, delta = carry
+                scores, of_weights = score(j)
+                new = jnp.maximum(most, jnp.max(scores, axis=1))
+                weights, before = jnp.exp(scores - new[:, None]), jnp.exp(most - new)
+                delta = delta * before + jnp.sum(weights * of_weights, axis=1)
+                return new, total * before + jnp.sum(weights, axis=1), delta
+
+            start = jnp.full(_BLOCK, _LEAST), jnp.zeros(_BLOCK), jnp.zeros(_BLOCK)
+            most, total, delta = lax.fori_loop(0, blocks, add, start)
+            normaliser, delta = most + jnp.log(total), delta / total
+            plgpu.store(sums(0, i), normaliser)
+            plgpu.store(sums(1, i), delta)
+
+            def of_query(j, dx):
+                scores, of_weights = score(j)
+                of_scores = jnp.exp(scores - normaliser[:, None]) * (of_weights - delta[:, None])
+                return dx + plgpu.dot(of_scores.astype(g_ref.dtype), load(j, KEY))
+
+            dx = lax.fori_loop(0, blocks, of_query, jnp.zeros((_BLOCK, len(head.columns))))
+            head.store(dx_ref, dx * scale, i, QUERY)
+
+        def keys(j, _):
+            key, value = load(j, KEY), load(j, VALUE)
+
+            def add(i, carry):
+                of_key, of_value = carry
+                query, of_result = load(i, QUERY), head.load(g_ref, i)
+                scores = plgpu.dot(key, query, trans_b=True) * scale
+                weights = jnp.exp(scores - plgpu.load(sums(0, i))[None, :])
+                of_value += plgpu.dot(weights.astype(g_ref.dtype), of_result)
+                of_scores = weights * (plgpu.dot(value, of_result, trans_b=True) - plgpu.load(sums(1, i))[None, :])
+                return of_key + plgpu.dot(of_scores.astype(g_ref.dtype), query), of_value
+
+            zeros = jnp.zeros((_BLOCK, len(head.columns)))
+            of_key, of_value = lax.fori_loop(0, blocks, add, (zeros, zeros))
+            head.store(dx_ref, of_key * scale, j, KEY)
+            head.store(dx_ref, of_value, j, VALUE)
+
+        lax.fori_loop(0, blocks, queries, None)
+        if not interpret:
+            plgpu.debug_barrier()  # the program's threads read sums that others wrote
+        lax.fori_loop(0, blocks, keys, None)
+
+    dx = _like(g, (batch, tokens, 3, heads, channels), g.dtype)
+    shapes = [dx, _like(g, (batch * heads, 2, blocks * _BLOCK), jnp.float32)]
+    call = _call(program, "attention_backward", (batch * heads,), shapes, operands, g.shape, products=9, interpret=interpret)
+    return (call(*operands)[0],)
+
+
+def _like(array: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(array).manual_axis_type)
+
+
+def _call(
+    program: Callable[..., None],
+    name: str,
+    grid: tuple[int, ...],
+    shapes: list[jax.ShapeDtypeStruct],
+    operands: tuple[jax.Array, ...],
+    result: tuple[int, ...],
+    products: int,
+    interpret: bool,
+) -> Callable[..., Any]:
+    """The kernel's call; ``result`` is the shape of attention's, ``products`` how many it makes of all scores' size."""
+    batch, tokens, heads, channels = result
+    padded = pl.cdiv(tokens, _BLOCK) * _BLOCK
+    program.__name__ = name  # what a profile shows
+    return pl.pallas_call(
+        program,
+        grid=grid,
+        out_shape=shapes,
+        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=2),
+        interpret=interpret,
+        cost_estimate=pl.CostEstimate(
+            flops=2 * products * batch * heads * padded * padded * channels,
+            bytes_accessed=sum(array.size * array.dtype.itemsize for array in (*operands, *shapes)),
+            transcendentals=batch * heads * padded * padded * (1 if products == 2 else 3),
+        ),
+        name=f"{name}_{tokens}x{heads}x{channels}",
+    )

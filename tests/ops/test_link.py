@@ -1,0 +1,130 @@
+"""Two layers joined: the cotangent between them goes as coefficients, and no gradient changes."""
+
+import functools
+import re
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+from lbpwht_jax import low_rank_matmul, lp_l1, lp_linf
+from lbpwht_jax.ops.matmul import Link
+
+SPEC = lp_l1(3)
+CASES = {
+    "tokens": (SPEC, SPEC, (2, 50, 8), (7, 7), 1),
+    "official": (lp_l1(3, projection="official"),) * 2 + ((2, 49, 8), (7, 7), 0),
+    "maps": (SPEC, SPEC, (2, 7, 9, 8), None, 0),
+    "windows": (SPEC, SPEC, (2, 3, 16, 8), (4, 4), 0),
+    "other functions": (SPEC, lp_linf(2), (2, 49, 8), (7, 7), 0),
+    "first exact in dx": (lp_l1(3, dx="exact"), SPEC, (2, 49, 8), (7, 7), 0),
+    "second exact in dw": (SPEC, lp_l1(3, dw="exact"), (2, 49, 8), (7, 7), 0),
+}
+
+
+def sample(shape, dtype=jnp.float32):
+    rng = np.random.default_rng(0)
+    shapes = shape, (8, 24), (24,), (24, 8), (8,)
+    return [jnp.asarray(rng.normal(size=size), dtype) for size in shapes], jnp.asarray(rng.normal(size=shape), dtype)
+
+
+def mlp(x, kernel1, bias1, kernel2, bias2, *, specs, grid, prefix, bits=None, joined=True):
+    link = Link() if joined else None
+    options = {"slope_bits": bits, "link": link}
+    h = low_rank_matmul(x, kernel1, specs[0], grid, prefix, bias=bias1, **options)
+    return low_rank_matmul(h, kernel2, specs[1], grid, prefix, bias=bias2, activation="gelu", **options)
+
+
+def gradients(function, operands, g):
+    result, pullback = jax.vjp(function, *operands)
+    return result, pullback(g)
+
+
+@pytest.mark.parametrize("bits", [None, 2, 8])
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_no_gradient_changes(case, bits):
+    *specs, shape, grid, prefix = case
+    operands, g = sample(shape)
+    of = functools.partial(mlp, specs=specs, grid=grid, prefix=prefix, bits=bits)
+    joined = gradients(of, operands, g)
+    apart = gradients(functools.partial(of, joined=False), operands, g)
+    # the same sums in another order
+    chex.assert_trees_all_close(joined, apart, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("differentiated", [(0,), (1,), (2,), (3,), (4,), (1, 4), (0, 3)])
+def test_frozen_operands(differentiated):
+    operands, g = sample((2, 50, 8))
+
+    def of(joined, *some):
+        full = list(operands)
+        for n, value in zip(differentiated, some, strict=True):
+            full[n] = value
+        return mlp(*full, specs=(SPEC, SPEC), grid=(7, 7), prefix=1, bits=8, joined=joined)
+
+    some = [operands[n] for n in differentiated]
+    joined, apart = (gradients(functools.partial(of, joined), some, g) for joined in (True, False))
+    chex.assert_trees_all_close(joined, apart, rtol=0, atol=2e-5)
+
+
+def _split(x):
+    return x.reshape(2, 2, *x.shape[1:])
+
+
+def _shard_map(of, x, *weights):
+    mesh = jax.make_mesh((2,), ("i",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
+    return jax.shard_map(of, mesh=mesh, in_specs=(P("i"), *[P()] * 4), out_specs=P("i"))(x, *weights)
+
+
+def _pmap(of, x, *weights):
+    return jax.pmap(of, in_axes=(0, None, None, None, None), devices=jax.devices()[:2])(_split(x), *weights).reshape(x.shape)
+
+
+TRANSFORMS = {
+    "jit": lambda of, *operands: jax.jit(of)(*operands),
+    "vmap": lambda of, x, *weights: jax.vmap(lambda x: of(x, *weights))(_split(x)).reshape(x.shape),
+    "remat": lambda of, *operands: jax.checkpoint(of)(*operands),
+    "scan": lambda of, x, *weights: jax.lax.scan(lambda c, x: (c, of(x, *weights)), 0, _split(x))[1].reshape(x.shape),
+    "pmap": _pmap,
+    "shard_map": _shard_map,
+}
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
+def test_transformations(transform):
+    operands, g = sample((4, 50, 8))
+    of = functools.partial(mlp, specs=(SPEC, SPEC), grid=(7, 7), prefix=1, bits=8)
+    transformed = gradients(functools.partial(transform, of), operands, g)
+    chex.assert_trees_all_close(transformed, gradients(of, operands, g), rtol=0, atol=2e-5)
+
+
+def test_a_result_that_is_used_twice():
+    """What else uses the array between the layers adds its cotangent to that which goes as coefficients."""
+    operands, g = sample((2, 50, 8))
+
+    def of(x, kernel1, bias1, kernel2, bias2, joined):
+        link = Link() if joined else None
+        h = low_rank_matmul(x, kernel1, SPEC, (7, 7), 1, bias=bias1, link=link)
+        y = low_rank_matmul(h, kernel2, SPEC, (7, 7), 1, bias=bias2, activation="gelu", slope_bits=8, link=link)
+        return y + jnp.sum(h, -1, keepdims=True)
+
+    joined, apart = (gradients(functools.partial(of, joined=joined), operands, g) for joined in (True, False))
+    chex.assert_trees_all_close(joined, apart, rtol=0, atol=5e-5)
+
+
+@pytest.mark.parametrize(
+    ("bits", "expected"),
+    [
+        (None, ["project", "project", "gelu_backward_projected", "expand"]),
+        (8, ["project", "gelu_coded", "project", "slope_projected", "expand"]),
+    ],
+)
+def test_a_gpu_never_makes_the_cotangent_between(bits, expected):
+    operands, g = sample((2, 50, 8), jnp.bfloat16)
+    of = functools.partial(mlp, specs=(SPEC, SPEC), grid=(7, 7), prefix=1, bits=bits)
+    program = jax.jit(lambda *a: gradients(of, a[:-1], a[-1])).trace(*operands, g).lower(lowering_platforms=("cuda",)).as_text()
+    assert re.findall(r'name = "walsh_([a-z_]+)_\d', re.sub(r'\bir = "[^"]*"', "", program)) == expected
