@@ -9,7 +9,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lbpwht_jax.adaptation import Freeze, LoRA, LowRank, adapt, create_model
+    from lbpwht_jax.adaptation import Freeze, Lean, LoRA, LowRank, adapt, create_model
     from lbpwht_jax.layers import LowRankDense, LowRankLinear
     from lbpwht_jax.models import list_models
     from lbpwht_jax.ops import LowRankSpec, Residuals, fast_walsh_hadamard, low_rank_matmul, lp_l1, lp_linf, walsh_matrix
@@ -19,6 +19,7 @@ __version__ = version("lbpwht_jax")
 
 __all__ = [
     "Freeze",
+    "Lean",
     "LoRA",
     "LowRank",
     "LowRankDense",
@@ -44,7 +45,7 @@ _NAMES = {
     "ops": ("LowRankSpec", "Residuals", "fast_walsh_hadamard", "low_rank_matmul", "lp_l1", "lp_linf", "walsh_matrix"),
     "layers": ("LowRankDense", "LowRankLinear"),
     "models": ("list_models",),
-    "adaptation": ("Freeze", "LoRA", "LowRank", "adapt", "create_model"),
+    "adaptation": ("Freeze", "Lean", "LoRA", "LowRank", "adapt", "create_model"),
     "weights": ("adapt_from", "load_adapter", "load_pretrained", "save_adapter"),
 }
 _ROOM = {name: room for room, names in _NAMES.items() for name in names}

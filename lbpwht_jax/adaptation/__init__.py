@@ -20,13 +20,14 @@ from lbpwht_jax.adaptation.presets import (
     stored_method,
 )
 from lbpwht_jax.adaptation.resolution import Resolution, TrainableParameters
-from lbpwht_jax.adaptation.rules import Freeze, LoRA, LowRank, Rule
+from lbpwht_jax.adaptation.rules import Freeze, Lean, LoRA, LowRank, Rule
 
 __all__ = [
     "AdaptedModule",
     "Freeze",
     "FrozenParam",
     "LayerCounts",
+    "Lean",
     "LoRA",
     "LowRank",
     "Method",

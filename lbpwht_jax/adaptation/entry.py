@@ -36,9 +36,9 @@ def adapt(model: Any, rules: Sequence[Rule], *args: Any, **kwargs: Any) -> Any:
     Args:
       model: any Linen module whose dense layers are ``nn.Dense``, ``nn.DenseGeneral``, 1x1 ``nn.Conv`` or ``LowRankDense``;
         or an NNX module with ``nnx.Linear``, ``nnx.LinearGeneral`` and 1x1 ``nnx.Conv``.
-      rules: ``LowRank``, ``LoRA`` and ``Freeze``. For each module the first rule that matches its path holds, and a module
-        that no rule matches is trained with exact backpropagation. A layer under ``LowRank`` or ``LoRA`` backpropagates as
-        the rule says, whatever it did before.
+      rules: ``LowRank``, ``LoRA`` and ``Freeze``; and ``Lean``, which goes beside them. For each module the first rule that
+        matches its path holds, and a module that no rule matches is trained with exact backpropagation. A layer under
+        ``LowRank`` or ``LoRA`` backpropagates as the rule says, whatever it did before.
       *args, **kwargs: an example call of the model: arrays or ``jax.ShapeDtypeStruct``, and anything else as it is
         (``train=True``; for a Linen model also ``method="encode"``). Nothing is computed; the grids of maps and the shapes of
         LoRA's branches are read from it.

@@ -11,8 +11,10 @@ from jax import lax
 
 from lbpwht_jax.adaptation.branches import add_branches, check_branches, merge_branches, merge_weighted, unmerge_branches
 from lbpwht_jax.adaptation.layer import Adaptation
+from lbpwht_jax.adaptation.lean import is_lean, lean_call, lean_module
 from lbpwht_jax.adaptation.linen_layers import DROPOUT, is_adapted, is_layer_call, joined, twin
 from lbpwht_jax.adaptation.resolution import Resolution, TrainableParameters
+from lbpwht_jax.ops.residuals import Residuals
 from lbpwht_jax.ops.spec import LowRankSpec
 
 
@@ -135,12 +137,25 @@ class AdaptedModule:
     def _by_path(self) -> dict[str, Adaptation]:
         return {adaptation.layer.path: adaptation for adaptation in self.resolution.adaptations}
 
+    @functools.cached_property
+    def _lean(self) -> dict[str, Residuals]:
+        return dict(self.resolution.lean)
+
+    @staticmethod
+    def _becomes_lean(context: Any) -> bool:
+        module = context.module
+        called = context.method_name == "__call__" and lean_module(module) is not None
+        return called and not module.is_initializing() and not is_lean(module)
+
     def intercept(self, call: Any, args: Any, kwargs: Any, context: Any, drops: bool = False) -> Any:
         """Calls a layer as the rules say: an interceptor for ``nn.intercept_methods``, around calls of ``module``.
 
         ``drops`` says whether the branches' inputs undergo dropout.
         """
-        adaptation = self._by_path.get("/".join(context.module.path))
+        path = "/".join(context.module.path)
+        if path in self._lean and self._becomes_lean(context):
+            return lean_call(context.module, self._lean[path], args, kwargs)
+        adaptation = self._by_path.get(path)
         if adaptation is None or not is_layer_call(context) or is_adapted(context.module, adaptation):
             return call(*args, **kwargs)
         return twin(context.module, adaptation, drops)(*args, **kwargs)

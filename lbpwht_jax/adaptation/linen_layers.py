@@ -13,6 +13,7 @@ from jax import lax
 from lbpwht_jax.adaptation import lora
 from lbpwht_jax.adaptation.dataflow import marked
 from lbpwht_jax.adaptation.layer import Adaptation, Layer, Stack, called_again
+from lbpwht_jax.adaptation.lean import LeanModule, lean_module
 from lbpwht_jax.adaptation.matching import Found
 from lbpwht_jax.adaptation.shapes import abstract_call
 from lbpwht_jax.layers.linen import LowRankDense
@@ -35,10 +36,13 @@ def find_layers(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
     """
     layers: dict[str, Layer] = {}
     maps: dict[Grid, str] = {}
+    lean: dict[str, LeanModule] = {}
 
     def record(call, args, kwargs, context):
         _refuse_jit(context.module)
         output = call(*args, **kwargs)
+        if context.method_name == "__call__" and (found := lean_module(context.module)) is not None:
+            lean[found.path] = found
         if is_layer_call(context):
             layer = _describe(context.module, args[0].shape)
             layers[layer.path] = called_again(layers[layer.path], layer.input_shape) if layer.path in layers else layer
@@ -60,7 +64,7 @@ def find_layers(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
         elif not any(probe in joined(path) for probe in _PROBES):  # a wrapper may normalise them as well
             counts[module] = counts.get(module, 0) + leaf.size
     found = [dataclasses.replace(layer, stack=_stack(layer, stored)) for layer in layers.values()]
-    return Found(found, counts, maps)
+    return Found(found, counts, maps, lean=list(lean.values()))
 
 
 def joined(path: Any) -> str:

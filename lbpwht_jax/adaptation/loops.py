@@ -77,7 +77,7 @@ def _keys(module: Part, args: Any, kwargs: Any, resolution: Resolution | None) -
             (how.layer.path, dataclasses.replace(how, layer=dataclasses.replace(how.layer, path="")))
             for how in resolution.adaptations
         ]
-        rules += [(path, "frozen") for path in resolution.frozen]
+        rules += [(path, "frozen") for path in resolution.frozen] + list(resolution.lean)
 
     def within(path: str, values: list[tuple[str, Hashable]]) -> Hashable:
         return frozenset((key.removeprefix(path), value) for key, value in values if f"{key}/".startswith(f"{path}/"))

@@ -4,12 +4,14 @@ import difflib
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from lbpwht_jax.adaptation.layer import Adaptation, Layer
+from lbpwht_jax.adaptation.lean import LeanModule
 from lbpwht_jax.adaptation.resolution import Resolution
-from lbpwht_jax.adaptation.rules import ALL_LINEAR, Freeze, LoRA, LowRank, Rule
+from lbpwht_jax.adaptation.rules import ALL_LINEAR, Freeze, Lean, LoRA, LowRank, Rule
 from lbpwht_jax.ops.heuristic import chosen
+from lbpwht_jax.ops.residuals import Residuals
 from lbpwht_jax.ops.spec import Grid
 from lbpwht_jax.ops.validate import check_grid
 
@@ -25,12 +27,14 @@ class Found(NamedTuple):
       parameters: the number of each module's own parameters by path, for modules that have some.
       maps: the sizes of the maps that convolutions return, each with the path of one such convolution.
       unreached: paths of dense layers that the call does not reach.
+      lean: the norms and attentions that the call reaches; ``None`` where the model is none of Linen's.
     """
 
     layers: Sequence[Layer]
     parameters: Mapping[str, int]
     maps: Mapping[Grid, str]
     unreached: frozenset[str] = frozenset()
+    lean: Sequence[LeanModule] | None = None
 
 
 def resolve_rules(found: Found, rules: Sequence[Rule]) -> Resolution:
@@ -46,9 +50,11 @@ def resolve_rules(found: Found, rules: Sequence[Rule]) -> Resolution:
         cannot be known or do not fit, with all such layers.
     """
     layers = {layer.path: layer for layer in found.layers}
-    matches = [_matches(rule, found, _adaptable(rule, layers)) for rule in _checked(rules)]
+    lean = _lean([rule for rule in _checked(rules) if isinstance(rule, Lean)], found.lean)
+    others = [rule for rule in rules if not isinstance(rule, Lean)]
+    matches = [_matches(rule, found, _adaptable(rule, layers)) for rule in others]
     held: dict[str, Rule] = {}
-    for rule, paths in zip(rules, matches, strict=True):
+    for rule, paths in zip(others, matches, strict=True):
         left = [path for path in paths if path not in held]
         if not left:
             raise ValueError(_nothing_left(rule, paths, held))
@@ -65,7 +71,32 @@ def resolve_rules(found: Found, rules: Sequence[Rule]) -> Resolution:
         raise ValueError("\n".join(_problem(text, paths) for text, paths in problems.items()))
     frozen = frozenset(path for path, rule in held.items() if isinstance(rule, Freeze | LoRA))
     ordered = sorted(found.parameters.items(), key=lambda item: _natural(item[0]))
-    return Resolution(tuple(adaptations), frozen, tuple(ordered))
+    return Resolution(tuple(adaptations), frozen, tuple(ordered), lean)
+
+
+def _lean(rules: Sequence[Lean], modules: Sequence[LeanModule] | None) -> tuple[tuple[str, Residuals], ...]:
+    """The setting of each norm and attention that a rule matches, the first one that does."""
+    if rules and modules is None:
+        raise ValueError(f"adapt: {_name(rules[0])} is for Linen models alone; leave it out for NNX")
+    settings: dict[str, Residuals] = {}
+    for rule in rules:
+        matched = [module for module in modules or () if re.search(rule.pattern, module.path)]
+        if not matched:
+            nearest = difflib.get_close_matches(rule.pattern, [module.path for module in modules or ()], n=5, cutoff=0.0)
+            raise ValueError(
+                f"adapt: {_name(rule)} matches no LayerNorm, BatchNorm or MultiHeadDotProductAttention; the nearest paths: "
+                f"{', '.join(nearest) or 'there are none'}"
+            )
+        refused = [module for module in matched if module.refusal]
+        if refused:
+            first = refused[0]
+            raise ValueError(
+                f"adapt: {_name(rule)} matches {first.path}, a {first.kind} that must stay as it is: {first.refusal}; leave "
+                f"{_some([module.path for module in refused])} out of the pattern"
+            )
+        for module in matched:
+            settings.setdefault(module.path, cast(Residuals, rule.setting))
+    return tuple(settings.items())
 
 
 def check_mixing(adaptations: Sequence[Adaptation]) -> None:
@@ -83,7 +114,7 @@ def _checked(rules: Any) -> Sequence[Rule]:
         raise TypeError(f"adapt: rules must be a list of rules, such as [LowRank(...)], got {rules!r}")
     for rule in rules:
         if not isinstance(rule, Rule):
-            raise TypeError(f"adapt: rules are LowRank, LoRA and Freeze, got {rule!r}")
+            raise TypeError(f"adapt: rules are LowRank, LoRA, Freeze and Lean, got {rule!r}")
     return rules
 
 

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from lbpwht_jax.adaptation.layer import Adaptation
 from lbpwht_jax.adaptation.table import html_table, text_table
+from lbpwht_jax.ops.residuals import Residuals
 
 BRANCH = ("lora_a", "lora_b")  # the names of a LoRA branch's parameters
 
@@ -39,11 +40,13 @@ class Resolution:
       adaptations: the layers that ``LowRank`` and ``LoRA`` adapt.
       frozen: paths of the modules whose own parameters are frozen, those under ``LoRA`` among them.
       parameters: pairs of a module's path and the number of its own parameters, without those of branches.
+      lean: pairs of the path of a norm or attention under ``Lean`` and what it keeps.
     """
 
     adaptations: tuple[Adaptation, ...]
     frozen: frozenset[str]
     parameters: tuple[tuple[str, int], ...]
+    lean: tuple[tuple[str, Residuals], ...] = ()
 
     def trainable(self, path: str) -> bool:
         """Whether the parameter at ``path``, such as ``"blocks_0/mlp/fc1/kernel"``, is trained."""
@@ -74,7 +77,7 @@ class Resolution:
 
     def _rows(self) -> list[tuple[str, ...]]:
         by_path = {adaptation.layer.path: adaptation for adaptation in self.adaptations}
-        rows = []
+        rows, lean = [], dict(self.lean)
         for path, own in self.parameters:
             adaptation = by_path.get(path)
             trainable = (0 if path in self.frozen else own) + (adaptation.branch_parameters if adaptation else 0)
@@ -82,8 +85,9 @@ class Resolution:
                 method, grid, rank = "frozen" if path in self.frozen else "full", "", ""
             else:
                 method, grid, rank = adaptation.method, "x".join(map(str, adaptation.shown_grid or ())), adaptation.ranks
+            method += " + lean" * (lean.pop(path, None) is not None)
             rows.append((path or "(top level)", method, grid, rank, f"{trainable:,}"))
-        return rows
+        return rows + [(path, "lean attention", "", "", "0") for path in lean]
 
     def _total(self) -> tuple[str, ...]:
         return ("total", "", "", "", f"{self.trainable_parameters().trainable:,}")

@@ -5,6 +5,7 @@ import operator
 import re
 from typing import Any
 
+from lbpwht_jax.ops.residuals import Residuals, named_residuals
 from lbpwht_jax.ops.spec import Grid, LowRankSpec
 
 NOTHING = "(?!)"
@@ -113,7 +114,38 @@ class Freeze:
         _check_pattern(self, self.pattern)
 
 
-Rule = LowRank | LoRA | Freeze
+@dataclasses.dataclass(frozen=True)
+class Lean:
+    """Lets Linen's norms and attention keep few bits for their backward pass; the forward pass and parameters are unchanged.
+
+    It goes beside the other rules: a norm can be frozen and lean, and the layers within an attention adapted. For this
+    library's own models ``create_model(..., residuals=...)`` does it, and reaches activations and convolutions too.
+
+    Attributes:
+      pattern: regular expression searched in the paths of ``nn.LayerNorm``, ``nn.BatchNorm`` and
+        ``nn.MultiHeadDotProductAttention`` (and what is derived from it). Functions such as ``nn.gelu`` have no path.
+      residuals: what they keep: ``"exact"``, ``"lean"``, ``"tiny"`` or a ``Residuals``.
+
+    Raises:
+      ValueError: if the pattern is not a regular expression, or there is no such setting.
+      TypeError: if ``residuals`` is neither a name nor a ``Residuals``.
+    """
+
+    pattern: str
+    residuals: str | Residuals = "lean"
+
+    def __post_init__(self):
+        _check_pattern(self, self.pattern)
+        if self.setting is None:
+            raise ValueError(f"Lean({self.pattern!r}): 'plain' changes nothing; leave the rule out")
+
+    @property
+    def setting(self) -> Residuals | None:
+        """The setting that ``residuals`` names."""
+        return named_residuals(self.residuals, f"Lean({self.pattern!r})")
+
+
+Rule = LowRank | LoRA | Freeze | Lean
 
 
 def _check_pattern(rule: Any, pattern: str) -> None:

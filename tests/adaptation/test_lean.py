@@ -1,0 +1,171 @@
+"""The rule Lean on norms and attention that this library did not write."""
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from lbpwht_jax import Freeze, Lean, LowRank, Residuals, adapt, lp_l1
+from lbpwht_jax.cost import residual_bytes
+
+TOKENS, CHANNELS = 16, 32
+
+
+class Block(nn.Module):
+    masked: bool = False
+    dropout: float = 0.0
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        y = nn.LayerNorm(name="norm1")(x)
+        mask = nn.make_causal_mask(jnp.ones(x.shape[:2])) if self.masked else None
+        attention = nn.MultiHeadDotProductAttention(2, dropout_rate=self.dropout, deterministic=not train, name="attn")
+        x = x + attention(y, y, mask=mask)
+        y = nn.gelu(nn.Dense(2 * CHANNELS, name="fc1")(nn.BatchNorm(use_running_average=not train, name="norm2")(x)))
+        return x + nn.Dense(CHANNELS, name="fc2")(y)
+
+
+class Model(nn.Module):
+    masked: bool = False
+
+    @nn.compact
+    def __call__(self, images, train=False):
+        x = nn.Conv(CHANNELS, (2, 2), (2, 2), name="embed")(images)
+        x = x.reshape(x.shape[0], -1, CHANNELS)
+        for i in range(2):
+            x = Block(self.masked, name=f"block_{i}")(x, train)
+        return nn.Dense(3, name="head")(x.mean(1))
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["unmasked", "masked"])
+def setting(request):
+    model, images = Model(request.param), jnp.asarray(np.random.default_rng(0).normal(size=(4, 8, 8, 3)), jnp.float32)
+    variables = jax.jit(model.init)(jax.random.key(0), images)
+    rng = np.random.default_rng(1)  # scales of ones and biases of zeros would hide mistakes
+    return model, jax.tree.map(lambda a: a + jnp.asarray(rng.normal(0, 0.1, a.shape), a.dtype) ** 2, variables), images
+
+
+def step(model, variables, images, train):
+    def loss(params):
+        logits, new = model.apply({**variables, "params": params}, images, train=train, mutable=["batch_stats"])
+        return jnp.sum(logits**2), new
+
+    return jax.value_and_grad(loss, has_aux=True)(variables["params"])
+
+
+RULE = r"norm|attn$"
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_exact_changes_nothing(setting, train):
+    model, variables, images = setting
+    adapted = adapt(model, [Lean(RULE, "exact")], images)
+    # the same sums in other orders
+    chex.assert_trees_all_close(
+        step(adapted, variables, images, train), step(model, variables, images, train), rtol=2e-4, atol=2e-5
+    )
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_lean_changes_gradients_little_and_the_forward_pass_not(setting, train):
+    model, variables, images = setting
+    (loss, new), gradients = step(adapt(model, [Lean(RULE)], images), variables, images, train)
+    (exact_loss, exact_new), exact = step(model, variables, images, train)
+    chex.assert_trees_all_close((loss, new), (exact_loss, exact_new), rtol=1e-5)
+    both = jax.tree.map(lambda a, b: (np.ravel(a), np.ravel(b)), gradients, exact)
+    for a, b in jax.tree.leaves(both, is_leaf=lambda x: isinstance(x, tuple)):
+        if np.linalg.norm(b) > 1e-4:  # a key's bias has no gradient but rounding
+            assert a @ b / np.linalg.norm(a) / np.linalg.norm(b) > 0.999
+
+
+def test_it_keeps_fewer_bytes(setting):
+    model, variables, images = setting
+
+    def kept(*rules):
+        return residual_bytes(
+            adapt(model, [*rules, LowRank(r"fc\d|attn/", lp_l1(2), grid=(4, 4))], images), variables, (8, 8, 3)
+        )
+
+    scores = 2 * 2 * TOKENS * TOKENS * 4  # blocks, heads: at least the weights, in float32
+    norms = 4 * TOKENS * CHANNELS * 4
+    assert kept() - kept(Lean("attn$")) > scores
+    assert kept() - kept(Lean("norm")) > 0.7 * norms
+    assert kept(Lean(RULE)) < kept(Lean(RULE, "exact")) < kept()
+
+
+@pytest.mark.parametrize("transform", [jax.jit, jax.checkpoint])
+def test_transformed(setting, transform):
+    model, variables, images = setting
+    adapted = adapt(model, [Lean(RULE)], images)
+
+    def gradients(params):
+        return jax.grad(lambda p: transform(lambda p: adapted.apply({**variables, "params": p}, images).sum())(p))(params)
+
+    plain = jax.grad(lambda p: adapted.apply({**variables, "params": p}, images).sum())(variables["params"])
+    chex.assert_trees_all_close(gradients(variables["params"]), plain, rtol=1e-3, atol=1e-4)
+
+
+def test_it_goes_beside_other_rules_and_the_table_says_so():
+    model, images = Model(), jax.ShapeDtypeStruct((1, 8, 8, 3), jnp.float32)
+    adapted = adapt(model, [Freeze("norm1"), LowRank("attn/", lp_l1(2), grid=(4, 4)), Lean(RULE)], images)
+    rows = {row[0]: row[1] for row in (line.strip("| ").split("|") for line in str(adapted.resolution).splitlines())}
+    rows = {path.strip(): method.strip() for path, method in rows.items()}
+    assert rows["block_0/norm1"] == "frozen + lean"
+    assert rows["block_1/norm2"] == "full + lean"
+    assert rows["block_0/attn/query"] == "LowRank"
+    assert rows["block_0/attn"] == "lean attention"
+    assert not adapted.trainable("block_0/norm1/scale") and adapted.trainable("block_0/norm2/scale")
+
+
+def test_the_first_rule_holds():
+    images = jax.ShapeDtypeStruct((1, 8, 8, 3), jnp.float32)
+    lean = dict(adapt(Model(), [Lean("block_0/norm1", Residuals(norm_bits=4)), Lean("norm1")], images).resolution.lean)
+    assert {path: setting.norm_bits for path, setting in lean.items()} == {"block_0/norm1": 4, "block_1/norm1": 8}
+
+
+class Odd(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = nn.LayerNorm(use_bias=False, name="no_bias")(x)
+        x = nn.LayerNorm(reduction_axes=(-2, -1), feature_axes=(-2, -1), name="two_axes")(x)
+        x = nn.BatchNorm(True, axis_name="devices", name="devices")(x)
+        x = nn.MultiHeadDotProductAttention(2, attention_fn=lambda q, k, v: v, name="own")(x)
+        return nn.MultiHeadDotProductAttention(2, dropout_rate=0.5, name="dropout")(x, deterministic=False)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        ("no_bias", r"matches no_bias, a LayerNorm that must stay as it is: it lacks a scale or a bias; leave no_bias out"),
+        ("two_axes", r"it normalises other axes than the last"),
+        ("devices", r"its statistics are taken over devices"),
+        ("own", r"own, a MultiHeadDotProductAttention .*: it has an attention_fn of its own"),
+        (
+            "missing",
+            r"Lean\('missing'\) matches no LayerNorm, BatchNorm or MultiHeadDotProductAttention; the nearest paths: ",
+        ),
+    ],
+)
+def test_what_must_stay_as_it_is_is_an_error(pattern, message):
+    with pytest.raises(ValueError, match=message):
+        adapt(Odd(), [Lean(pattern)], jnp.ones((2, 4, 8)))
+
+
+def test_dropout_is_an_error():
+    x = jnp.ones((2, 4, 8))
+    rngs = {"params": jax.random.key(0), "dropout": jax.random.key(1)}
+    variables = Odd().init(rngs, x)
+    with pytest.raises(ValueError, match=r"adapt: dropout has dropout, which Lean does not take; leave it out"):
+        adapt(Odd(), [Lean("dropout")], jax.ShapeDtypeStruct((2, 4, 8), jnp.float32)).apply(variables, x, rngs=rngs)
+
+
+def test_plain_and_nnx_are_errors():
+    with pytest.raises(ValueError, match="'plain' changes nothing"):
+        Lean("norm", "plain")
+    with pytest.raises(ValueError, match=r"must be one of plain, exact, lean, tiny"):
+        Lean("norm", "thin")
+    with pytest.raises(ValueError, match=r"Lean\('norm'\) is for Linen models alone"):
+        adapt(nnx.Linear(4, 4, rngs=nnx.Rngs(0)), [Lean("norm")], jnp.ones((2, 4)))
