@@ -24,7 +24,8 @@ def distributed(
 
     Args:
       run: takes tables and arrays and returns a tuple of arrays, of any batch.
-      inputs: a letter for each axis of each array, separated by spaces, such as ``"b n c"``; the first one is the batch, ``b``.
+      inputs: a letter for each axis of each array, separated by spaces, such as ``"b n c"``. The first one is the batch, ``b``,
+        in all results and all arrays but those that a batch shares.
       outputs: the same of the results.
       split: the letters of axes along which devices can have a share each; along all others each device needs everything.
       tables: makes the tables from the arrays; each device has all of them.
@@ -60,8 +61,20 @@ def distributed(
 
     @mapped.def_vmap
     def _(size: int, batched: list[bool], *arrays: jax.Array) -> tuple:
-        whole = [a if own else jnp.broadcast_to(a, (size, *a.shape)) for a, own in zip(arrays, batched, strict=True)]
-        results = mapped(*(a.reshape(size * a.shape[1], *a.shape[2:]) for a in whole))
+        shared = [not letters.startswith("b") for letters in inputs]
+        if any(own and for_all for own, for_all in zip(batched, shared, strict=True)):
+            whole = tuple(_repeated(a, size, own) for a, own in zip(arrays, batched, strict=True))
+            results = jax.lax.map(lambda operands: mapped(*operands), whole)
+            return results, (True,) * len(results)
+        flat = [
+            a if for_all else _repeated(a, size, own).reshape(size * a.shape[own], *a.shape[own + 1 :])
+            for a, own, for_all in zip(arrays, batched, shared, strict=True)
+        ]
+        results = mapped(*flat)
         return tuple(r.reshape(size, -1, *r.shape[1:]) for r in results), (True,) * len(results)
 
     return mapped
+
+
+def _repeated(array: jax.Array, size: int, mapped: bool) -> jax.Array:
+    return array if mapped else jnp.broadcast_to(array, (size, *array.shape))

@@ -9,11 +9,12 @@ import jax.numpy as jnp
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
+from lbpwht_jax.ops import norms_gpu
 from lbpwht_jax.ops.coders import Mask, Rows
 from lbpwht_jax.ops.dtypes import accumulation_dtype
 from lbpwht_jax.ops.gelu import gelu, gelu_slope
-from lbpwht_jax.ops.platforms import apart
-from lbpwht_jax.ops.sharding import vary_alike
+from lbpwht_jax.ops.platforms import apart, by_platform
+from lbpwht_jax.ops.sharding import explicit_sharding, vary_alike
 
 Activation = Literal["gelu", "relu"] | None
 
@@ -53,9 +54,15 @@ def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float, 
     Returns:
       Array of the shape of x.
     """
-    wide = x.astype(accumulation_dtype(x.dtype))
-    mean, variance = _moments(wide, (-1,))
-    return _affine(x, mean, lax.rsqrt(variance + epsilon), scale, bias, _Static((-1,), bits, None, jnp.dtype(dtype), x.dtype))
+    dtype = jnp.dtype(dtype)
+    if bits == norms_gpu.BITS and explicit_sharding(x) is None and norms_gpu.takes(x.shape[-1], x.dtype, dtype):
+        return _by_kernels(*vary_alike(x, scale, bias), epsilon)
+    return _layer_norm(x, scale, bias, epsilon, bits, dtype)
+
+
+def _layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float, bits: int | None, dtype: Any) -> jax.Array:
+    mean, variance = _moments(x.astype(accumulation_dtype(x.dtype)), (-1,))
+    return _affine(x, mean, lax.rsqrt(variance + epsilon), scale, bias, _Static((-1,), bits, None, dtype, x.dtype))
 
 
 def batch_norm(
@@ -94,6 +101,50 @@ def batch_norm(
         mean, variance = (value.reshape(shape) for value in statistics)
     y = _affine(x, mean, lax.rsqrt(variance + epsilon), scale, bias, _Static(axes, bits, activation, jnp.dtype(dtype), x.dtype))
     return y, (lax.stop_gradient(mean.reshape(-1)), lax.stop_gradient(variance.reshape(-1)))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _by_kernels(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float) -> jax.Array:
+    return _layer_norm(x, scale, bias, epsilon, None, x.dtype)
+
+
+def _by_kernels_forward(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float) -> tuple[jax.Array, tuple]:
+    def plain(x: jax.Array, scale: jax.Array, bias: jax.Array) -> tuple[jax.Array, ...]:
+        mean, variance = _moments(x.astype(jnp.float32), (-1,))
+        inverse = lax.rsqrt(variance + epsilon)
+        kept = Rows.of(_normalised(x, mean, inverse), norms_gpu.BITS)
+        y = _normalise(x, mean, inverse, scale, bias, _Static((-1,), None, None, x.dtype, x.dtype))
+        return apart((y, kept.codes, kept.steps, inverse))
+
+    def with_kernel(x: jax.Array, scale: jax.Array, bias: jax.Array) -> tuple[jax.Array, ...]:
+        results = norms_gpu.forward_kernel(epsilon)(_as_rows(x), scale, bias)
+        return tuple(result.reshape(*x.shape[:-1], result.shape[-1]) for result in results)
+
+    y, codes, steps, inverse = by_platform(plain, x, scale, bias, cuda=with_kernel)
+    return y, (Rows(codes, steps, norms_gpu.BITS, x.shape[-1], jnp.dtype(jnp.float32)), inverse, scale, bias)
+
+
+def _by_kernels_backward(epsilon: float, residuals: tuple, g: jax.Array) -> tuple:
+    def plain(kept: Rows, inverse: jax.Array, scale: jax.Array, bias: jax.Array, g: jax.Array) -> tuple:
+        static = _Static((-1,), norms_gpu.BITS, None, g.dtype, g.dtype)
+        dx, _, _, dscale, dbias = _backward(static, (kept, None, None, inverse, scale, bias), g)
+        return dx, dscale, dbias
+
+    def with_kernel(kept: Rows, inverse: jax.Array, scale: jax.Array, bias: jax.Array, g: jax.Array) -> tuple:
+        rows = [_as_rows(array) for array in (kept.codes, kept.steps, inverse)]
+        dx, sums = norms_gpu.backward_kernel()(*rows, scale, _as_rows(g))
+        dscale, dbias = jnp.sum(sums, (0, 1))
+        return dx.reshape(g.shape), dscale.astype(scale.dtype), dbias.astype(bias.dtype)
+
+    return by_platform(plain, *residuals, g, cuda=with_kernel)
+
+
+_by_kernels.defvjp(_by_kernels_forward, _by_kernels_backward)
+
+
+def _as_rows(x: jax.Array) -> jax.Array:
+    """``[batch, rows, channels]``."""
+    return x.reshape(x.shape[0] if x.ndim > 1 else 1, -1, x.shape[-1])
 
 
 def _moments(x: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
