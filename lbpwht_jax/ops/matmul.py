@@ -130,7 +130,8 @@ def low_rank_matmul(
         slope_bits=slope_bits,
         stand_in=links,
     )
-    y, stand_in = matmul(tokens, kernel, folded, given, static)
+    results: Any = matmul(tokens, kernel, folded, given, static)
+    y, stand_in = results
     if link is not None and links:
         link.stand_in, link.transforms = stand_in, transforms
     y = y if grid is not None else y.reshape(*x.shape[:-1], kernel.shape[1])

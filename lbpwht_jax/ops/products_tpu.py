@@ -46,8 +46,7 @@ def form(kind: str, spec: SpecFields, grid: Grid, prefix_tokens: int) -> Callabl
         dx, projected = gelu_backward(coefficients, x)
         return analysis(dx), projected
 
-    forms = (analysis, synthesis, gelu_backward, gelu_backward_projected)
-    return dict(zip(KINDS, forms, strict=True))[kind]
+    return (analysis, synthesis, gelu_backward, gelu_backward_projected)[KINDS.index(kind)]
 
 
 def _bands(spec: SpecFields, grid: Grid, prefix_tokens: int) -> int:

@@ -155,9 +155,9 @@ def _forward(x: Any, kernel: Any, bias: Any, stand_in: Any, static: Static) -> t
 
 
 def _backward(static: Static, kept: _Residuals, cotangents: tuple) -> tuple:
-    g, of_stand_in = cotangents
-    if isinstance(g, SymbolicZero) and (of_stand_in is None or isinstance(of_stand_in, SymbolicZero)):
+    if all(cotangent is None or isinstance(cotangent, SymbolicZero) for cotangent in cotangents):
         return (None,) * 4
+    g, of_stand_in = cotangents
     low_dx = kept.wants_dx and static.spec.dx == "low_rank"
     low_dw = kept.wants_dw and static.spec.dw == "low_rank"
     coefficients: Any = None
