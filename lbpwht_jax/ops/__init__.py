@@ -2,13 +2,14 @@
 
 from lbpwht_jax.ops.basis import coefficient_count, projection_matrices
 from lbpwht_jax.ops.heuristic import predicted_speedup
-from lbpwht_jax.ops.matmul import low_rank_matmul
+from lbpwht_jax.ops.matmul import Link, low_rank_matmul
 from lbpwht_jax.ops.projection import expand, project
 from lbpwht_jax.ops.residuals import Residuals
 from lbpwht_jax.ops.spec import LowRankSpec, lp_l1, lp_linf
 from lbpwht_jax.ops.walsh import fast_walsh_hadamard, walsh_matrix
 
 __all__ = [
+    "Link",
     "LowRankSpec",
     "Residuals",
     "coefficient_count",
