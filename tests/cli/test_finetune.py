@@ -32,7 +32,20 @@ from lbpwht_jax.weights.peft import load_adapter
 
 # 25 steps on 600 images; a rate that gets somewhere in them
 METHOD, STEPS = "lp_l1-2", 25
-SHORT = ["--method", METHOD, "--train", "last_stage", "--epochs", "1", "--batch-size", "24", "--lr", "3e-3", "--warmup-steps", "3"]
+SHORT = [
+    "--method",
+    METHOD,
+    "--train",
+    "last_stage",
+    "--epochs",
+    "1",
+    "--batch-size",
+    "24",
+    "--lr",
+    "3e-3",
+    "--warmup-steps",
+    "3",
+]
 
 
 @pytest.fixture(scope="module")
