@@ -235,7 +235,7 @@ def test_models_of_others_are_planned():
 @pytest.mark.parametrize(
     ("budget", "message"),
     [
-        ("0.3", "budget must be flops=SHARE or bytes=SHARE, such as flops=0.3, got '0.3'"),
+        ("0.3", "budget must be flops=SHARE or bytes=SHARE or seconds=SHARE, such as flops=0.3, got '0.3'"),
         ("time=0.3", "budget must be flops=SHARE"),
         ("flops=0", "above 0 and at most 1"),
         ("flops=1.5", "above 0 and at most 1"),
