@@ -43,7 +43,9 @@ class Backward:
         """That of a layer's product, which is described per image."""
         tokens = site.prefix_tokens + int(np.prod(site.grid))
         shape = batch * product.tokens // tokens, tokens, site.inputs
-        return cls(shape, site.outputs, dataclasses.replace(site, path="", contracted=1), bool(product.needs_dx), product.needs_dw)
+        return cls(
+            shape, site.outputs, dataclasses.replace(site, path="", contracted=1), bool(product.needs_dx), product.needs_dw
+        )
 
 
 # Seconds of a backward pass with each of these specs; ``None`` stands for the exact one.
