@@ -75,7 +75,21 @@ def bench_step(results: Mapping[str, Any]) -> str:
         "backward MFLOPs/image",
         "MB kept per image",
     ]
-    return f"{prose(_machine(results))}\n\n{markdown(header, rows)}"
+    return f"{prose(_machine(results) + ' ' + results.get('note', ''))}\n\n{markdown(header, rows)}"
+
+
+def transform_times(results: Mapping[str, Any]) -> str:
+    """Times of projections and expansions by grid."""
+    grids = list(dict.fromkeys(tuple(row["grid"]) for row in results["rows"]))
+    kinds = list(dict.fromkeys((row["form"], row["r"]) for row in results["rows"]))
+    found = {(row["form"], row["r"], tuple(row["grid"])): f"{row['nanoseconds_per_token']:.0f}" for row in results["rows"]}
+    rows = [[form, f"lp_l1-{r}", *(found[form, r, grid] for grid in grids)] for form, r in kinds]
+    text = f"""
+        Nanoseconds per token of {results["channels"]} channels, with {results["prefix_tokens"]} token in front of the grid;
+        adding one to each number takes {results["copy_nanoseconds_per_token"]:.0f}. {_machine(results)}
+        {results.get("note", "")}
+    """
+    return f"{prose(text)}\n\n{markdown(['transform', 'functions', *('x'.join(map(str, grid)) for grid in grids)], rows)}"
 
 
 def loader_speed(results: Mapping[str, Any]) -> str:

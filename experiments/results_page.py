@@ -32,6 +32,8 @@ HEAD = """
 _STEP = "lbpwht bench step --models efficientformer_l1 --train {train} --rounds 5"
 _OTHERS = "lbpwht bench step --models vit_small_patch16_224 swinv2_tiny_window8_256 --train all --batch-size 8 --rounds 3"
 
+_BACKBONES = "lbpwht bench step --models vit_small_patch14_dinov2 convnext_tiny --methods full lp_l1-2 lp_l1-4 lora_all-8"
+
 Section = Callable[[Mapping[str, Any]], str]
 SECTIONS: tuple[tuple[str, str, str, Section], ...] = (
     ("Digits", "digits", "digits.py", accuracy.digits),
@@ -48,6 +50,8 @@ SECTIONS: tuple[tuple[str, str, str, Section], ...] = (
     ("Times of a training step", "bench_step", _STEP.format(train="all"), costs.bench_step),
     ("Times of a step that trains the last stage", "bench_step_last_stage", _STEP.format(train="last_stage"), costs.bench_step),
     ("Times of other models' steps", "bench_step_others", _OTHERS, costs.bench_step),
+    ("Times of newer backbones' steps", "bench_step_backbones", _BACKBONES, costs.bench_step),
+    ("Projections by grid", "transform_times", "transform_times.py", costs.transform_times),
     ("Steps on machines that are not there", "compile_tables", "compile_tables.py", compiled.tables),
     ("Table 8's layers on one of them", "compile_layers", "compile_layers.py", compiled.layers),
     ("What compiles for them", "compile_families", "compile_families.py", compiled.families),

@@ -14,7 +14,7 @@ from lbpwht_jax.adaptation.linen_layers import find_layers, intercept_marked, jo
 from lbpwht_jax.adaptation.loops import has_loops, unrolled, with_loops
 from lbpwht_jax.adaptation.matching import Found, check_mixing, resolve_rules
 from lbpwht_jax.adaptation.nnx import adapt_nnx
-from lbpwht_jax.adaptation.nnx_layers import find_nnx_layers
+from lbpwht_jax.adaptation.nnx_layers import as_rngs, find_nnx_layers, with_rngs
 from lbpwht_jax.adaptation.resolution import Resolution
 from lbpwht_jax.adaptation.rules import Rule
 from lbpwht_jax.adaptation.shapes import abstract_call, abstract_program
@@ -23,14 +23,14 @@ M = TypeVar("M", bound=nnx.Module)
 
 
 @overload
-def adapt(model: nn.Module, rules: Sequence[Rule], *args: Any, **kwargs: Any) -> AdaptedModule: ...
+def adapt(model: nn.Module, rules: Sequence[Rule], *args: Any, rngs: None = None, **kwargs: Any) -> AdaptedModule: ...
 
 
 @overload
-def adapt(model: M, rules: Sequence[Rule], *args: Any, **kwargs: Any) -> M: ...
+def adapt(model: M, rules: Sequence[Rule], *args: Any, rngs: Any = None, **kwargs: Any) -> M: ...
 
 
-def adapt(model: Any, rules: Sequence[Rule], *args: Any, **kwargs: Any) -> Any:
+def adapt(model: Any, rules: Sequence[Rule], *args: Any, rngs: Any = None, **kwargs: Any) -> Any:
     """Puts a model under rules; the model itself stays as it is.
 
     Args:
@@ -42,24 +42,29 @@ def adapt(model: Any, rules: Sequence[Rule], *args: Any, **kwargs: Any) -> Any:
       *args, **kwargs: an example call of the model: arrays or ``jax.ShapeDtypeStruct``, and anything else as it is
         (``train=True``; for a Linen model also ``method="encode"``). Nothing is computed; the grids of maps and the shapes of
         LoRA's branches are read from it.
+      rngs: an ``nnx.Rngs``, or a key, for an NNX model. Its stream ``params`` gives each of LoRA's branches a key of its own,
+        for ``A`` and the dropout. If the model's call takes ``rngs``, the example call gets it too. Left out, or without such
+        a stream, the branches are drawn from ``nnx.Rngs(0)``, the same ones each time, as ``with_branches`` and
+        ``load_adapter`` then replace them.
 
     Returns:
       For a Linen module an ``AdaptedModule``. For an NNX module a copy of its class: frozen parameters are ``FrozenParam``,
-      which ``nnx.grad`` and ``nnx.Optimizer`` leave out by default, and LoRA's branches are submodules of the layers. Their
-      ``A`` is drawn from key 0 at first; ``lbpwht_jax.adaptation.with_branches`` draws it from yours.
+      which ``nnx.grad`` and ``nnx.Optimizer`` leave out by default, and LoRA's branches are submodules of the layers.
       ``lbpwht_jax.adaptation.resolution_of`` returns how the rules apply.
 
     Raises:
-      TypeError: if ``model`` is not a Flax module, ``rules`` is no list of rules, or variables are given as the example call.
+      TypeError: if ``model`` is not a Flax module, ``rules`` is no list of rules, variables are given as the example call,
+        or ``rngs`` for a Linen model, whose ``with_branches`` takes the key.
       ValueError: if a rule matches nothing, with the nearest paths, or nothing that rules before it leave; if layers' grids
         cannot be known or do not fit; if a layer that a rule matches has a ``dot_general`` of its own; if a Linen model has
         modules made by ``nn.jit``; if an NNX model is adapted already; if the model asks for arrays' values.
     """
-    found = find(model, *args, **kwargs)
+    found = find(model, *args, rngs=rngs, **kwargs)
     resolution = _resolved(model, found, rules)
     if isinstance(model, nnx.Module):
         check_mixing(resolution.adaptations)
-        return adapt_nnx(model, resolution)
+        given = nnx.Rngs(0) if rngs is None else as_rngs(rngs)
+        return adapt_nnx(model, resolution, given if hasattr(given, "params") else nnx.Rngs(0))
     module = model.module if isinstance(model, LowRankModel) else model
     adapted = AdaptedModule(module, resolution)
     if has_loops(module):  # rules may treat the blocks of a loop differently
@@ -89,12 +94,14 @@ def _resolved(model: Any, found: Found, rules: Sequence[Rule]) -> Resolution:
     return dataclasses.replace(resolution, adaptations=(*resolution.adaptations, *kept))
 
 
-def find(model: Any, *args: Any, **kwargs: Any) -> Found:
+def find(model: Any, *args: Any, rngs: Any = None, **kwargs: Any) -> Found:
     """What an example call shows of a model; arguments and errors are those of ``adapt``."""
     if args and isinstance(args[0], Mapping) and "params" in args[0]:
         raise TypeError("adapt: the example call holds variables; give the model's inputs: adapt(model, rules, images)")
     if isinstance(model, nnx.Module):
-        return find_nnx_layers(model, args, kwargs)
+        return find_nnx_layers(model, args, with_rngs(model, kwargs, rngs))
+    if rngs is not None:
+        raise TypeError("adapt: rngs is for NNX models; adapted.with_branches(key, variables) draws a Linen model's branches")
     if isinstance(model, AdaptedModule):
         raise TypeError("adapt: the model is adapted already; give all rules at once, with its .module")
     if not isinstance(model, nn.Module):

@@ -2,7 +2,6 @@
 
 from typing import TypeVar
 
-import jax
 from flax import nnx
 
 from lbpwht_jax.adaptation import lora
@@ -12,8 +11,13 @@ from lbpwht_jax.adaptation.resolution import Resolution
 M = TypeVar("M", bound=nnx.Module)
 
 
-def adapt_nnx(model: M, resolution: Resolution) -> M:
-    """A copy of the model under resolved rules; the branches' ``A`` and dropout are drawn from ``jax.random.key(0)``.
+def adapt_nnx(model: M, resolution: Resolution, rngs: nnx.Rngs) -> M:
+    """A copy of the model under resolved rules.
+
+    Args:
+      model: left as it is.
+      resolution: how the rules apply.
+      rngs: the stream ``params`` gives each branch the key of its ``A`` and dropout; not asked where there is no branch.
 
     Raises:
       ValueError: if a parameter of a Linen module inside ``nnx.bridge.ToNNX`` is frozen.
@@ -29,12 +33,11 @@ def adapt_nnx(model: M, resolution: Resolution) -> M:
                 )
             setattr(nodes[path[:-1]], str(path[-1]), FrozenParam(node[...], **node.get_metadata()))
     by_path = {joined(path): node for path, node in nodes.items() if is_layer(node)}
-    keys = jax.random.split(jax.random.key(0), max(len(resolution.adaptations), 1))
-    for adaptation, key in zip(resolution.adaptations, keys, strict=False):
+    for adaptation in resolution.adaptations:
         layer = by_path[adaptation.layer.path]
         product = lora.convolution(adaptation) if isinstance(layer, nnx.Conv) else lora.dense_product(adaptation)
         if adaptation.rank:
-            product = nnx.data(AdaptedNNXProduct(adaptation, product, key, layer.param_dtype))
+            product = nnx.data(AdaptedNNXProduct(adaptation, product, rngs, layer.param_dtype))
         setattr(layer, product_field(layer), product)
     setattr(copy, resolution_attribute(copy), nnx.static(resolution))
     return copy

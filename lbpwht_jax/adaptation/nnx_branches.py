@@ -1,23 +1,25 @@
 """LoRA's branches of NNX models: drawn, merged into the kernels, taken out again."""
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from flax import nnx
 
 from lbpwht_jax.adaptation import lora
 from lbpwht_jax.adaptation.branches import check_plain
 from lbpwht_jax.adaptation.nnx import resolution_attribute, resolution_of
-from lbpwht_jax.adaptation.nnx_layers import FrozenParam, branches_of, product_field
+from lbpwht_jax.adaptation.nnx_layers import AdaptedNNXProduct, FrozenParam, as_rngs, branches_of, product_field
 
 M = TypeVar("M", bound=nnx.Module)
 
 
-def with_branches(model: M, rngs: nnx.Rngs) -> M:
-    """A copy of an adapted NNX model with fresh LoRA branches: ``A`` random, each layer's from a key of its own, ``B`` zero.
+def with_branches(model: M, rngs: Any) -> M:
+    """A copy of an adapted NNX model with fresh LoRA branches, those that ``adapt(..., rngs=rngs)`` makes.
+
+    Each layer draws its ``A``, and its dropout if the rule has some, from a key of its own; ``B`` is zero.
 
     Args:
       model: an NNX model as ``adapt`` returns it.
-      rngs: the stream ``params`` gives the keys.
+      rngs: an ``nnx.Rngs``, whose stream ``params`` gives the keys, or a key.
 
     Raises:
       ValueError: if the model has no LoRA branch.
@@ -26,9 +28,12 @@ def with_branches(model: M, rngs: nnx.Rngs) -> M:
     branches = branches_of(copy)
     if not branches:
         raise ValueError("with_branches: the model has no LoRA branch; adapt it first with a LoRA rule")
-    for _, product in branches:
-        for parameter, init in ((product.lora_a, lora.init_a), (product.lora_b, lora.init_b)):
-            parameter[...] = init(rngs.params(), parameter.shape, parameter.dtype)
+    products = {product.adaptation.layer.path: product for _, product in branches}
+    rngs = as_rngs(rngs)
+    for adaptation in resolution_of(copy).branches:
+        old = products[adaptation.layer.path]
+        fresh = AdaptedNNXProduct(adaptation, old.dense, rngs, old.lora_a.dtype)
+        nnx.update(old, nnx.state(fresh))
     return copy
 
 

@@ -1,5 +1,6 @@
 """The layers of an NNX model: found in an example call, and the module that holds a layer's LoRA branch."""
 
+import inspect
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -28,16 +29,17 @@ class AdaptedNNXProduct(nnx.Module):
     Args:
       adaptation: how the layer is adapted.
       dense: the layer's own product.
-      key: the random key of ``A``.
+      rngs: the stream ``params`` gives the keys of ``A`` and of the dropout.
       dtype: dtype of the branch's parameters.
     """
 
-    def __init__(self, adaptation: Adaptation, dense: Any, key: jax.Array, dtype: Any):
+    def __init__(self, adaptation: Adaptation, dense: Any, rngs: nnx.Rngs, dtype: Any):
         self.adaptation, self.dense = adaptation, dense
+        key = rngs.params()
         fresh = lora.fresh(adaptation, key, dtype)
         self.lora_a, self.lora_b = nnx.LoRAParam(fresh[lora.A]), nnx.LoRAParam(fresh[lora.B])
         if adaptation.dropout:
-            self.dropout = nnx.Dropout(adaptation.dropout, rngs=nnx.Rngs(jax.random.fold_in(key, 1)))
+            self.dropout = nnx.Dropout(adaptation.dropout, rngs=nnx.Rngs(dropout=jax.random.fold_in(key, 1)))
 
     def __call__(self, lhs: jax.Array, rhs: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
         """The product plus the branch's output; the arguments are those of the function that this stands in for."""
@@ -102,6 +104,18 @@ def branches_of(model: nnx.Module) -> list[tuple[Any, AdaptedNNXProduct]]:
 def joined(path: Sequence[Any]) -> str:
     """The path of a node of the graph, joined by "/"."""
     return "/".join(map(str, path))
+
+
+def as_rngs(rngs: Any) -> nnx.Rngs:
+    """Keys as users give them: an ``nnx.Rngs``, or what one is made of, such as a key."""
+    return rngs if isinstance(rngs, nnx.Rngs) else nnx.Rngs(rngs)
+
+
+def with_rngs(model: nnx.Module, kwargs: Mapping[str, Any], rngs: Any) -> dict[str, Any]:
+    """Keyword arguments of a call of the model, ``rngs`` among them if it is given and the call takes it."""
+    parameters = inspect.signature(type(model).__call__).parameters
+    takes = "rngs" in parameters or any(each.kind is each.VAR_KEYWORD for each in parameters.values())
+    return {**kwargs, "rngs": rngs} if takes and rngs is not None else dict(kwargs)
 
 
 def is_layer(node: Any) -> bool:

@@ -11,7 +11,7 @@ from lbpwht_jax.adaptation.rules import NOTHING, LoRA, LowRank, Rule
 from lbpwht_jax.adaptation.table import text_table
 from lbpwht_jax.ops.spec import Basis, Grid, LowRankSpec
 
-Unit = Literal["flops", "bytes"]
+Unit = Literal["flops", "bytes", "seconds"]
 Train = Literal["all", "last_stage", "head"]
 
 
@@ -48,7 +48,8 @@ class Plan:
       budget: what the budget counts.
       limit: the budget, as a share of full backpropagation.
       used: what the plan comes to, as a share of full backpropagation.
-      cost: what it comes to per image: FLOPs of the backward pass's products, or bytes kept.
+      cost: what it comes to per image: FLOPs of the backward pass's products, bytes kept, or seconds of the planned layers'
+        backward passes.
       loss: the loss predicted, see ``lbpwht_jax.plan``.
       gap: at most this much of the loss lies above the least possible one under the budget.
       model: name of the registry's model; empty for others.

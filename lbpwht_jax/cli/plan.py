@@ -35,9 +35,10 @@ class Plan:
 
     model: Annotated[str | None, tyro.conf.Positional, flag("[MODEL|RUN]", "vit_micro_patch4_28")] = None
     """Name of the model, or the folder of a run, with its model, weights and data."""
-    budget: Annotated[str, flag("flops=SHARE|bytes=SHARE", "flops=0.3")] = "flops=0.3"
-    """The most that the backward pass may take, in FLOPs of its products or in bytes kept, as a share of full backpropagation
-    with the same flags, such as flops=0.3 or bytes=0.8."""
+    budget: Annotated[str, flag("flops=SHARE|bytes=SHARE|seconds=SHARE", "flops=0.3")] = "flops=0.3"
+    """The most that the backward pass may take, in FLOPs of its products, in bytes kept or in seconds of the planned layers,
+    measured on the device at hand, as a share of full backpropagation with the same flags, such as flops=0.3, bytes=0.8 or
+    seconds=0.6."""
     dataset: Annotated[str | None, flag("NAME", "digits")] = None
     """Where the images come from, as for "lbpwht finetune"."""
     pretrained: Annotated[str | None, flag("WEIGHTS", "those that come with the package")] = None
@@ -128,7 +129,7 @@ def chosen_plan(
       batch_size: images of each.
       same_within_stage: as for ``plan``.
     """
-    recipe = dataclasses.replace(config.recipe, drop_path=0.0)
+    recipe, dtype = dataclasses.replace(config.recipe, drop_path=0.0), config.dtype
     config = dataclasses.replace(
         config, method=PLANNED_LAYERS, plan=None, when="always", dtype="float32", remat=False, scan_blocks=False, recipe=recipe
     )
@@ -145,7 +146,7 @@ def chosen_plan(
             valid = np.asarray(batch.valid)
             pixels = jnp.asarray(batch.images)[valid].astype(jnp.float32) / 255
             measured.append((normalise(pixels, config.info), jnp.asarray(batch.labels)[valid]))
-    made = plan(model, variables, measured, budget, same_within_stage=same_within_stage, progress=progress)
+    made = plan(model, variables, measured, budget, same_within_stage=same_within_stage, dtype=dtype, progress=progress)
     return dataclasses.replace(made, model=config.model, image_size=config.image_size, train=config.train)
 
 

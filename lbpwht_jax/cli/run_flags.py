@@ -190,9 +190,9 @@ class RunFlags:
     would adapt. Or a sum, such as lp_l1-4+lora_all-8, where branches too are backpropagated at low rank. plan:FILE: what
     "lbpwht plan" chose for each layer. auto: chooses first, under --budget."""
 
-    budget: Annotated[str | None, flag("flops=SHARE|bytes=SHARE", "none")] = None
-    """With --method auto: the most that the backward pass may take, in FLOPs or in bytes kept, as a share of full
-    backpropagation, such as flops=0.3."""
+    budget: Annotated[str | None, flag("flops=SHARE|bytes=SHARE|seconds=SHARE", "none")] = None
+    """With --method auto: the most that the backward pass may take, in FLOPs, in bytes kept or in seconds of its layers, as a
+    share of full backpropagation, such as flops=0.3."""
 
     lora_alpha: Annotated[float | None, flag("FLOAT", "8")] = None
     """LoRA's branches are multiplied by this over their rank, such as 16; layers that make query, key and value at once have

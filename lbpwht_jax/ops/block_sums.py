@@ -20,12 +20,16 @@ from lbpwht_jax.ops.spec_fields import Grid, SpecFields
 
 Side = Literal["analysis", "synthesis"]
 
+# Up to this many tokens one matrix for the grid is faster than one product per axis (measured on CPU, float32).
+MATRIX_TOKENS = 256
+
 
 @functools.cache
 def subblock_sizes(spec: SpecFields, grid: Grid, side: Side) -> tuple[int, ...]:
     """Tokens of a sub-block along each grid axis.
 
-    For the analysis, sub-blocks also divide the missing tokens at both ends, so that none is partial. Official partial blocks
+    For the analysis, sub-blocks also divide the missing tokens at both ends, so that none is partial; but on a large grid where
+    that would leave single tokens (37x37), some are partial, and their missing tokens count as zeros. Official partial blocks
     allow sub-blocks of one token only: their reflected tokens would belong to several.
     """
     axes = grid_axes(spec, grid)
@@ -34,7 +38,9 @@ def subblock_sizes(spec: SpecFields, grid: Grid, side: Side) -> tuple[int, ...]:
     functions = [1 + max(basis[n] for basis in spec.bases) for n in range(len(grid))]
     sizes = [spec.block // (1 << (count - 1).bit_length()) for count in functions]
     if side == "analysis":
-        sizes = [math.gcd(size, axis.before, axis.after) for size, axis in zip(sizes, axes, strict=True)]
+        whole = [math.gcd(size, axis.before, axis.after) for size, axis in zip(sizes, axes, strict=True)]
+        large = math.prod(grid) > MATRIX_TOKENS
+        sizes = [size if large and divisor == 1 else divisor for size, divisor in zip(sizes, whole, strict=True)]
     return tuple(sizes)
 
 
@@ -84,12 +90,15 @@ def sum_subblocks(x: jax.Array, spec: SpecFields, grid: Grid) -> jax.Array:
     """
     batch, channels = x.shape[: x.ndim - 1 - len(grid)], x.shape[-1]
     sizes = subblock_sizes(spec, grid, "analysis")
-    runs, padding, blocks = [], [(0, 0)] * len(batch), []
+    runs, missing, padding, blocks = [], [(0, 0)] * len(batch), [(0, 0)] * len(batch), []
     for length, size, axis in zip(grid, sizes, grid_axes(spec, grid), strict=True):
-        runs += [length // size, size]
+        missing.append((axis.before % size, axis.after % size))
+        runs += [(length + sum(missing[-1])) // size, size]
         padding.append((axis.before // size, axis.after // size))
         blocks += [axis.blocks, spec.block // size]
 
+    if any(map(any, missing)):
+        x = jnp.pad(x, [*missing, (0, 0)])
     x = x.reshape(*batch, *runs, channels)
     offsets = itertools.product(*map(range, sizes))
     parts = [x[(..., *(i for n in offset for i in (slice(None), n)), slice(None))] for offset in offsets]

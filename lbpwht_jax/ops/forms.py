@@ -3,13 +3,10 @@
 import math
 from typing import Literal
 
-from lbpwht_jax.ops.block_sums import Side, subblock_sizes
+from lbpwht_jax.ops.block_sums import MATRIX_TOKENS, Side, subblock_sizes
 from lbpwht_jax.ops.spec_fields import Grid, SpecFields
 
 Form = Literal["matrix", "by_axis", "by_block"]
-
-# Up to this many tokens one matrix for the grid is faster than one product per axis (measured on CPU, float32).
-_MATRIX_TOKENS = 256
 
 
 def transform_form(spec: SpecFields, grid: Grid, side: Side) -> Form:
@@ -29,4 +26,4 @@ def transform_form(spec: SpecFields, grid: Grid, side: Side) -> Form:
     has_subblocks = max(subblock_sizes(spec, grid, side)) > 1
     if has_subblocks and (side == "analysis" or max(grid) > spec.block):
         return "by_block"
-    return "matrix" if math.prod(grid) <= _MATRIX_TOKENS else "by_axis"
+    return "matrix" if math.prod(grid) <= MATRIX_TOKENS else "by_axis"

@@ -62,7 +62,8 @@ def choosing_for(platform: Platform) -> Iterator[None]:
 _PLATFORMS: dict[str, Platform] = {"gpu": "cuda", "tpu": "tpu"}
 
 
-def _platform() -> Platform:
+def platform() -> Platform:
+    """What the automatic choice is made for: the platform of ``choosing_for``, or JAX's default backend."""
     return _forced.get() or _PLATFORMS.get(jax.default_backend(), "cpu")
 
 
@@ -132,6 +133,6 @@ def chosen(spec: Spec, grid: Grid, prefix_tokens: int, inputs: int, outputs: int
       inputs: input channels.
       outputs: output channels.
     """
-    if spec.when == "always" or predicted_speedup(spec, grid, prefix_tokens, inputs, outputs, _platform()) >= 1:
+    if spec.when == "always" or predicted_speedup(spec, grid, prefix_tokens, inputs, outputs, platform()) >= 1:
         return spec
     return dataclasses.replace(spec, dx="exact", dw="exact")

@@ -1,7 +1,6 @@
 """The selections of Walsh functions that a layer may be given, and what each loses of the kernel's gradient."""
 
 import dataclasses
-from collections.abc import Sequence
 
 import numpy as np
 
@@ -44,7 +43,7 @@ def candidate(energies: Energies, site: Site, kept: Kept | None) -> Candidate:
     """What it means for a layer to keep these functions; ``None`` for an exact backward pass."""
     if kept is None:
         return Candidate(None, 0.0, 0.0)
-    spec = LowRankSpec(_bases(site.functions, kept), block=site.block)
+    spec = LowRankSpec(bases(site, kept), block=site.block)
     return Candidate(spec, dw_lost(energies, kept), dx_lost(energies, kept))
 
 
@@ -65,8 +64,9 @@ def _share(part: float, whole: float) -> float:
     return float(max(part / whole, 0.0)) if whole > 0 else 0.0
 
 
-def _bases(functions: Sequence[Basis], kept: Kept) -> tuple[Basis, ...]:
-    return tuple(function for function, keep in zip(functions, kept, strict=True) if keep)
+def bases(site: Site, kept: Kept) -> tuple[Basis, ...]:
+    """The functions of a layer's block that are kept."""
+    return tuple(function for function, keep in zip(site.functions, kept, strict=True) if keep)
 
 
 def _greedy(dw: np.ndarray) -> list[Kept]:

@@ -17,13 +17,15 @@ from lbpwht_jax.cost import residual_bytes
 from lbpwht_jax.cost.layers import matmul_flops, saved_elements
 from lbpwht_jax.cost.trace import Product, layer_records
 from lbpwht_jax.ops.spec import Basis, LowRankSpec
+from lbpwht_jax.plan import timing
 from lbpwht_jax.plan.candidates import Candidate, candidate, selections
 from lbpwht_jax.plan.knapsack import Choice, solve
 from lbpwht_jax.plan.observe import Energies, Observer, Site
+from lbpwht_jax.plan.timing import Clock, LayerTimes
 
 Loss = Callable[[AdaptedModule, Mapping[str, Any], Any], jax.Array]
 
-_UNITS: tuple[Unit, ...] = ("flops", "bytes")
+_UNITS: tuple[Unit, ...] = ("flops", "bytes", "seconds")
 _FLOAT32 = 4
 _TRIALS = 8
 
@@ -36,7 +38,8 @@ def parse_budget(text: str) -> tuple[Unit, float]:
     """
     match = re.fullmatch(r"(\w+)=([0-9.eE+-]+)", text)
     if match is None or match[1] not in _UNITS:
-        raise ValueError(f"budget must be {' or '.join(f'{unit}=SHARE' for unit in _UNITS)}, such as flops=0.3, got {text!r}")
+        units = " or ".join(f"{unit}=SHARE" for unit in _UNITS)
+        raise ValueError(f"budget must be {units}, such as flops=0.3, got {text!r}")
     try:
         share = float(match[2])
     except ValueError:
@@ -63,6 +66,8 @@ def plan(
     *,
     loss: Loss = cross_entropy,
     same_within_stage: bool = False,
+    dtype: Any = jnp.float32,
+    clock: Clock | None = None,
     progress: Callable[[str], None] = lambda text: None,
 ) -> Plan:
     """Chooses for each low-rank layer of a model which Walsh functions it keeps.
@@ -80,9 +85,12 @@ def plan(
       batches: what ``loss`` takes, tuples whose first are images ``[batch, height, width, channels]``; by default pairs of
         normalised images and integer labels ``[batch]``.
       budget: ``"flops=SHARE"``, FLOPs of the backward pass's products, or ``"bytes=SHARE"``, bytes kept for it per image, as
-        shares of those of the model with all layers exact, as ``lbpwht cost`` counts both.
+        shares of those of the model with all layers exact, as ``lbpwht cost`` counts both; or ``"seconds=SHARE"``, the time of
+        the planned layers' backward passes, measured one by one at the batch's size, as a share of that of exact ones.
       loss: called as ``loss(model, variables, batch)``, returning a scalar.
       same_within_stage: gives equal layers of consecutive blocks the same functions, so that the blocks can run as a loop.
+      dtype: what the layers' products are timed in, where the budget is in seconds.
+      clock: says how long backward passes take; by default ``lbpwht_jax.plan.timing.clock(dtype)``, which measures them.
       progress: called with what is done next.
 
     Returns:
@@ -90,7 +98,8 @@ def plan(
 
     Raises:
       ValueError: if the budget is unknown, or less than the least possible; if the model has no low-rank layer, or LoRA
-        branches; if there is no batch, or gradients are not finite.
+        branches; if there is no batch, or gradients are not finite; if a budget in seconds has no clock, as
+        ``lbpwht_jax.plan.timing.clock`` says.
       TypeError: if the model is not an ``AdaptedModule``.
     """
     unit, share = parse_budget(budget)
@@ -105,6 +114,7 @@ def plan(
     batches = list(batches)
     if not batches:
         raise ValueError("plan: there is no batch to measure on; give at least one")
+    clock = (clock or timing.clock(dtype)) if unit == "seconds" else None
     progress("measuring gradients")
     energies = _observe(exact, variables, batches, sites, loss)
     wrong = [path for path, each in energies.items() if not (np.isfinite(each.dw).all() and np.isfinite(each.dx).all())]
@@ -112,8 +122,8 @@ def plan(
         raise ValueError(
             f"plan: the gradients of {len(wrong)} layers, such as {wrong[0]}, are not finite; check weights and images"
         )
-    progress("choosing")
-    menu = _Menu(model, exact, variables, batches[0][0].shape[1:], sites, energies, unit)
+    progress("choosing" if clock is None else "timing layers")
+    menu = _Menu(model, exact, variables, batches[0][0].shape, sites, energies, unit, clock)
     return menu.plan(share, _groups(sites, menu.products, same_within_stage))
 
 
@@ -190,26 +200,29 @@ class _Menu:
         model: AdaptedModule,
         exact: AdaptedModule,
         variables: Mapping[str, Any],
-        image_shape: tuple[int, int, int],
+        images: tuple[int, int, int, int],
         sites: Mapping[str, Site],
         energies: Mapping[str, Energies],
         unit: Unit,
+        clock: Clock | None,
     ):
-        self.model, self.exact, self.variables, self.image_shape = model, exact, variables, image_shape
+        self.model, self.exact, self.variables, self.image_shape = model, exact, variables, images[1:]
         self.sites, self.energies = sites, energies
         self.unit: Unit = unit
-        records = layer_records(exact, variables, image_shape, exact.trainable)
+        records = layer_records(exact, variables, self.image_shape, exact.trainable)
         products = [record for record in records if isinstance(record, Product)]
         self.products = {
             path: [_at(site, product) for product in products if product.path == path] for path, site in sites.items()
         }
         order = list(dict.fromkeys(product.path for product in products))
         self.order = sorted(sites, key=order.index)
+        self.times = None if clock is None else LayerTimes(sites, self.products, images[0], clock)
+        layers = sum(self._layer_cost(path, None) for path in self.order)
         if unit == "flops":
             self.full = sum(matmul_flops(product, None) for product in products)
         else:
-            self.full = residual_bytes(exact, variables, image_shape)
-        self.fixed = self.full - sum(self._layer_cost(path, None) for path in sites)
+            self.full = residual_bytes(exact, variables, self.image_shape) if unit == "bytes" else layers
+        self.fixed = self.full - layers
         own = {path: float(np.sum(each.dw)) for path, each in energies.items()}
         total = sum(own.values()) or 1.0
         self.weights = {path: 0.5 / len(own) + 0.5 * energy / total for path, energy in own.items()}
@@ -219,7 +232,7 @@ class _Menu:
         options = [self._options(group) for group in groups]
         limit = share * self.full
         least = self.fixed + sum(min(option.cost for option in each) for each in options)
-        allowed = limit - self.fixed
+        allowed = (limit - self.fixed) * (1 + 1e-12)  # times are summed in one order here, in another one by the solver
         for _ in range(_TRIALS):
             if self.fixed + allowed < least:
                 break
@@ -233,7 +246,7 @@ class _Menu:
             allowed -= cost - limit  # an array that several layers share is kept as long as one of them needs it
         raise ValueError(
             f"budget {self.unit}={share:g}: the least possible is about {self.unit}={least / self.full:.4f}, where every layer "
-            "keeps one function; the rest of the model takes what is left"
+            "keeps as little as can be; the rest of the model takes what is left"
         )
 
     def _options(self, group: Sequence[str]) -> list[_Option]:
@@ -246,15 +259,17 @@ class _Menu:
             options.append(_Option(chosen, loss, float(cost)))
         return options
 
-    def _layer_cost(self, path: str, spec: LowRankSpec | None) -> int:
+    def _layer_cost(self, path: str, spec: LowRankSpec | None) -> float:
+        if self.times is not None:
+            return self.times.seconds(path, spec)
         if self.unit == "flops":
             return sum(matmul_flops(product, spec) for product in self.products[path])
         return _FLOAT32 * sum(saved_elements(product, spec) for product in self.products[path])
 
-    def _cost(self, chosen: Mapping[str, Candidate]) -> int:
-        """What the model costs, counted as ``lbpwht cost`` does."""
-        if self.unit == "flops":
-            return self.fixed + sum(self._layer_cost(path, one.spec) for path, one in chosen.items())
+    def _cost(self, chosen: Mapping[str, Candidate]) -> float:
+        """What the model costs, FLOPs and bytes counted as ``lbpwht cost`` does."""
+        if self.unit != "bytes":
+            return self.fixed + sum(self._layer_cost(path, chosen[path].spec) for path in self.order)
         resolution = self.model.resolution
         adaptations = [
             dataclasses.replace(adaptation, spec=chosen[adaptation.layer.path].spec)
@@ -264,7 +279,7 @@ class _Menu:
         planned = dataclasses.replace(self.exact, resolution=dataclasses.replace(resolution, adaptations=tuple(adaptations)))
         return residual_bytes(planned, self.variables, self.image_shape)
 
-    def _made(self, chosen: Mapping[str, Candidate], choice: Choice, cost: int, share: float) -> Plan:
+    def _made(self, chosen: Mapping[str, Candidate], choice: Choice, cost: float, share: float) -> Plan:
         by_path = {adaptation.layer.path: adaptation for adaptation in self.model.resolution.adaptations}
         taken = {path: self._layer_cost(path, one.spec) for path, one in chosen.items()}
         layers = [

@@ -28,12 +28,12 @@ _BRANCH = re.compile(r"(?:(.*)\.)?lora_A\.weight")
 
 @overload
 def adapt_from(
-    folder: str | Path, model: nn.Module, *args: Any, variables: Any = None, name: Model = None, **kwargs: Any
+    folder: str | Path, model: nn.Module, *args: Any, variables: Any = None, name: Model = None, rngs: Any = None, **kwargs: Any
 ) -> tuple[AdaptedModule, dict[str, Any]]: ...
 
 
 @overload
-def adapt_from(folder: str | Path, model: M, *args: Any, name: Model = None, **kwargs: Any) -> M: ...
+def adapt_from(folder: str | Path, model: M, *args: Any, name: Model = None, rngs: Any = None, **kwargs: Any) -> M: ...
 
 
 def adapt_from(
@@ -42,6 +42,7 @@ def adapt_from(
     *args: Any,
     variables: Mapping[str, Any] | None = None,
     name: Model = None,
+    rngs: Any = None,
     **kwargs: Any,
 ) -> Any:
     """Adapts a model as the adapter in a folder was, and puts the adapter in.
@@ -53,8 +54,10 @@ def adapt_from(
       folder: what ``save_adapter`` or PEFT's ``save_pretrained`` wrote.
       model: the Linen or NNX model that was adapted; PEFT's folders are read for timm's models.
       *args, **kwargs: an example call, as for ``adapt``.
-      variables: a Linen model's variables, the pretrained ones that training started from. Without them, all that the adapter
-        does not hold is as ``model.init`` draws it from key 0.
+      variables: a Linen model's variables, the pretrained ones that training started from. Without them, ``model.init`` draws
+        all that the adapter does not hold.
+      rngs: a key, or keys by name, for that ``model.init``; left out, key 0, the same values each time. For an NNX model as for
+        ``adapt``: the keys of its dropout, and of the example call.
       name: the model's name in the registry or its ``ModelInfo``, for timm's keys, as for ``save_adapter``; ``None`` for a
         model of others, and for models whose timm keys follow from the paths (the vision transformers).
 
@@ -62,7 +65,7 @@ def adapt_from(
       For a Linen model ``(adapted, variables)``; for an NNX model the adapted copy, which holds its variables.
 
     Raises:
-      TypeError: as ``adapt``.
+      TypeError: as ``adapt``; if ``rngs`` is given beside a Linen model's ``variables``, where nothing is drawn.
       ValueError: if a file is damaged or not an adapter's, if the adapter is DoRA's or has branches of layers that the model
         does not have, or a layer's alpha is missing; and as ``adapt`` and ``load_adapter`` do.
       FileNotFoundError: if a file is missing.
@@ -72,12 +75,15 @@ def adapt_from(
     tensors, _ = read_safetensors(folder / TENSORS)
     if config.dora:
         raise ValueError(f"{config.path}: use_dora is set, and DoRA's magnitudes are not read; train with LoRA instead")
-    found = find(model, *args, **kwargs)
-    adapted = adapt(model, _rules(info, found, config, tensors), *args, **kwargs)
+    if variables is not None and rngs is not None:
+        raise TypeError("adapt_from: give variables or rngs, not both: with variables nothing is drawn")
+    call = {**kwargs, "rngs": rngs} if isinstance(model, nnx.Module) else kwargs
+    found = find(model, *args, **call)
+    adapted = adapt(model, _rules(info, found, config, tensors), *args, **call)
     if not isinstance(adapted, AdaptedModule):
         return load_adapter(folder, adapted, model=info)
     if variables is None:
-        variables = _initial(adapted.module, args, kwargs)
+        variables = _initial(adapted.module, jax.random.key(0) if rngs is None else rngs, args, kwargs)
     return adapted, load_adapter(folder, adapted, variables, info)
 
 
@@ -136,11 +142,11 @@ def _exactly(paths: Iterable[str]) -> str:
     return f"^(?:{'|'.join(map(re.escape, paths))})$"
 
 
-def _initial(module: nn.Module, args: Any, kwargs: Any) -> Any:
-    """Fresh variables from key 0, for an example call that may hold shapes alone."""
+def _initial(module: nn.Module, rngs: Any, args: Any, kwargs: Any) -> Any:
+    """Fresh variables, for an example call that may hold shapes alone."""
 
     def filled(leaf: Any) -> Any:
         return jnp.zeros(leaf.shape, leaf.dtype) if isinstance(leaf, jax.ShapeDtypeStruct) else leaf
 
     args, kwargs = jax.tree.map(filled, (tuple(args), dict(kwargs)))
-    return jax.jit(lambda key: module.init(key, *args, **kwargs))(jax.random.key(0))
+    return jax.jit(lambda rngs: module.init(rngs, *args, **kwargs))(rngs)

@@ -1,4 +1,5 @@
 import chex
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -95,6 +96,50 @@ def test_each_branch_is_drawn_from_a_key_of_its_own():
     chex.assert_trees_all_close(one(IMAGES), model(IMAGES), atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize("make", [nnx.Rngs, jax.random.key, lambda seed: nnx.Rngs(params=seed), lambda seed: {"params": seed}])
+def test_adapt_draws_branches_from_the_keys_given(make):
+    model, rules = Mixer(nnx.Rngs(0)), [LoRA("blocks/0/fc1", rank=2, dropout=0.5), LoRA("mix|blocks/1/fc1", rank=2)]
+    one, again, other = (adapt(model, rules, IMAGES, rngs=make(seed)) for seed in (1, 1, 2))
+    plain = adapt(model, rules, IMAGES)
+    chex.assert_trees_all_equal(nnx.state(one), nnx.state(again), nnx.state(with_branches(plain, make(1))))
+    chex.assert_trees_all_equal(nnx.state(plain), nnx.state(adapt(model, rules, IMAGES, rngs=nnx.Rngs(0))))
+    for path, (a, _) in branches(one).items():
+        assert not any(jnp.array_equal(a, branches(found)[path][0]) for found in (plain, other))
+    first, second = (found.blocks[0].fc1.dot_general.dropout.rngs.key[...] for found in (one, other))
+    assert not jnp.array_equal(jax.random.key_data(first), jax.random.key_data(second))
+
+
+def test_one_stream_serves_several_models():
+    rngs, model = nnx.Rngs(1), Mixer(nnx.Rngs(0))
+    first, second = (adapt(model, [LoRA("mix")], IMAGES, rngs=rngs).mix.conv_general_dilated.lora_a[...] for _ in range(2))
+    assert not jnp.array_equal(first, second)
+
+
+class Noisy(nnx.Module):
+    """A model that is called with keys."""
+
+    def __init__(self, rngs):
+        self.fc = nnx.Linear(6, 6, rngs=rngs)
+
+    def __call__(self, x, rngs):
+        return self.fc(x + jax.random.normal(rngs.noise(), x.shape))
+
+
+def test_keys_for_the_call_alone():
+    model, x = Noisy(nnx.Rngs(0)), random(2, 20, 6)
+    adapted = adapt(model, [LoRA("fc")], x, rngs=nnx.Rngs(noise=1))
+    drawn = adapted.fc.dot_general.lora_a[...]
+    assert jnp.array_equal(drawn, adapt(model, [LoRA("fc")], x, rngs=nnx.Rngs(noise=2)).fc.dot_general.lora_a[...])
+    both = adapt(model, [LoRA("fc")], x, rngs=nnx.Rngs(noise=1, params=1))
+    assert not jnp.array_equal(drawn, both.fc.dot_general.lora_a[...])
+    chex.assert_trees_all_close(both(x, nnx.Rngs(3)), model(x, nnx.Rngs(3)), atol=1e-6, rtol=0)
+
+
+def test_keys_of_a_linen_model():
+    with pytest.raises(TypeError, match=r"adapt: rngs is for NNX models; adapted\.with_branches\(key, variables\) draws"):
+        adapt(nn.Dense(3), [LoRA("")], random(2, 6), rngs=jax.random.key(1))
+
+
 def test_dropout_acts_while_training():
     x = random(4, 20, 6)
     adapted = adapt(nnx.Linear(6, 6, rngs=nnx.Rngs(0)), [LoRA("", rank=2, dropout=0.5)], x)
@@ -104,8 +149,10 @@ def test_dropout_acts_while_training():
     first, second = adapted(x), adapted(x)
     assert float(jnp.abs(first - second).max()) > 1e-2
     nnx.reseed(adapted, dropout=7)
-    again = nnx.clone(adapted)
-    chex.assert_trees_all_equal(adapted(x), again(x))
+    seventh = adapted(x)
+    adapted(x)
+    nnx.reseed(adapted, dropout=7)
+    chex.assert_trees_all_equal(adapted(x), seventh)
     adapted.eval()
     expected = x @ adapted.kernel[...] + adapted.bias[...].reshape(1, 1, 6) + 4 * (x @ branch.lora_a[...] @ branch.lora_b[...])
     chex.assert_trees_all_close(adapted(x), expected, rtol=1e-5, atol=1e-5)

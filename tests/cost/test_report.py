@@ -1,5 +1,7 @@
 """Costs of whole models, against JAX's program, XLA's count of the compiled backward pass and the command line."""
 
+import dataclasses
+import functools
 import json
 
 import flax.linen as nn
@@ -8,7 +10,7 @@ import jax.numpy as jnp
 import pytest
 
 from lbpwht_jax import LowRank, adapt, lp_l1
-from lbpwht_jax.adaptation.presets import adapted_model
+from lbpwht_jax.adaptation.presets import adapted_model, parse_method
 from lbpwht_jax.cli import main
 from lbpwht_jax.cost.backward import abstract_variables, backward_flops, residual_bytes
 from lbpwht_jax.cost.report import layer_costs, model_cost
@@ -16,6 +18,11 @@ from lbpwht_jax.models import model_info
 from lbpwht_jax.models.vit import VisionTransformer
 
 MICRO = "vit_micro_patch4_28"
+# the same with two blocks, the second of which is the last stage
+TWO_BLOCKS = VisionTransformer(10, 28, 4, dim=96, depth=2, heads=4)
+SHAPE = (28, 28, 1)
+INFO = model_info(MICRO)
+INFO = dataclasses.replace(INFO, layers=dataclasses.replace(INFO.layers, last_stage=r"^(blocks_1|norm|head)(/|$)"))
 METHODS = [
     ("full", "all"),
     ("full", "last_stage"),
@@ -29,17 +36,31 @@ METHODS = [
 ]
 
 
+@functools.cache
+def two_blocks(method="full", train="all"):
+    """The adapted model and the shapes of its variables."""
+    adapted = adapt(TWO_BLOCKS, parse_method(method).rules(INFO, train), jax.ShapeDtypeStruct((1, *SHAPE), jnp.float32))
+    return adapted, abstract_variables(adapted, SHAPE)
+
+
+@functools.cache
+def two_blocks_costs(method="full", train="all"):
+    return layer_costs(*two_blocks(method, train), SHAPE)
+
+
+@functools.cache
+def two_blocks_residual_bytes(method):
+    return residual_bytes(*two_blocks(method), SHAPE)
+
+
 def costs(adapted, shape):
     return layer_costs(adapted, abstract_variables(adapted, shape), shape)
 
 
 @pytest.mark.parametrize(("method", "train"), METHODS)
 def test_matmul_flops_by_layer_add_up_to_the_program_s(method, train):
-    adapted, shape = adapted_model(MICRO, method, train, 10), (28, 28, 1)
-    layers = costs(adapted, shape)
-    assert sum(layer.backward_flops_matmul for layer in layers) == backward_flops(
-        adapted, abstract_variables(adapted, shape), shape
-    )
+    layers = two_blocks_costs(method, train)
+    assert sum(layer.backward_flops_matmul for layer in layers) == backward_flops(*two_blocks(method, train), SHAPE)
 
 
 @pytest.mark.parametrize(
@@ -81,11 +102,10 @@ def test_matmul_flops_of_a_model_equal_xla_s_count(rank):
 
 @pytest.mark.parametrize("method", ["lp_l1-2", "lp_l1-4", "lp_l1-8", "lora_all-8", "lp_l1-4+lora_all-8"])
 def test_residual_bytes_by_layer_explain_the_whole_model_s(method):
-    full, adapted = adapted_model(MICRO, num_classes=10), adapted_model(MICRO, method, num_classes=10)
     total, by_layer = [], []
-    for model in (full, adapted):
-        total.append(residual_bytes(model, abstract_variables(model, (28, 28, 1)), (28, 28, 1)))
-        by_layer.append(sum(layer.saved_activation_bytes for layer in costs(model, (28, 28, 1))))
+    for each in ("full", method):
+        total.append(two_blocks_residual_bytes(each))
+        by_layer.append(sum(layer.saved_activation_bytes for layer in two_blocks_costs(each)))
     # all that differs between the methods is what the layers keep
     assert total[0] - total[1] == by_layer[0] - by_layer[1]
     # a branch besides its layer's input keeps its own
@@ -93,7 +113,7 @@ def test_residual_bytes_by_layer_explain_the_whole_model_s(method):
 
 
 def test_trainable_parameters():
-    dim, layers, classes = 96, 6, 10
+    dim, layers, classes = 96, 2, 10
     kernels = 12 * dim * dim
     block = kernels + 9 * dim + 4 * dim  # biases and norms
     head = (dim + 1) * classes
@@ -101,7 +121,7 @@ def test_trainable_parameters():
     branches = 24 * 4 * dim + 8 * (2 * dim + 2 * 5 * dim)  # three times the rank at qkv
 
     def count(method, train):
-        return sum(layer.trainable_parameters for layer in costs(adapted_model(MICRO, method, train, classes), (28, 28, 1)))
+        return sum(layer.trainable_parameters for layer in two_blocks_costs(method, train))
 
     assert count("full", "all") == count("lp_l1-4", "all") == rest + layers * block + 2 * dim + head
     assert count("full", "last_stage") == block + 2 * dim + head

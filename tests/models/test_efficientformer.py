@@ -22,9 +22,7 @@ from lbpwht_jax.models.efficientformer_v2 import EfficientFormerV2
 from lbpwht_jax.models.info import ModelInfo
 
 FIRST = EfficientFormer(num_classes=5, image_size=64, dims=(8, 8, 16, 16), depths=(1, 1, 1, 2), attention=1, mlp_ratio=2)
-SECOND = EfficientFormerV2(
-    num_classes=5, image_size=64, dims=(8, 8, 16, 16), mlp_ratios=((2,), (2,), (2, 2), (2, 2)), attention=1
-)
+SECOND = EfficientFormerV2(num_classes=5, image_size=64, dims=(8, 8, 16, 16), mlp_ratios=((2,), (2,), (2,), (2,)), attention=1)
 IMAGES = np.random.default_rng(0).normal(size=(2, 64, 64, 3)).astype(np.float32)
 
 CONVOLUTIONS = [f"stages_{stage}/blocks_0/mlp/fc{i}" for stage in range(4) for i in (1, 2)]
@@ -35,9 +33,8 @@ LOW_RANK = {
     },
     "efficientformerv2_s0": {
         *(f"{layer}/conv" for layer in CONVOLUTIONS),
-        *(f"stages_{stage}/blocks_1/mlp/fc{i}/conv" for stage in (2, 3) for i in (1, 2)),
-        *(f"stages_{stage}/blocks_1/token_mixer/{layer}/conv" for stage in (2, 3) for layer in ("q", "k", "v", "proj")),
-        *(f"stages_{stage}/blocks_1/token_mixer/talking_head{i}" for stage in (2, 3) for i in (1, 2)),
+        *(f"stages_{stage}/blocks_0/token_mixer/{layer}/conv" for stage in (2, 3) for layer in ("q", "k", "v", "proj")),
+        *(f"stages_{stage}/blocks_0/token_mixer/talking_head{i}" for stage in (2, 3) for i in (1, 2)),
         *(f"stages_3/downsample/attn/{layer}/conv" for layer in ("q/proj", "k", "v", "proj")),
     },
 }

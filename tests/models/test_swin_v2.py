@@ -52,6 +52,12 @@ def variables():
     return random_variables(tiny(), images())
 
 
+@pytest.fixture(scope="module")
+def wanted(variables):
+    """The logits in float32."""
+    return jax.jit(tiny().apply)(variables, images())
+
+
 def gradients(module, variables, **arguments):
     """Gradients of a fixed function of the logits, by parameter path."""
     weights = jnp.asarray(np.random.default_rng(1).standard_normal((2, 5), np.float32))
@@ -210,8 +216,7 @@ def test_every_function_kept_gives_the_exact_gradients(variables):
     assert difference(low["layers_0/blocks_0/mlp/fc1/kernel"], exact["layers_0/blocks_0/mlp/fc1/kernel"]) > 1e-2
 
 
-def test_low_rank_layers_do_not_change_the_logits(variables):
-    wanted = jax.jit(tiny().apply)(variables, images())
+def test_low_rank_layers_do_not_change_the_logits(variables, wanted):
     logits = jax.jit(low_rank(4).apply)(variables, images())
     assert_close(logits, wanted, 1e-6)
 
@@ -227,9 +232,8 @@ def test_remat_changes_no_gradient(variables):
     assert_close(*({path: tree[path] for path in tree if path not in cut} for tree in (again, wanted)), 1e-4)
 
 
-def test_drop_path_is_for_training(variables):
+def test_drop_path_is_for_training(variables, wanted):
     module = tiny(drop_path=0.9)
-    wanted = jax.jit(tiny().apply)(variables, images())
     chex.assert_trees_all_equal(jax.jit(module.apply)(variables, images()), wanted)
     train = jax.jit(lambda key: module.apply(variables, images(), train=True, rngs={"dropout": key}))
     one, other = train(jax.random.key(0)), train(jax.random.key(1))
@@ -237,19 +241,21 @@ def test_drop_path_is_for_training(variables):
     assert difference(one, other) > 1e-2
 
 
-def test_bfloat16_is_close_to_float32(variables):
-    wanted = jax.jit(tiny().apply)(variables, images())
+def test_bfloat16_is_close_to_float32(variables, wanted):
     module = tiny(settings=Settings(jnp.bfloat16))
     # Flax's own norms and attention promote half precision to float32 implicitly.
     with jax.numpy_dtype_promotion("standard"):
         shapes = jax.eval_shape(module.init, jax.random.key(0), images())
         chex.assert_trees_all_equal_shapes_and_dtypes(shapes, variables)
-        logits = jax.jit(module.apply)(variables, images())
+
+        def loss(variables):
+            logits = module.apply(variables, images(), train=True)
+            return (logits * jnp.ones((2, 5), jnp.bfloat16)).sum(), logits
+
+        gradient, logits = jax.jit(jax.grad(loss, has_aux=True))(variables)
         assert logits.dtype == jnp.bfloat16
         # Eight bits of mantissa, through three blocks.
         assert difference(logits.astype(jnp.float32), wanted) < 0.05
-        weights = jnp.ones((2, 5), jnp.bfloat16)
-        gradient = jax.jit(jax.grad(lambda v: (module.apply(v, images(), train=True) * weights).sum()))(variables)
     chex.assert_tree_all_finite(gradient)
 
 

@@ -43,10 +43,15 @@ def logits_and_gradients(module, values, **options):
     return logits, gradients
 
 
+@functools.cache
+def exact_logits_and_gradients(distilled=False):
+    return logits_and_gradients(tiny(distilled=distilled), variables(distilled))
+
+
 @pytest.mark.parametrize("distilled", [False, True])
 def test_full_rank_gives_the_exact_gradients_and_low_rank_others(distilled):
     """Float32 rounding apart; a 6x6 grid is no whole block of 8. (The last block's gradients are those of its class token.)"""
-    logits, exact = logits_and_gradients(tiny(distilled=distilled), variables(distilled))
+    logits, exact = exact_logits_and_gradients(distilled)
     (full_logits, full), (low_logits, low) = (
         logits_and_gradients(adapt(tiny(distilled=distilled), [LowRank(LAYERS, lp_l1(r))], IMAGES), variables(distilled))
         for r in (15, 3)
@@ -62,7 +67,7 @@ def test_full_rank_gives_the_exact_gradients_and_low_rank_others(distilled):
 
 def test_a_rule_reaches_the_layers_it_names_alone():
     """Below a low-rank layer gradients differ too, above it they are the same."""
-    _, exact = logits_and_gradients(tiny(), variables())
+    _, exact = exact_logits_and_gradients()
     _, low = logits_and_gradients(adapt(tiny(), [LowRank("blocks_1/mlp/fc1$", lp_l1(2))], IMAGES), variables())
     block = {k: (low["blocks_1"]["mlp"][k], exact["blocks_1"]["mlp"][k]) for k in ("fc1", "fc2")}
     assert difference(*(kernels["kernel"] for kernels in block["fc1"])) > 1e-2
@@ -79,15 +84,15 @@ def test_default_layers_are_all_the_blocks_dense_layers():
 
 def test_distilled_models_average_their_heads():
     values = variables(distilled=True)
-    both = tiny(distilled=True).apply(values, IMAGES)
+    apply = jax.jit(tiny(distilled=True).apply)
+    both = apply(values, IMAGES)
     zero = jax.tree.map(np.zeros_like, values["params"]["head"])
-    first = tiny(distilled=True).apply({"params": {**values["params"], "head_dist": zero}}, IMAGES)
-    second = tiny(distilled=True).apply({"params": {**values["params"], "head": zero}}, IMAGES)
+    first, second = (apply({"params": {**values["params"], head: zero}}, IMAGES) for head in ("head_dist", "head"))
     chex.assert_trees_all_close(both, first + second, rtol=1e-5, atol=1e-6)  # float32 rounding
 
 
 def test_remat_changes_nothing():
-    logits, gradients = logits_and_gradients(tiny(), variables())
+    logits, gradients = exact_logits_and_gradients()
     again, recomputed = logits_and_gradients(tiny(settings=Settings(remat=True)), variables())
     chex.assert_trees_all_close(again, logits, rtol=1e-5, atol=1e-6)
     assert_close(recomputed, gradients, 1e-4)  # float32 rounding, differently fused

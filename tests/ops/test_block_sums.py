@@ -49,6 +49,7 @@ def test_functions_that_differ_by_axis_have_subblocks_that_do():
 
 
 def test_subblocks_are_cut_where_partial_blocks_begin():
+    assert subblock_sizes(lp_l1(4), (37, 37), "analysis") == (2, 2)  # but not to single tokens of a large grid
     assert subblock_sizes(lp_l1(2), (28, 28), "analysis") == (2, 2)
     assert subblock_sizes(lp_l1(2), (7, 7), "analysis") == (1, 1)
     assert subblock_sizes(lp_l1(2, projection="official"), (28, 28), "synthesis") == (1, 1)

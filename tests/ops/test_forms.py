@@ -18,7 +18,7 @@ FORMS = {
     "coarse functions": (lp_l1(4), (56, 56), "by_block", "by_block"),
     "large and fine": (lp_l1(6), (56, 56), "by_axis", "by_axis"),
     "large and fine, partial": (lp_l1(8), (28, 28), "by_axis", "by_axis"),
-    "large, cut sub-blocks": (lp_l1(2), (17, 33), "by_axis", "by_block"),
+    "large, cut sub-blocks": (lp_l1(2), (17, 33), "by_block", "by_block"),
     "official, partial": (lp_l1(2, projection="official"), (28, 28), "by_axis", "by_axis"),
     "official, whole": (lp_linf(4, projection="official"), (16, 16), "by_block", "by_block"),
     "sequence": (lp_l1(8, ndim=1), (256,), "matrix", "matrix"),

@@ -117,6 +117,12 @@ def test_the_rules_are_read_without_the_pretrained_variables(tmp_path):
     assert again == adapted
     # the frozen kernel is what init draws from key 0, which made these variables too
     jax.tree.map(np.testing.assert_array_equal, loaded, variables)
+    # from another key the kernel is another one, and the branch is the folder's
+    _, other = adapt_from(tmp_path, model, x, rngs=jax.random.key(1))
+    assert not np.array_equal(other["params"]["kernel"], variables["params"]["kernel"])
+    np.testing.assert_array_equal(other["params"]["lora_a"], variables["params"]["lora_a"])
+    with pytest.raises(TypeError, match="give variables or rngs, not both"):
+        adapt_from(tmp_path, model, x, variables=variables, rngs=jax.random.key(1))
 
 
 def test_variables_are_where_they_belong(tmp_path):
