@@ -14,6 +14,7 @@ from flax.traverse_util import flatten_dict
 
 from lbpwht_jax.models.blocks import Part, dense
 from lbpwht_jax.models.norms import batch_norm, widen
+from lbpwht_jax.ops.attention import heads_first, takes_heads_first
 from lbpwht_jax.ops.convolution import ConvProduct
 from lbpwht_jax.ops.norms import Activation
 
@@ -133,6 +134,8 @@ def biased_attention(query: jax.Array, key: jax.Array, value: jax.Array, biases:
     Returns:
       ``[batch, queries, heads, channels]``.
     """
+    if takes_heads_first(query):
+        return heads_first(query * query.shape[-1] ** -0.5, key, value, jnp.moveaxis(biases, 3, 1))
     logits = jnp.einsum("bqhc,bkhc->bqkh", query, key) * query.shape[-1] ** -0.5
     weights = softmax(logits + biases.astype(logits.dtype), axis=2)
     return jnp.einsum("bqkh,bkhc->bqhc", weights, value)

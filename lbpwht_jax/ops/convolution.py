@@ -1,7 +1,7 @@
 """Convolutions of channels-last maps in the form that suits the machine.
 
-XLA's CPU backend computes some of them slowly: depthwise ones take 10 to 40 times as long as sums of shifted maps do. So CPUs get
-forms of their own, chosen from the shape, apart for the result and both gradients. GPUs and TPUs have ``lax``'s convolution.
+XLA's CPU backend computes some of them slowly: depthwise ones take 10 to 40 times as long as sums of shifted maps do. So CPUs
+get forms of their own, chosen from the shape, apart for the result and both gradients. GPUs and TPUs have that of ``lax``.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from lbpwht_jax.ops.sharding import explicit_sharding, vary_alike
 
 Pair = tuple[int, int]
 
-# Up to how many inputs a gradient by parities is faster than XLA's, though it takes 16/9 of its FLOPs (measured on CPU, float32).
+# Up to how many inputs a gradient by parities is faster than XLA's, though it takes 16/9 of the FLOPs (measured in float32).
 _PARITY_INPUTS = 48
 # Larger depthwise windows would make programs of too many instructions.
 _LARGEST_WINDOW = 7

@@ -25,7 +25,7 @@ def reference(x, kernel, g, strides, padding, groups):
     """The result and both gradients, by the definition."""
     x, kernel, g = (np.asarray(a, np.float64) for a in (x, kernel, g))
     padded = np.pad(x, ((0, 0), *padding, (0, 0)))
-    batch, rows, columns, outputs = g.shape
+    _, rows, columns, outputs = g.shape
     y, dx, dkernel = np.zeros_like(g), np.zeros_like(padded), np.zeros_like(kernel)
     per_input, per_output = x.shape[3] // groups, outputs // groups
     for i, j, group in np.ndindex(*kernel.shape[:2], groups):
