@@ -48,6 +48,7 @@ SECTIONS: tuple[tuple[str, str, str, Section], ...] = (
     ("Times of a training step", "bench_step", _STEP.format(train="all"), costs.bench_step),
     ("Times of a step that trains the last stage", "bench_step_last_stage", _STEP.format(train="last_stage"), costs.bench_step),
     ("Times of other models' steps", "bench_step_others", _OTHERS, costs.bench_step),
+    ("Steps beside PyTorch's", "step_profile", "step_profile.py", costs.step_profile),
     ("Steps on machines that are not there", "compile_tables", "compile_tables.py", compiled.tables),
     ("Table 8's layers on one of them", "compile_layers", "compile_layers.py", compiled.layers),
     ("What compiles for them", "compile_families", "compile_families.py", compiled.families),
