@@ -108,5 +108,8 @@ def _kind(program: Program, instruction: Instruction) -> tuple[str, str]:
     source = sources[0] if sources else ""
     shape = "x".join(map(str, instruction.results[0].shape)) if instruction.results else ""
     direction = "backward" if "transpose(" in source else "forward"
-    kind = next((kind for pattern, kind in _KINDS if re.search(pattern, source)), "the rest")
+    if source:
+        kind = next((kind for pattern, kind in _KINDS if re.search(pattern, source)), "the rest")
+    else:  # XLA forgets where the kernels' gradients come from
+        kind = "convolutions" if "convolution" in {each.opcode for each in (instruction, *inside)} else "the rest"
     return kind, f"{source.rpartition('/')[2]} {shape} {direction}"
