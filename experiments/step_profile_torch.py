@@ -49,7 +49,8 @@ class TorchStep:
     def __init__(self, name: str, batch: int, size: int, classes: int, channels_last: bool):
         torch.manual_seed(0)
         layout = torch.channels_last if channels_last else torch.contiguous_format
-        self._model = timm.create_model(name, num_classes=classes).train().to(memory_format=layout)
+        model: Any = timm.create_model(name, num_classes=classes)
+        self._model = model.train().to(memory_format=layout)
         for module in self._model.modules():
             if isinstance(module, torch.nn.BatchNorm2d):
                 module.eval()
@@ -77,7 +78,7 @@ def torch_operations(step: TorchStep, rounds: int) -> dict[tuple[str, str], floa
         with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiled:
             step()
         sums: dict[tuple[str, str], float] = defaultdict(float)
-        for event in profiled.events():
+        for event in profiled.events() or ():
             sums[_kind(event)] += event.self_cpu_time_total / 1e6
         samples.append(sums)
     keys = {key for sums in samples for key in sums}

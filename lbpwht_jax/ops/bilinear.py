@@ -70,10 +70,8 @@ def _forward(
     function: Callable[[Any, Any], jax.Array], bits: int | None, transposes: Transposes, x: Any, weights: Any
 ) -> tuple[jax.Array, tuple]:
     value, kept = x.value, None
-    if weights.perturbed and bits is None:
-        kept = value
-    elif weights.perturbed:
-        kept, value = apart((Rows.of(value, bits), value))
+    if weights.perturbed:
+        kept, value = (value, value) if bits is None else apart((Rows.of(value, bits), value))
     like = jax.typeof(value) if x.perturbed else None
     return function(value, weights.value), (kept, weights.value, _Type(like))
 

@@ -53,9 +53,9 @@ def operands(x, kernel, strides, padding, dtype):
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 @pytest.mark.parametrize("dtype", [jnp.float64, jnp.float32, jnp.bfloat16])
 def test_result_and_gradients(case, dtype):
-    shapes, (strides, padding, groups) = case[:2], case[2:]
+    shape, window, strides, padding, groups = case
     with jax.enable_x64(dtype == jnp.float64):
-        x, kernel, g = operands(*shapes, strides, padding, dtype)
+        x, kernel, g = operands(shape, window, strides, padding, dtype)
 
         def run(x, kernel, g):
             y, back = jax.vjp(lambda x, kernel: convolution(x, kernel, strides, padding, groups), x, kernel)
@@ -98,7 +98,7 @@ def test_keeps_no_more_than_its_operands():
             given = [x, kernel]
             for at, value in zip(argument, perturbed, strict=True):
                 given[at] = value
-            return convolution(*given, strides, padding, groups)
+            return convolution(given[0], given[1], strides, padding, groups)
 
         primals = [(x, kernel)[at] for at in argument]
         residuals = jax.eval_shape(lambda *p: jax.vjp(product, *p)[1], *primals)
