@@ -138,17 +138,16 @@ class _Geometry:
 
     def of_kernel(self, x: jax.Array, like: Any, g: jax.Array) -> jax.Array:
         """The cotangent of a kernel ``like`` the one given, from the result's cotangent g."""
-        like = jax.ShapeDtypeStruct(like.shape, like.dtype, manual_axis_type=jax.typeof(g).manual_axis_type)
 
         def transposed(function: Any) -> Any:
-            return lambda x, g: jax.linear_transpose(lambda kernel: function(x, kernel), like)(g)[0]
+            return lambda x, like, g: jax.linear_transpose(lambda kernel: function(x, kernel), like)(g)[0]
 
         form = transposed(self._as_it_is)
         if self._is_depthwise(x, like):
-            form = functools.partial(self._by_rows, like.shape[:2])
+            form = self._by_rows
         elif self._is_patches(x, like):
             form = transposed(self._patches)
-        return by_platform(transposed(self.plain), *vary_alike(x, g), cpu=form)
+        return by_platform(transposed(self.plain), *vary_alike(x, like, g), cpu=form)
 
     def _as_it_is(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
         return lax.conv_general_dilated(
@@ -213,9 +212,9 @@ class _Geometry:
         padding = tuple((n - 1 - before, n - 1 - after) for n, (before, after) in zip(kernel.shape, self.padding, strict=False))
         return dataclasses.replace(self, padding=padding)._shifted(g, kernel[::-1, ::-1])
 
-    def _by_rows(self, window: Pair, x: jax.Array, g: jax.Array) -> jax.Array:
+    def _by_rows(self, x: jax.Array, like: jax.Array, g: jax.Array) -> jax.Array:
         """A depthwise kernel's cotangent, summed up row by row, where all the sums stay in the processor's cache."""
-        wide, (batch, rows, columns, channels) = self._padded(x), g.shape
+        wide, window, (batch, rows, columns, channels) = self._padded(x), like.shape[:2], g.shape
         (down, right), span = self.strides, wide.shape[2]
 
         def add(sums: tuple[jax.Array, ...], step: jax.Array) -> tuple[tuple[jax.Array, ...], None]:
