@@ -213,6 +213,43 @@ def temporaries(results: Mapping[str, Any]) -> str:
     return f"{prose(text)}\n\n{markdown(header, rows)}"
 
 
+def step_profile(results: Mapping[str, Any]) -> str:
+    """Steps beside PyTorch's, and what they spend their time on."""
+    machine = results["machine"]
+    steps = list(results["rows"][0]["seconds"])
+    parts = [
+        prose(
+            f"""
+            Training steps beside those of PyTorch {machine["torch"]} with timm {machine["timm"]}, in ms, and how many times as
+            fast as PyTorch's faster memory layout. {_machine(results)}
+            """
+        ),
+        markdown(
+            ["model", "batch", *steps],
+            [[row["model"], str(row["batch"]), *(_times(row, step) for step in steps)] for row in results["rows"]],
+        ),
+        "Where a step spends its time, in ms. Operations that run at a time share it; kinds go by the place in the model, and "
+        "compilers fuse operations of several.",
+    ]
+    for row in results["rows"]:
+        profiled = list(row["kinds"])
+        kinds = sorted({kind for sums in row["kinds"].values() for kind in sums})
+        table = [[kind, *(f"{1e3 * row['kinds'][step].get(kind, 0):.1f}" for step in profiled)] for kind in kinds]
+        shown = [
+            [step, each["kind"], each["operation"], f"{1e3 * each['seconds']:.1f}"]
+            for step in profiled
+            for each in row["dearest"][step]
+        ]
+        parts += [f"### {row['model']}", markdown(["kind", *profiled], table)]
+        parts += [markdown(["step", "kind", "operation and shape", "ms"], shown)]
+    return "\n\n".join(parts)
+
+
+def _times(row: Mapping[str, Any], step: str) -> str:
+    seconds = row["seconds"][step]
+    return f"{1e3 * seconds:,.0f} ({row['seconds'][row['best']] / seconds:.2f})"
+
+
 def held_cells(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """A row of ``temporaries`` as text."""
     parts = [row[name] for name in ("kept", "gradients", "block")]

@@ -52,6 +52,7 @@ SECTIONS: tuple[tuple[str, str, str, Section], ...] = (
     ("Times of other models' steps", "bench_step_others", _OTHERS, costs.bench_step),
     ("Times of newer backbones' steps", "bench_step_backbones", _BACKBONES, costs.bench_step),
     ("Projections by grid", "transform_times", "transform_times.py", costs.transform_times),
+    ("Steps beside PyTorch's", "step_profile", "step_profile.py", costs.step_profile),
     ("Steps on machines that are not there", "compile_tables", "compile_tables.py", compiled.tables),
     ("Table 8's layers on one of them", "compile_layers", "compile_layers.py", compiled.layers),
     ("What compiles for them", "compile_families", "compile_families.py", compiled.families),

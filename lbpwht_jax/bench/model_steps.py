@@ -71,6 +71,11 @@ class PreparedStep:
         return metrics
 
     @property
+    def text(self) -> str:
+        """The compiled program."""
+        return self._compiled.as_text()
+
+    @property
     def loss(self) -> float:
         """The loss of the first step, which is made if it has not been."""
         first = self.run() if self._first is None else self._first

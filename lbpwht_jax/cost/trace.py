@@ -18,7 +18,7 @@ from jax.extend.core import Jaxpr, Literal
 
 from lbpwht_jax.adaptation.loops import unrolled
 from lbpwht_jax.layers.linen import LowRankDense
-from lbpwht_jax.ops.flops import cpu_branch, equation_macs, inner_program
+from lbpwht_jax.ops.flops import equation_macs, inner_program, plain_branch
 from lbpwht_jax.ops.spec import Grid
 
 # What a module that does element-wise work alone counts as, all its equations together: the first of these found in the name
@@ -202,7 +202,7 @@ class _Walk:
         inner = inner_program(equation)
         if inner is not None:
             return self(inner, operands, path)
-        branch = cpu_branch(equation)
+        branch = plain_branch(equation)
         if branch is not None:
             return self(branch, operands[1:], path)
         if name in ("scan", "while", "cond"):

@@ -1,6 +1,5 @@
 """What the convolutional families share: convolutions, pooling, attention on a map with its biases, and their files."""
 
-import dataclasses
 import functools
 import math
 import re
@@ -12,11 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
-from jax import lax
 
 from lbpwht_jax.models.blocks import Part, dense
 from lbpwht_jax.models.norms import batch_norm, widen
-from lbpwht_jax.ops.bilinear import bilinear
+from lbpwht_jax.ops.attention import heads_first, takes_heads_first
+from lbpwht_jax.ops.convolution import ConvProduct
 from lbpwht_jax.ops.norms import Activation
 
 
@@ -48,31 +47,9 @@ def convolution(
     """
     groups = features if depthwise else 1
     residuals = parent.settings.residuals
-    product = _Convolution(None if residuals is None else residuals.norm_bits)
+    product = ConvProduct(None if residuals is None else residuals.norm_bits)
     fields = {"feature_group_count": groups, "dtype": parent.settings.dtype, "name": name, "conv_general_dilated": product}
     return nn.Conv(features, (size, size), stride, padding=size // 2 if padding is None else padding, **fields)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Convolution:
-    """``lax.conv_general_dilated`` on channels-last maps; colour images get a fourth channel of zeros.
-
-    XLA's CPU backend convolves four channels 4 to 5 times faster than three, and GPUs want a multiple of four too.
-
-    Attributes:
-      bits: in how many bits the map is kept for the backward pass; ``None`` for all of it.
-    """
-
-    bits: int | None
-
-    def __call__(self, images: jax.Array, kernel: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
-        def product(images: jax.Array, kernel: jax.Array) -> jax.Array:
-            if kernel.shape[2] == 3:
-                images = jnp.pad(images, ((0, 0), (0, 0), (0, 0), (0, 1)))
-                kernel = jnp.pad(kernel, ((0, 0), (0, 0), (0, 1), (0, 0)))
-            return lax.conv_general_dilated(images, kernel, *args, **kwargs)
-
-        return bilinear(product, images, kernel, bits=self.bits)
 
 
 class AveragePool(nn.Module):
@@ -157,6 +134,8 @@ def biased_attention(query: jax.Array, key: jax.Array, value: jax.Array, biases:
     Returns:
       ``[batch, queries, heads, channels]``.
     """
+    if takes_heads_first(query):
+        return heads_first(query * query.shape[-1] ** -0.5, key, value, jnp.moveaxis(biases, 3, 1))
     logits = jnp.einsum("bqhc,bkhc->bqkh", query, key) * query.shape[-1] ** -0.5
     weights = softmax(logits + biases.astype(logits.dtype), axis=2)
     return jnp.einsum("bqkh,bkhc->bqhc", weights, value)

@@ -18,7 +18,8 @@ from lbpwht_jax.models.info import Images, Layers, ModelInfo, TimmFiles
 from lbpwht_jax.models.loops import run_blocks
 from lbpwht_jax.models.norms import layer_norm
 from lbpwht_jax.models.windows import from_windows, relative_coordinates, relative_index, shift_mask, to_windows
-from lbpwht_jax.ops.attention import kept_attention
+from lbpwht_jax.ops.attention import heads_first, kept_attention, takes_heads_first
+from lbpwht_jax.ops.convolution import ConvProduct
 from lbpwht_jax.ops.dtypes import accumulation_dtype
 from lbpwht_jax.ops.spec import Grid
 
@@ -44,6 +45,8 @@ def _cosine_attention(query: jax.Array, key: jax.Array, value: jax.Array, scale:
     query = _normalize(query)
     query = (query * scale.reshape(1, 1, 1, -1, 1).astype(query.dtype)).astype(value.dtype)
     key = _normalize(key).astype(value.dtype)
+    if takes_heads_first(value):
+        return heads_first(query, key, value, position)
     attention = functools.partial(jax.nn.dot_product_attention, scale=1.0)
     return jax.vmap(attention, in_axes=(0, 0, 0, None))(query, key, value, position)
 
@@ -181,7 +184,8 @@ class PatchEmbed(Part):
     def __call__(self, images: jax.Array) -> jax.Array:
         """``[batch, height, width, channels]`` to ``[batch, height / 4, width / 4, dim]``."""
         size = (_PATCH_SIZE, _PATCH_SIZE)
-        x = nn.Conv(self.dim, size, size, "VALID", dtype=self.settings.dtype, name="proj")(images)
+        fields = {"dtype": self.settings.dtype, "conv_general_dilated": ConvProduct(), "name": "proj"}
+        x = nn.Conv(self.dim, size, size, "VALID", **fields)(images)
         return layer_norm(self, "norm", x)
 
 

@@ -12,8 +12,17 @@ from lbpwht_jax.ops.coders import Rows
 from lbpwht_jax.ops.platforms import apart
 from lbpwht_jax.ops.sharding import vary_alike
 
+Transposes = tuple[Callable[..., jax.Array], Callable[..., jax.Array]]
 
-def bilinear(function: Callable[[Any, Any], jax.Array], x: jax.Array, weights: jax.Array, *, bits: int | None) -> jax.Array:
+
+def bilinear(
+    function: Callable[[Any, Any], jax.Array],
+    x: jax.Array,
+    weights: jax.Array,
+    *,
+    bits: int | None,
+    transposes: Transposes | None = None,
+) -> jax.Array:
     """``function(x, weights)``, keeping x in few bits for the weights' cotangent, and not at all where that is not wanted.
 
     Args:
@@ -21,13 +30,25 @@ def bilinear(function: Callable[[Any, Any], jax.Array], x: jax.Array, weights: j
       x: ``[..., channels]``, floating point.
       weights: floating point.
       bits: 4 or 8, with a scale for each row along the last axis of x; ``None`` keeps x whole.
+      transposes: what computes the cotangents, hashable: that of x from an array like x, the weights and the result's
+        cotangent, and that of the weights from x, an array like them and the result's cotangent; those arrays have shape and
+        dtype alone. ``None`` for JAX's own.
 
     Returns:
       What ``function`` returns.
     """
-    if bits is None:
+    if bits is None and transposes is None:
         return function(x, weights)
-    return _bilinear(function, bits, *vary_alike(x, weights))
+    transposes = transposes or (functools.partial(_of_x, function), functools.partial(_of_weights, function))
+    return _bilinear(function, bits, transposes, *vary_alike(x, weights))
+
+
+def _of_x(function: Callable[[Any, Any], jax.Array], like: Any, weights: jax.Array, g: jax.Array) -> jax.Array:
+    return jax.linear_transpose(lambda x: function(x, weights), like)(g)[0]
+
+
+def _of_weights(function: Callable[[Any, Any], jax.Array], x: jax.Array, like: Any, g: jax.Array) -> jax.Array:
+    return jax.linear_transpose(lambda weights: function(x, weights), like)(g)[0]
 
 
 @jax.tree_util.register_static
@@ -38,29 +59,40 @@ class _Type:
     type: Any
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _bilinear(function: Callable[[Any, Any], jax.Array], bits: int, x: Any, weights: Any) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _bilinear(
+    function: Callable[[Any, Any], jax.Array], bits: int | None, transposes: Transposes, x: Any, weights: Any
+) -> jax.Array:
     return function(x, weights)
 
 
-def _forward(function: Callable[[Any, Any], jax.Array], bits: int, x: Any, weights: Any) -> tuple[jax.Array, tuple]:
+def _forward(
+    function: Callable[[Any, Any], jax.Array], bits: int | None, transposes: Transposes, x: Any, weights: Any
+) -> tuple[jax.Array, tuple]:
     value, kept = x.value, None
     if weights.perturbed:
-        kept, value = apart((Rows.of(value, bits), value))
+        kept, value = (value, value) if bits is None else apart((Rows.of(value, bits), value))
     like = jax.typeof(value) if x.perturbed else None
     return function(value, weights.value), (kept, weights.value, _Type(like))
 
 
-def _backward(function: Callable[[Any, Any], jax.Array], bits: int, residuals: tuple, g: jax.Array | SymbolicZero) -> tuple:
+def _backward(
+    function: Callable[[Any, Any], jax.Array],
+    bits: int | None,
+    transposes: Transposes,
+    residuals: tuple,
+    g: jax.Array | SymbolicZero,
+) -> tuple:
     if isinstance(g, SymbolicZero):
         return None, None
-    (kept, weights, x), g = apart((residuals, g))
-    dx = dweights = None
-    if x.type is not None:
-        (dx,) = jax.linear_transpose(lambda x: function(x, weights), x.type)(g)
-    if kept is not None:
-        (dweights,) = jax.linear_transpose(lambda weights: function(kept.decoded(), weights), weights)(g)
-    return dx, dweights
+    if bits is not None:
+        residuals, g = apart((residuals, g))
+    kept, weights, x = residuals
+    of_x, of_weights = transposes
+    dx = None if x.type is None else of_x(x.type, weights, g)
+    if kept is None:
+        return dx, None
+    return dx, of_weights(kept.decoded() if isinstance(kept, Rows) else kept, weights, g)
 
 
 _bilinear.defvjp(_forward, _backward, symbolic_zeros=True)

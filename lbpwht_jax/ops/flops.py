@@ -81,13 +81,12 @@ def inner_program(equation: Any) -> Jaxpr | None:
     return inner[0] if same else None
 
 
-def cpu_branch(equation: Any) -> Jaxpr | None:
-    """What CPUs run of a choice by platform, on the operands but for the first; ``None`` for all other equations."""
+def plain_branch(equation: Any) -> Jaxpr | None:
+    """The plain form of a choice by platform, on the operands but for the first; ``None`` for all other equations."""
     platforms = equation.params.get("branches_platforms")
     if platforms is None:
         return None
-    branch = next(k for k, names in enumerate(platforms) if names is None or "cpu" in names)
-    return equation.params["branches"][branch].jaxpr
+    return equation.params["branches"][platforms.index(None)].jaxpr
 
 
 def _inner_programs(equation: Any) -> list[Jaxpr]:
@@ -118,7 +117,7 @@ def _equation_flops(equation: Any, outputs: list[bool], padding: bool) -> tuple[
     called = inner_program(equation)
     if called is not None:
         return _flops(called, outputs, padding)
-    branch = cpu_branch(equation)
+    branch = plain_branch(equation)
     if branch is not None:
         count, inputs = _flops(branch, outputs, padding)
         return count, [True, *inputs]
