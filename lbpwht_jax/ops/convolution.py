@@ -104,11 +104,11 @@ class _Geometry:
     precision: Any
 
     def plain(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
-        """``lax``'s convolution. Colour images get a fourth channel of zeros.
+        """``lax``'s convolution. Colour images get a fourth channel of zeros, unless they are cut into patches.
 
         XLA's CPU backend convolves four channels 4 to 5 times faster than three, and GPUs want a multiple of four too.
         """
-        if kernel.shape[2] == 3:
+        if kernel.shape[2] == 3 and not self._is_patches(x, kernel):
             x, kernel = (jnp.pad(a, [(0, 1) if axis == at else (0, 0) for axis in range(4)]) for a, at in ((x, 3), (kernel, 2)))
         return self._as_it_is(x, kernel)
 

@@ -241,7 +241,7 @@ def test_mistakes_in_rules():
         LoRA("fc", rank=1.5)
     with pytest.raises(ValueError, match=r"LoRA\('fc'\): rank and alpha must be positive, got rank=0"):
         LoRA("fc", rank=0)
-    with pytest.raises(TypeError, match="rules are LowRank, LoRA and Freeze, got 'fc1'"):
+    with pytest.raises(TypeError, match="rules are LowRank, LoRA, Freeze and Lean, got 'fc1'"):
         adapt(VIT, ["fc1"], SHAPE)
     with pytest.raises(TypeError, match="model must be a Linen or an NNX module, got function"):
         adapt(lambda x: x, [], SHAPE)
