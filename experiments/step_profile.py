@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import torch
+import torch  # pyright: ignore[reportMissingImports]
 import tyro
 from step_profile_jax import operations
 from step_profile_torch import TIMM, TorchStep, torch_operations

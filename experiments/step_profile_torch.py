@@ -4,8 +4,8 @@ import statistics
 from collections import defaultdict
 from typing import Any
 
-import torch
-from torch.profiler import ProfilerActivity, profile
+import torch  # pyright: ignore[reportMissingImports]
+from torch.profiler import ProfilerActivity, profile  # pyright: ignore[reportMissingImports]
 
 # torchvision, which timm imports, misses these operators in a CPU build of torch.
 _OPERATORS = torch.library.Library("torchvision", "DEF")
