@@ -12,7 +12,7 @@ _OPERATORS = torch.library.Library("torchvision", "DEF")
 for _name in ("nms", "qnms"):
     _OPERATORS.define(f"{_name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
-import timm  # noqa: E402
+import timm  # noqa: E402  # pyright: ignore[reportMissingImports]
 
 TIMM = timm.__version__
 
