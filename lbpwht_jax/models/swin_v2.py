@@ -19,7 +19,6 @@ from lbpwht_jax.models.loops import run_blocks
 from lbpwht_jax.models.norms import layer_norm
 from lbpwht_jax.models.windows import from_windows, relative_coordinates, relative_index, shift_mask, to_windows
 from lbpwht_jax.ops.attention import heads_first, kept_attention, takes_heads_first
-from lbpwht_jax.ops.convolution import ConvProduct
 from lbpwht_jax.ops.dtypes import accumulation_dtype
 from lbpwht_jax.ops.spec import Grid
 
@@ -184,7 +183,7 @@ class PatchEmbed(Part):
     def __call__(self, images: jax.Array) -> jax.Array:
         """``[batch, height, width, channels]`` to ``[batch, height / 4, width / 4, dim]``."""
         size = (_PATCH_SIZE, _PATCH_SIZE)
-        fields = {"dtype": self.settings.dtype, "conv_general_dilated": ConvProduct(), "name": "proj"}
+        fields = {"dtype": self.settings.dtype, "name": "proj"}
         x = nn.Conv(self.dim, size, size, "VALID", **fields)(images)
         return layer_norm(self, "norm", x)
 

@@ -15,7 +15,6 @@ from lbpwht_jax.models.loops import run_blocks
 from lbpwht_jax.models.norms import layer_norm, layer_scale
 from lbpwht_jax.models.vit_options import AttentionPool, Options
 from lbpwht_jax.ops.attention import packed_attention
-from lbpwht_jax.ops.convolution import ConvProduct
 from lbpwht_jax.ops.spec import Grid
 
 
@@ -37,7 +36,7 @@ class PatchEmbed(Part):
         """``[batch, height, width, channels]`` to ``[batch, height / patch_size, width / patch_size, dim]``."""
         size = (self.patch_size, self.patch_size)
         fields = {"use_bias": self.use_bias, "dtype": self.settings.dtype, "name": "proj"}
-        return nn.Conv(self.dim, size, size, "VALID", conv_general_dilated=ConvProduct(), **fields)(images)
+        return nn.Conv(self.dim, size, size, "VALID", **fields)(images)
 
 
 class Attention(Part):
