@@ -32,18 +32,22 @@ class Link:
     """Joins a layer to the one behind it, so that the cotangent between them is passed on as coefficients and never expanded.
 
     Make one for each pair, give it to ``low_rank_matmul`` of the first layer, and to that of the second with the first's result
-    as x and an activation. It takes effect where both are low-rank in the same functions; elsewhere nothing changes.
+    as x and an activation. It takes effect where both are low-rank in the same functions, and x is that result itself and not
+    something made of it; elsewhere nothing changes.
     """
 
-    stand_in: jax.Array | None = None
-    transforms: Transforms | None = None
+    _made: tuple[jax.Array, jax.Array, Transforms] | None = None
+
+    def make(self, result: jax.Array, stand_in: jax.Array, transforms: Transforms) -> None:
+        """Keeps the stand-in of the first layer's result."""
+        self._made = result, stand_in, transforms
 
     def take(self, x: jax.Array, transforms: Transforms) -> jax.Array | None:
-        """The stand-in for x that the first layer made, if this is what it made it for."""
-        stand_in = self.stand_in
-        if stand_in is None or self.transforms != transforms or stand_in.dtype != x.dtype:
+        """The stand-in of x, if the first layer made one of these coefficients for it."""
+        if self._made is None:
             return None
-        return stand_in if (*stand_in.shape[:-2], stand_in.shape[-1]) == (*x.shape[:-2], x.shape[-1]) else None
+        result, stand_in, made_for = self._made
+        return stand_in if x is result and made_for == transforms else None
 
 
 def low_rank_matmul(
@@ -95,7 +99,8 @@ def low_rank_matmul(
         grid, the shapes of ``x``, ``kernel`` and ``bias`` do not fit, no function of the selection exists on the grid, the
         activation is unknown, or there is no such number of bits.
     """
-    x, kernel, bias = jnp.asarray(x), jnp.asarray(kernel), None if bias is None else jnp.asarray(bias)
+    given_x = x = jnp.asarray(x)
+    kernel, bias = jnp.asarray(kernel), None if bias is None else jnp.asarray(bias)
     token_grid = check_operands(x, kernel, bias, spec, grid, prefix_tokens, name)
     if activation not in (None, "gelu"):
         raise ValueError(f"{name}: activation must be 'gelu' or None, got {activation!r}; apply others to x beforehand")
@@ -115,7 +120,7 @@ def low_rank_matmul(
     fuses = low_rank and (slope_bits is not None or transforms.kernels("gelu_backward", tokens) != {})
     if activation is not None and not fuses:
         tokens = coded_gelu(tokens, slope_bits)
-    given = link.take(tokens, transforms) if link is not None and activation is not None and fuses else None
+    given = link.take(given_x, transforms) if link is not None and activation is not None and fuses else None
     links = link is not None and activation is None and low_rank and not is_explicit(x) and (bias is None or folded is not None)
     dtype = jnp.result_type(x, kernel) if preferred_element_type is None else jnp.dtype(preferred_element_type)
     static = Static(
@@ -132,7 +137,7 @@ def low_rank_matmul(
     )
     results: Any = matmul(tokens, kernel, folded, given, static)
     y, stand_in = results
-    if link is not None and links:
-        link.stand_in, link.transforms = stand_in, transforms
     y = y if grid is not None else y.reshape(*x.shape[:-1], kernel.shape[1])
+    if link is not None and links:
+        link.make(y, stand_in, transforms)
     return y if bias is None or folded is not None else add_bias(y, bias)

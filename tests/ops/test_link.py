@@ -116,6 +116,19 @@ def test_a_result_that_is_used_twice():
     chex.assert_trees_all_close(joined, apart, rtol=0, atol=5e-5)
 
 
+def test_what_is_made_of_the_result_is_not_joined():
+    """The cotangent then has more to go through, such as a dropout between the layers."""
+    operands, g = sample((2, 50, 8))
+
+    def of(x, kernel1, bias1, kernel2, bias2, joined):
+        link = Link() if joined else None
+        h = low_rank_matmul(x, kernel1, SPEC, (7, 7), 1, bias=bias1, link=link)
+        return low_rank_matmul(2 * h, kernel2, SPEC, (7, 7), 1, bias=bias2, activation="gelu", slope_bits=8, link=link)
+
+    joined, apart = (gradients(functools.partial(of, joined=joined), operands, g) for joined in (True, False))
+    chex.assert_trees_all_equal(joined, apart)
+
+
 @pytest.mark.parametrize(
     ("bits", "expected"),
     [
