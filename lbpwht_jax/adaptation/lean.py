@@ -61,8 +61,13 @@ def lean_call(module: Any, residuals: Residuals, args: Any, kwargs: Any) -> Any:
 
 def _refusal(module: Any) -> str:
     if isinstance(module, nn.MultiHeadDotProductAttention):
-        own = module.attention_fn is not nn.dot_product_attention
-        return "it has an attention_fn of its own" if own else ""
+        if module.qk_attn_weights_einsum_cls or module.attn_weights_value_einsum_cls:
+            return "it has products of its own"
+        return "" if module.attention_fn is nn.dot_product_attention else "it has an attention_fn of its own"
+    if type(module) not in (nn.LayerNorm, nn.BatchNorm):
+        return "its class may compute something else"
+    if not module.use_fast_variance:
+        return "it computes its variance in two passes"
     if not (module.use_scale and module.use_bias):
         return "it lacks a scale or a bias"
     if module.axis_name is not None:
@@ -130,8 +135,8 @@ class _Attention:
             raise ValueError(f"adapt: {self.path} {what}, which Lean does not take; leave it out of the rule's pattern")
         function = _Product(dtype, precision, force_fp32_for_softmax)
         # a mask as Flax applies it: what is masked gets the least score that there is
-        hidden = jnp.finfo(query.dtype if dtype is None else dtype).min
-        biases = [] if mask is None else [jnp.where(mask, jnp.zeros((), query.dtype), jnp.asarray(hidden, query.dtype))]
+        hidden = jnp.asarray(jnp.finfo(query.dtype).min, query.dtype)
+        biases = [] if mask is None else [jnp.where(mask, jnp.zeros_like(hidden), hidden)]
         bits = self.residuals.attention_bits
         if not self.residuals.recompute_scores:
             return function(query, key, value, *biases)

@@ -126,12 +126,23 @@ def test_the_first_rule_holds():
     assert {path: setting.norm_bits for path, setting in lean.items()} == {"block_0/norm1": 4, "block_1/norm1": 8}
 
 
+EINSUMS = {f"{name}_einsum_cls": lambda: jnp.einsum for name in ("qk_attn_weights", "attn_weights_value")}
+
+
+class Negated(nn.LayerNorm):
+    @nn.compact
+    def __call__(self, x):
+        return -super().__call__(x)
+
+
 class Odd(nn.Module):
     @nn.compact
     def __call__(self, x):
         x = nn.LayerNorm(use_bias=False, name="no_bias")(x)
         x = nn.LayerNorm(reduction_axes=(-2, -1), feature_axes=(-2, -1), name="two_axes")(x)
         x = nn.BatchNorm(True, axis_name="devices", name="devices")(x)
+        x = Negated(name="derived")(nn.LayerNorm(use_fast_variance=False, name="two_passes")(x))
+        x = nn.MultiHeadDotProductAttention(2, **EINSUMS, name="einsum")(x)
         x = nn.MultiHeadDotProductAttention(2, attention_fn=lambda q, k, v: v, name="own")(x)
         return nn.MultiHeadDotProductAttention(2, dropout_rate=0.5, name="dropout")(x, deterministic=False)
 
@@ -142,6 +153,9 @@ class Odd(nn.Module):
         ("no_bias", r"matches no_bias, a LayerNorm that must stay as it is: it lacks a scale or a bias; leave no_bias out"),
         ("two_axes", r"it normalises other axes than the last"),
         ("devices", r"its statistics are taken over devices"),
+        ("two_passes", r"it computes its variance in two passes"),
+        ("derived", r"derived, a Negated that must stay as it is: its class may compute something else"),
+        ("einsum", r"it has products of its own"),
         ("own", r"own, a MultiHeadDotProductAttention .*: it has an attention_fn of its own"),
         (
             "missing",
