@@ -18,6 +18,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from lbpwht_jax.ops.coders import coded_rows, row_codes
 from lbpwht_jax.ops.distributed import distributed
+from lbpwht_jax.ops.pallas_gpu import call, like
 from lbpwht_jax.ops.platforms import is_narrow
 
 BITS = 8
@@ -124,10 +125,9 @@ def _forward(qkv: jax.Array, interpret: bool) -> tuple[jax.Array, ...]:
             plgpu.store(where, steps, mask=mask)
 
     result = (batch, tokens, heads, channels)
-    codes, steps = _like(qkv, result, jnp.uint8), _like(qkv, (*result[:-1], 1), jnp.float32)
-    shapes = [_like(qkv, result, qkv.dtype), codes, codes, codes, steps, steps, steps]
-    call = _call(program, "attention_forward", (batch * heads, blocks), shapes, (qkv,), result, products=2, interpret=interpret)
-    return tuple(call(qkv))
+    codes, steps = like(qkv, result, jnp.uint8), like(qkv, (*result[:-1], 1), jnp.float32)
+    shapes = [like(qkv, result, qkv.dtype), codes, codes, codes, steps, steps, steps]
+    return _call(program, "attention_forward", (batch * heads, blocks), shapes, (qkv,), result, 2, interpret)
 
 
 def _backward(operands: tuple[jax.Array, ...], interpret: bool) -> tuple[jax.Array, ...]:
@@ -201,14 +201,9 @@ def _backward(operands: tuple[jax.Array, ...], interpret: bool) -> tuple[jax.Arr
             plgpu.debug_barrier()  # the program's threads read sums that others wrote
         lax.fori_loop(0, blocks, keys, None)
 
-    dx = _like(g, (batch, tokens, 3, heads, channels), g.dtype)
-    shapes = [dx, _like(g, (batch * heads, 2, blocks * _BLOCK), jnp.float32)]
-    call = _call(program, "attention_backward", (batch * heads,), shapes, operands, g.shape, products=9, interpret=interpret)
-    return (call(*operands)[0],)
-
-
-def _like(array: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(array).manual_axis_type)
+    dx = like(g, (batch, tokens, 3, heads, channels), g.dtype)
+    shapes = [dx, like(g, (batch * heads, 2, blocks * _BLOCK), jnp.float32)]
+    return _call(program, "attention_backward", (batch * heads,), shapes, operands, g.shape, 9, interpret)[:1]
 
 
 def _call(
@@ -220,21 +215,18 @@ def _call(
     result: tuple[int, ...],
     products: int,
     interpret: bool,
-) -> Callable[..., Any]:
-    """The kernel's call; ``result`` is the shape of attention's, ``products`` how many it makes of all scores' size."""
+) -> tuple[jax.Array, ...]:
+    """Runs a kernel; ``result`` is the shape of attention's, ``products`` how many it makes of all scores' size."""
     batch, tokens, heads, channels = result
-    padded = pl.cdiv(tokens, _BLOCK) * _BLOCK
-    program.__name__ = name  # what a profile shows
-    return pl.pallas_call(
+    scores = batch * heads * (pl.cdiv(tokens, _BLOCK) * _BLOCK) ** 2
+    return call(
         program,
-        grid=grid,
-        out_shape=shapes,
-        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=2),
+        name,
+        f"{tokens}x{heads}x{channels}",
+        grid,
+        shapes,
+        operands,
+        flops=2 * products * scores * channels,
+        transcendentals=scores * (1 if products == 2 else 3),
         interpret=interpret,
-        cost_estimate=pl.CostEstimate(
-            flops=2 * products * batch * heads * padded * padded * channels,
-            bytes_accessed=sum(array.size * array.dtype.itemsize for array in (*operands, *shapes)),
-            transcendentals=batch * heads * padded * padded * (1 if products == 2 else 3),
-        ),
-        name=f"{name}_{tokens}x{heads}x{channels}",
     )

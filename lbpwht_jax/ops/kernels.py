@@ -25,6 +25,7 @@ import jax.numpy as jnp
 from lbpwht_jax.ops import kernels_gpu, products_tpu
 from lbpwht_jax.ops.basis import coefficient_count
 from lbpwht_jax.ops.distributed import distributed
+from lbpwht_jax.ops.pallas_gpu import like
 from lbpwht_jax.ops.sharding import explicit_sharding
 from lbpwht_jax.ops.spec_fields import Grid, SpecFields
 
@@ -97,14 +98,9 @@ def kernel(
     table_axes = [" ".join(itertools.islice(letters, table.ndim)) for table in shapes_of_tables]
 
     def run(*operands: jax.Array) -> tuple[jax.Array, ...]:
-        like = operands[len(table_axes)]
-        varying = jax.typeof(like).manual_axis_type
-
-        def shape(n: str) -> jax.ShapeDtypeStruct:
-            dtype = jnp.uint8 if n == "u" else like.dtype
-            return jax.ShapeDtypeStruct((len(like), rows[n], like.shape[-1]), dtype, manual_axis_type=varying)
-
-        return backend.run(kind, [shape(n) for n in outputs], *operands, interpret=interpret)
+        x = operands[len(table_axes)]
+        shapes = [like(x, (len(x), rows[n], x.shape[-1]), jnp.uint8 if n == "u" else x.dtype) for n in outputs]
+        return backend.run(kind, shapes, *operands, interpret=interpret)
 
     def tables(*arrays: jax.Array) -> tuple[jax.Array, ...]:
         return backend.tables(spec, grid, prefix_tokens, arrays[0].dtype)

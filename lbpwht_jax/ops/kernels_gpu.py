@@ -15,6 +15,7 @@ from jax.experimental.pallas import triton as plgpu
 from lbpwht_jax.ops.cells import MISSING, grid_cells
 from lbpwht_jax.ops.coders import coded_slopes, slope_codes
 from lbpwht_jax.ops.gelu import kernel_gelu, kernel_gelu_slope
+from lbpwht_jax.ops.pallas_gpu import call
 from lbpwht_jax.ops.platforms import is_narrow
 from lbpwht_jax.ops.spec_fields import Grid, SpecFields
 
@@ -128,18 +129,14 @@ def run(kind: str, shapes: list[jax.ShapeDtypeStruct], *operands: jax.Array, int
         matrices = plgpu.load(analysis_ref.at[cell]), plgpu.load(synthesis_ref.at[cell])
         body(tokens, coefficients, *matrices, *refs)
 
-    program.__name__ = f"walsh_{kind}"  # what a profile shows
-    call = pl.pallas_call(
+    return call(
         program,
-        grid=(batch * count, pl.cdiv(channels, width)),
-        out_shape=shapes,
-        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=2),
+        f"walsh_{kind}",
+        f"{operands[-1].shape[1]}x{channels}",
+        (batch * count, pl.cdiv(channels, width)),
+        shapes,
+        operands,
+        flops=2 * operands[2].size * batch * channels * products,
+        transcendentals=2 * operands[-1].size if "gelu" in kind else 0,
         interpret=interpret,
-        cost_estimate=pl.CostEstimate(
-            flops=2 * operands[2].size * batch * channels * products,
-            bytes_accessed=sum(array.size * array.dtype.itemsize for array in (*operands, *shapes)),
-            transcendentals=2 * operands[-1].size if "gelu" in kind else 0,
-        ),
-        name=f"walsh_{kind}_{operands[-1].shape[1]}x{channels}",
     )
-    return tuple(call(*operands))

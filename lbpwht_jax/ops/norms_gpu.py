@@ -16,6 +16,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from lbpwht_jax.ops.coders import coded_rows, has_row_steps, row_codes
 from lbpwht_jax.ops.distributed import distributed
+from lbpwht_jax.ops.pallas_gpu import call, like
 from lbpwht_jax.ops.platforms import is_narrow
 
 BITS = 8
@@ -116,9 +117,9 @@ def _forward(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float, in
 
         lax.fori_loop(0, _CHUNK // _ROWS, few, None)
 
-    one = _like(x, (batch, count, 1), jnp.float32)
-    shapes = [_like(x, x.shape, x.dtype), _like(x, x.shape, jnp.uint8), one, one]
-    return tuple(_call(program, "layer_norm_forward", x.shape, shapes, (x, scale, bias), interpret))
+    one = like(x, (batch, count, 1), jnp.float32)
+    shapes = [like(x, x.shape, x.dtype), like(x, x.shape, jnp.uint8), one, one]
+    return _call(program, "layer_norm_forward", x.shape, shapes, (x, scale, bias), interpret)
 
 
 def _backward(
@@ -145,13 +146,9 @@ def _backward(
         for which, total in enumerate(lax.fori_loop(0, _CHUNK // _ROWS, few, (zeros, zeros))):
             plgpu.store(sums_ref.at[part.image, part.chunk, which, part.columns], total, mask=part.inside)
 
-    sums = _like(g, (batch, pl.cdiv(count, _CHUNK), 2, channels), jnp.float32)
+    sums = like(g, (batch, pl.cdiv(count, _CHUNK), 2, channels), jnp.float32)
     operands = (codes, steps, inverse, scale, g)
-    return tuple(_call(program, "layer_norm_backward", g.shape, [_like(g, g.shape, g.dtype), sums], operands, interpret))
-
-
-def _like(array: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(array).manual_axis_type)
+    return _call(program, "layer_norm_backward", g.shape, [like(g, g.shape, g.dtype), sums], operands, interpret)
 
 
 def _call(
@@ -161,19 +158,8 @@ def _call(
     shapes: list[jax.ShapeDtypeStruct],
     operands: tuple[jax.Array, ...],
     interpret: bool,
-) -> Any:
+) -> tuple[jax.Array, ...]:
     batch, count, channels = rows
-    program.__name__ = name  # what a profile shows
-    return pl.pallas_call(
-        program,
-        grid=(batch, pl.cdiv(count, _CHUNK)),
-        out_shape=shapes,
-        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=2),
-        interpret=interpret,
-        cost_estimate=pl.CostEstimate(
-            flops=0,  # of products
-            bytes_accessed=sum(array.size * array.dtype.itemsize for array in (*operands, *shapes)),
-            transcendentals=batch * count,
-        ),
-        name=f"{name}_{count}x{channels}",
-    )(*operands)
+    grid = batch, pl.cdiv(count, _CHUNK)
+    options = {"flops": 0, "transcendentals": batch * count, "interpret": interpret}
+    return call(program, name, f"{count}x{channels}", grid, shapes, operands, **options)
