@@ -183,8 +183,7 @@ class PatchEmbed(Part):
     def __call__(self, images: jax.Array) -> jax.Array:
         """``[batch, height, width, channels]`` to ``[batch, height / 4, width / 4, dim]``."""
         size = (_PATCH_SIZE, _PATCH_SIZE)
-        fields = {"dtype": self.settings.dtype, "name": "proj"}
-        x = nn.Conv(self.dim, size, size, "VALID", **fields)(images)
+        x = nn.Conv(self.dim, size, size, "VALID", dtype=self.settings.dtype, name="proj")(images)
         return layer_norm(self, "norm", x)
 
 

@@ -1,6 +1,6 @@
 """Convolutions of channels-last maps in the form that suits the machine.
 
-XLA's CPU backend computes some of them slowly: depthwise ones take 10 to 40 times as long as sums of shifted maps do. So CPUs
+XLA's CPU backend computes some of them slowly: depthwise ones take many times as long as sums of shifted maps do. So CPUs
 get forms of their own, chosen from the shape, apart for the result and both gradients. GPUs and TPUs have that of ``lax``.
 """
 

@@ -113,7 +113,7 @@ def _by_kernels_forward(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon
         mean, variance = _moments(x.astype(jnp.float32), (-1,))
         inverse = lax.rsqrt(variance + epsilon)
         kept = Rows.of(_normalised(x, mean, inverse), norms_gpu.BITS)
-        y = _normalise(x, mean, inverse, scale, bias, _Static((-1,), None, None, x.dtype, x.dtype))
+        y = _result(x, mean, inverse, scale, bias, _Static((-1,), None, None, x.dtype, x.dtype))
         return apart((y, kept.codes, kept.steps, inverse))
 
     def with_kernel(x: jax.Array, scale: jax.Array, bias: jax.Array) -> tuple[jax.Array, ...]:
@@ -167,8 +167,7 @@ def _normalised(x: jax.Array, mean: jax.Array, inverse: jax.Array) -> jax.Array:
     return (x.astype(accumulation_dtype(x.dtype)) - mean) * inverse
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _normalise(x: Any, mean: Any, inverse: Any, scale: Any, bias: Any, static: _Static) -> jax.Array:
+def _result(x: Any, mean: Any, inverse: Any, scale: Any, bias: Any, static: _Static) -> jax.Array:
     shape = (1,) * (x.ndim - 1) + (-1,)
     scale, bias = (a.reshape(shape).astype(inverse.dtype) for a in (scale, bias))
     y = (x.astype(inverse.dtype) - mean) * (inverse * scale) + bias  # in Flax's order, so that rounding is the same
@@ -190,7 +189,7 @@ def _forward(x: Any, mean: Any, inverse: Any, scale: Any, bias: Any, static: _St
             if static.activation == "relu":  # rounding would turn slopes near zero over
                 mask = Mask.of(_apply(normalised, scale, bias) > 0)
             kept = Rows.of(normalised, static.bits)
-    y: Any = _normalise(x, mean, inverse, scale, bias, static)
+    y: Any = _result(x, mean, inverse, scale, bias, static)
     if isinstance(kept, Rows):
         kept, mask, y = apart((kept, mask, y))
     return y, (kept, mask, mean, inverse, scale, bias)
@@ -217,4 +216,5 @@ def _backward(static: _Static, residuals: tuple, cotangent: jax.Array | Symbolic
     return (dx * inverse).astype(static.x), None, None, dscale.astype(scale.dtype), dbias.astype(bias.dtype)
 
 
+_normalise = jax.custom_vjp(_result, nondiff_argnums=(5,))
 _normalise.defvjp(_forward, _backward, symbolic_zeros=True)
