@@ -16,27 +16,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
-from transfer import Setting, Variant, adapted_backbone, sweep_images
+from transfer import sweep_images
 from transfer_backbone import NAME, WEIGHTS, backbone_info
 from transfer_gradients import cosine, with_trained_head
+from transfer_plans import batch_of
+from transfer_variants import Setting, Variant, adapted_backbone
 
 from lbpwht_jax.adaptation import AdaptedModule, adapt
 from lbpwht_jax.cost import backward_flops
-from lbpwht_jax.data import ArraySplit, Split
 from lbpwht_jax.plan import cross_entropy, plan
-from lbpwht_jax.train import normalise
 
 RESULTS = Path(__file__).parent / "results" / "plan_gradients.json"
 RANKS = (2, 4, 6)
-
-
-def batch_of(split: Split, seed: int, count: int) -> tuple[jax.Array, jax.Array]:
-    """Images, normalised, and their labels."""
-    if not isinstance(split, ArraySplit):
-        raise TypeError(f"the images must be in memory, got {type(split).__name__}")
-    chosen = np.random.default_rng(seed).permutation(len(split.images))[:count]
-    images = jnp.asarray(split.images[chosen]).astype(jnp.float32) / 255
-    return normalise(images, backbone_info()), jnp.asarray(split.labels[chosen])
 
 
 def gradients(model: AdaptedModule, variables: Any, batch: tuple[jax.Array, jax.Array]) -> Any:

@@ -26,120 +26,24 @@ import statistics
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import flax
 import jax
-import jax.numpy as jnp
 import tyro
-from transfer_backbone import NAME, WEIGHTS, backbone, backbone_info
+from transfer_backbone import NAME, WEIGHTS, backbone_info
 from transfer_images import read_dataset
-from transfer_training import AUGMENTATION, make_trainer, train
+from transfer_plans import planned_backbone
+from transfer_training import make_trainer, train
+from transfer_variants import VARIANTS, Setting, Train, Variant, adapted_backbone, pretrained
 
-from lbpwht_jax.adaptation import AdaptedModule, Method, adapt, parse_method
 from lbpwht_jax.cost import backward_flops, layer_costs, residual_bytes
 from lbpwht_jax.data import Dataset
-from lbpwht_jax.models.blocks import Settings
-from lbpwht_jax.ops.residuals import RESIDUALS, ResidualsName
-from lbpwht_jax.train import Recipe
-from lbpwht_jax.weights import load_weights, replace_head
+from lbpwht_jax.weights import load_weights
 
 RESULTS = Path(__file__).parent / "results" / "transfer.json"
-Train = Literal["last_stage", "all", "head"]
-Task = tuple["Variant", Train, int]
-
-
-@dataclasses.dataclass(frozen=True)
-class Variant:
-    """A method with what its short name leaves open.
-
-    Attributes:
-      method: short name, as for ``parse_method``.
-      projection: projection of low-rank backpropagation.
-      dx: how the gradients of inputs are computed.
-      lr_scale: multiplies the learning rate.
-      residuals: what is kept for the backward pass besides what dense layers keep.
-    """
-
-    method: str
-    projection: str = "fitted"
-    dx: str = "low_rank"
-    lr_scale: float = 1.0
-    residuals: ResidualsName = "plain"
-
-    @property
-    def name(self) -> str:
-        """Its name in tables."""
-        notes = [self.projection] * (self.projection != "fitted") + ["dW only"] * (self.dx == "exact")
-        notes += [f"{self.lr_scale:g} x lr"] * (self.lr_scale != 1) + [self.residuals] * (self.residuals != "plain")
-        return f"{self.method} ({', '.join(notes)})" if notes else self.method
-
-    def parse(self) -> Method:
-        """The method."""
-        fields: dict[str, Any] = {"projection": self.projection, "dx": self.dx} if "lp_" in self.method else {}
-        return parse_method(self.method, **fields)
-
-    def trained_as(self, train: Train) -> bool:
-        """Whether the sweep has this: branches and head alone only where there are branches without low rank."""
-        return train != "head" or self.parse().default_train == "head"
-
-
-RANKS = (2, 4, 6, 8)
-VARIANTS = (
-    Variant("full"),
-    *(Variant(f"lp_l1-{r}") for r in RANKS),
-    Variant("lora-8"),
-    Variant("lora_all-8"),
-    *(Variant(f"lp_l1-{r}", "official") for r in RANKS),
-    Variant("lp_l1-4", dx="exact"),
-    Variant("lp_linf-2"),
-    Variant("lp_linf-4"),
-    Variant("lp_l1-4+lora_all-8"),
-    Variant("lora-8", lr_scale=4.0),
-    Variant("lora_all-8", lr_scale=4.0),
-    Variant("lp_l1-4", residuals="lean"),
-    Variant("lp_l1-4", residuals="tiny"),
-    Variant("full", residuals="lean"),
-)
-
-
-@dataclasses.dataclass(frozen=True)
-class Setting:
-    """What all runs of a sweep share.
-
-    Attributes:
-      train_per_class: training images of each class, the same in all runs.
-      test_per_class: test images of each class, the same in all runs.
-      epochs: passes over the training images.
-      batch_size: images per step.
-      lr: AdamW's peak learning rate.
-    """
-
-    train_per_class: int = 200
-    test_per_class: int = 300
-    epochs: int = 3
-    batch_size: int = 64
-    lr: float = 2e-3
-
-    def recipe(self, seed: int, lr_scale: float = 1.0) -> Recipe:
-        """How to train."""
-        return Recipe(self.epochs, self.batch_size, self.lr * lr_scale, warmup_steps=30, augmentation=AUGMENTATION, seed=seed)
-
-
-def adapted_backbone(variant: Variant, train: Train, num_classes: int) -> AdaptedModule:
-    """The backbone under a method, batch normalisation on its running statistics."""
-    info = backbone_info()
-    images = jax.ShapeDtypeStruct((1, *info.images.shape), jnp.float32)
-    module = backbone(num_classes, Settings(frozen_batch_norm=True, residuals=RESIDUALS[variant.residuals]))
-    return adapt(module, variant.parse().rules(info, train), images)
-
-
-def pretrained(weights: Path, num_classes: int, seed: int) -> dict[str, Any]:
-    """The backbone's variables with a new head, drawn by the seed."""
-    info = backbone_info()
-    stored = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), load_weights(weights)[0])
-    init = jax.jit(backbone(num_classes).init)
-    return replace_head(stored, init(jax.random.key(seed), jnp.zeros((1, *info.images.shape))))
+Task = tuple[Variant, Train, int]
+SETTING = Setting()
 
 
 def run(variant: Variant, trained: Train, seed: int, setting: Setting, weights: Path, dataset: Dataset) -> dict:
@@ -150,9 +54,12 @@ def run(variant: Variant, trained: Train, seed: int, setting: Setting, weights: 
     """
     started = time.perf_counter()
     info, classes = backbone_info(), len(dataset.classes)
-    model = adapted_backbone(variant, trained, classes)
-    branch_key = jax.random.fold_in(jax.random.key(seed), 1)
-    variables = model.with_branches(branch_key, pretrained(weights, classes, seed))
+    start = pretrained(weights, classes, seed)
+    if variant.flops_of:
+        model = planned_backbone(variant, trained, start, dataset, seed)
+    else:
+        model = adapted_backbone(variant, trained, classes)
+    variables = model.with_branches(jax.random.fold_in(jax.random.key(seed), 1), start)
     trainer = make_trainer(model, info, dataset, setting.recipe(seed, variant.lr_scale), model.trainable)
     losses = []
     for _, loss, state in train(trainer, variables):  # noqa: B007, the last state is used below
@@ -273,7 +180,7 @@ def main(
     seeds: tuple[int, ...] = (0, 1, 2),
     limit: int | None = None,
     processes: int = 1,
-    setting: Setting = Setting(),
+    setting: Setting = SETTING,
 ) -> None:
     """Runs what is not there yet: for each seed, every method on the last stage, on the whole model, and LoRA's alone.
 
@@ -297,7 +204,7 @@ def main(
         raise SystemExit(f"{weights} is missing; make it by experiments/transfer_backbone.py")
     dataset = sweep_images(data, setting, cache)
     facts = {"model": NAME, "images": dataset.name, "pretrained_test_accuracy": load_weights(weights)[1]["test_accuracy"]}
-    values, defaults = dataclasses.asdict(setting), dataclasses.asdict(Setting())
+    values, defaults = dataclasses.asdict(setting), dataclasses.asdict(SETTING)
     flags = [f"--setting.{name.replace('_', '-')} {value}" for name, value in values.items() if value != defaults[name]]
     results = open_results(output, " ".join(["python experiments/transfer.py --data", data.name, *flags]), values, **facts)
     done = {(run["variant"], run["train"], run["seed"]) for run in results["runs"]}

@@ -18,10 +18,11 @@ import numpy as np
 import optax
 import tyro
 from flax import traverse_util
-from transfer import Setting, Variant, adapted_backbone, pretrained, write_results
+from transfer import write_results
 from transfer_backbone import NAME, WEIGHTS, backbone_info
 from transfer_images import read_split
 from transfer_training import make_trainer, train
+from transfer_variants import Setting, Variant, adapted_backbone, pretrained
 
 from lbpwht_jax.adaptation import AdaptedModule
 from lbpwht_jax.data import ArraySplit, Dataset

@@ -29,15 +29,29 @@ FAMILIES: Mapping[str, tuple[tuple[str, ...], str, str]] = {
     "LP L1-4 + LoRA-all-8": (("lp_l1-4+lora_all-8",), "C6", "P"),
     "LP L1-4, residuals in few bits": (("lp_l1-4 (lean)", "lp_l1-4 (tiny)"), "C7", "h"),
     "full, residuals in few bits": (("full (lean)",), "grey", "*"),
+    "plans": (
+        (
+            "plan, FLOPs of lp_l1-2",
+            "plan, FLOPs of lora-8, branches and head",
+            "plan, FLOPs of lp_l1-4",
+            "plan, FLOPs of lora-8",
+        ),
+        "C8",
+        "d",
+    ),
 }
 
 
 def accuracies(runs: Sequence[Mapping[str, Any]], train: str) -> dict[str, dict[int, float]]:
-    """Test accuracy in percent, by variant and seed, of the runs that trained ``train``."""
+    """Test accuracy in percent, by variant and seed, of the runs that trained ``train``.
+
+    Beside those of the whole model are LoRA's where its branches and the head alone were trained, and their names say so.
+    """
     found: dict[str, dict[int, float]] = {}
     for run in runs:
-        if run["train"] == train:
-            found.setdefault(run["variant"], {})[run["seed"]] = 100 * run["test_accuracy"]
+        names = {train: run["variant"]} | ({"head": f"{run['variant']}, {HEAD}"} if train == "all" else {})
+        if run["train"] in names:
+            found.setdefault(names[run["train"]], {})[run["seed"]] = 100 * run["test_accuracy"]
     return found
 
 
@@ -60,6 +74,7 @@ class Claim:
       plus: variants; the difference is their mean accuracy less that of ``minus``.
       minus: variants.
       bound: least difference, in points.
+      trains: what is trained in the runs that it is about.
     """
 
     text: str
@@ -67,6 +82,7 @@ class Claim:
     plus: tuple[str, ...]
     minus: tuple[str, ...]
     bound: float = 0.0
+    trains: tuple[str, ...] = tuple(TRAINS)
 
     def differences(self, found: Mapping[str, Mapping[int, float]]) -> list[float]:
         """The difference in points for each seed that has all of the runs."""
@@ -116,6 +132,23 @@ CLAIMS = (
         -0.3,
     ),
     Claim("So is full backpropagation", "full (lean) - full", ("full (lean)",), ("full",), -0.3),
+    *(
+        Claim(
+            f"A plan beats LP_{{L1-{r}}} at its FLOPs",
+            f"plan - lp_l1-{r}",
+            (f"plan, FLOPs of lp_l1-{r}",),
+            (f"lp_l1-{r}",),
+        )
+        for r in (2, 4)
+    ),
+    Claim("A plan beats LoRA on the attention layers at its FLOPs", "plan - lora-8", ("plan, FLOPs of lora-8",), ("lora-8",)),
+    Claim(
+        "... also where LoRA's branches and the head alone are trained",
+        f"plan - lora-8, {HEAD}",
+        (f"plan, FLOPs of lora-8, {HEAD}",),
+        (f"lora-8, {HEAD}",),
+        trains=("all",),
+    ),
 )
 
 
@@ -206,7 +239,8 @@ def claims_table(runs: Sequence[Mapping[str, Any]]) -> str:
     """Every claim, for both kinds of training: the difference paired over seeds, its confidence interval, the verdict."""
     rows = []
     for claim in CLAIMS:
-        for train, words in TRAINS.items():
+        for train in claim.trains:
+            words = TRAINS[train]
             values = claim.differences(accuracies(runs, train))
             if not values:
                 rows.append([claim.text, words, claim.shown, "not run yet", "0", ""])

@@ -12,9 +12,10 @@ from typing import Any, Literal
 import jax
 import numpy as np
 import tyro
-from transfer import VARIANTS, Setting, Train, Variant, adapted_backbone, pretrained, write_results
+from transfer import write_results
 from transfer_backbone import WEIGHTS, backbone_info
 from transfer_training import make_trainer
+from transfer_variants import VARIANTS, Setting, Train, Variant, adapted_backbone, pretrained
 
 from lbpwht_jax.bench.timing import interleaved, machine
 from lbpwht_jax.data import ArraySplit, Dataset, training_batches
@@ -63,7 +64,7 @@ def main(
         functions = {
             variant.name: step_function(variant, trained, variables, dataset, setting)
             for variant in VARIANTS
-            if variant.lr_scale == 1
+            if variant.lr_scale == 1 and not variant.flops_of
         }
         seconds[trained] = interleaved(functions, rounds)
         jax.clear_caches()

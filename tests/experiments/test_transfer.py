@@ -11,11 +11,15 @@ import pytest
 import transfer
 import transfer_backbone
 import transfer_report
+import transfer_variants
 from PIL import Image
 from scipy import stats
 from transfer_backbone import backbone, backbone_info
 from transfer_images import read_split
+from transfer_plans import planned_backbone
+from transfer_variants import Variant
 
+from lbpwht_jax.cost import backward_flops
 from lbpwht_jax.weights.files import load_bundled, save_weights
 
 
@@ -65,9 +69,10 @@ def test_a_claim_is_open_unless_the_whole_interval_says_so():
 
 
 def test_every_claim_is_about_runs_of_the_sweep():
-    names = {variant.name for variant in transfer.VARIANTS}
+    names = {variant.name for variant in transfer_variants.VARIANTS}
+    heads = {f"{each.name}, {transfer_report.HEAD}" for each in transfer_variants.VARIANTS if each.trained_as("head")}
     claimed = {name for claim in transfer_report.CLAIMS for name in (*claim.plus, *claim.minus)}
-    assert claimed <= names
+    assert claimed <= names | heads
     drawn = {name for group, *_ in transfer_report.FAMILIES.values() for name in group}
     assert drawn == names
 
@@ -81,7 +86,7 @@ def test_the_same_images_are_taken_each_time(archive):
 
 
 def test_branches_and_head_alone_stand_beside_the_whole_model():
-    names = {variant.name for variant in transfer.VARIANTS if variant.trained_as("head")}
+    names = {variant.name for variant in transfer_variants.VARIANTS if variant.trained_as("head")}
     assert names == {"lora-8", "lora_all-8", "lora-8 (4 x lr)", "lora_all-8 (4 x lr)"}
     costs = {"backward_flops": 2e6, "saved_bytes": 3e6, "trainable_parameters": 4_000}
     runs = [run("lora-8", 0, 0.5) | costs, run("full", 0, 0.7) | costs]
@@ -92,6 +97,26 @@ def test_branches_and_head_alone_stand_beside_the_whole_model():
     assert "head" not in transfer_report.table(runs, "last_stage")
 
 
+def test_branches_and_head_alone_are_compared_as_methods_of_their_own():
+    runs = [run("a", 0, 0.7), run("a", 1, 0.8), run("b", 0, 0.6), run("b", 0, 0.5, "head"), run("b", 1, 0.75, "head")]
+    claim = transfer_report.Claim("", "", ("a",), ("b, branches and head",), trains=("all",))
+    assert claim.differences(transfer_report.accuracies(runs, "all")) == pytest.approx([20, 5])
+    assert "b, branches and head" not in transfer_report.accuracies(runs, "last_stage")
+
+
+@pytest.mark.heavy
+def test_a_plan_stays_within_the_other_methods_flops(archive, tmp_path):
+    dataset = transfer.read_dataset([archive], backbone_info().images.size, 40, 4, None)
+    variables = jax.jit(backbone(2).init)(jax.random.key(0), jnp.zeros((1, *backbone_info().images.shape)))
+    shape, classes = backbone_info().images.shape, 2
+    for trained, other, others_train in (("last_stage", "lp_l1-2", None), ("all", "lora-8", "head")):
+        plan = Variant("lp_l1-4", flops_of=other, flops_train=others_train)
+        planned = planned_backbone(plan, trained, variables, dataset, seed=0)
+        allowed = transfer_variants.adapted_backbone(Variant(other), others_train or trained, classes)
+        most = backward_flops(allowed, allowed.with_branches(jax.random.key(1), variables), shape)
+        assert 0.95 * most < backward_flops(planned, variables, shape) <= most
+
+
 @pytest.mark.heavy
 def test_a_sweep_goes_on_where_it_stopped(archive, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(transfer_backbone, "DEPTHS", (1, 1))  # compiles sooner
@@ -99,7 +124,7 @@ def test_a_sweep_goes_on_where_it_stopped(archive, tmp_path, capsys, monkeypatch
     shape = (1, *info.images.shape)
     variables = jax.jit(backbone(5).init)(jax.random.key(0), jnp.zeros(shape))
     save_weights(weights, variables, {"test_accuracy": 0.2})
-    setting = transfer.Setting(train_per_class=8, test_per_class=4, epochs=2, batch_size=16)
+    setting = transfer_variants.Setting(train_per_class=8, test_per_class=4, epochs=2, batch_size=16)
     common = {"weights": weights, "output": output, "trains": ("last_stage",), "seeds": (0,), "setting": setting}
     transfer.main(archive, methods=("lp_l1-2",), limit=1, **common)
     transfer.main(archive, methods=("lp_l1-2",), **common)
@@ -114,7 +139,7 @@ def test_a_sweep_goes_on_where_it_stopped(archive, tmp_path, capsys, monkeypatch
     with pytest.raises(SystemExit, match=r"--processes must be between 1 and the \d+ cores, got 1000"):
         transfer.main(archive, methods=("full",), processes=1000, **common)
     with pytest.raises(SystemExit, match="another setting"):
-        transfer.main(archive, methods=("full",), **{**common, "setting": transfer.Setting(lr=1.0)})
+        transfer.main(archive, methods=("full",), **{**common, "setting": transfer_variants.Setting(lr=1.0)})
 
 
 def test_the_papers_tables_have_their_runs_and_say_what_is_missing(tmp_path, capsys):
