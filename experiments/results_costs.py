@@ -201,6 +201,17 @@ def kept_bytes(results: Mapping[str, Any]) -> str:
     return f"{prose(text)}\n\n{markdown(header, rows)}"
 
 
+def kept_by_kind(results: Mapping[str, Any]) -> str:
+    """Bytes kept for the backward pass, by what needs them."""
+    kinds, names = list(results["rows"][0]["mb"]), ("model", "method", "residuals")
+    rows = [[*(row[name] for name in names), *(f"{row['mb'][kind]:.1f}" for kind in kinds)] for row in results["rows"]]
+    text = f"""
+        MB per image, in {results["dtype"]}, with {results["num_classes"]} classes, by the module that needs them first in the
+        backward pass; drawn in [Residuals](residuals.md).
+    """
+    return f"{prose(text)}\n\n{markdown([*names, *kinds], rows)}"
+
+
 def temporaries(results: Mapping[str, Any]) -> str:
     """What compiled steps hold besides what is kept."""
     rows = [held_cells(row, results["rows"]) for row in results["rows"]]

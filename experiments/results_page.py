@@ -61,6 +61,7 @@ SECTIONS: tuple[tuple[str, str, str, Section], ...] = (
     ("A long run", "soak", "soak.py", costs.soak),
     ("The paper's cost tables", "cost_tables", "cost_tables.py", costs.cost_tables),
     ("Bytes kept", "saved_bytes", "saved_bytes.py", costs.kept_bytes),
+    ("Bytes kept, by what needs them", "kept_by_kind", "kept_by_kind.py", costs.kept_by_kind),
     ("What steps hold on a CPU", "temporaries", "temporaries.py", costs.temporaries),
     ("Accuracy, the paper's Table 5", "paper_table_5", "paper_tables.py 5 --data DATA --hub", accuracy.paper_table),
     ("Accuracy, the paper's Table 6", "paper_table_6", "paper_tables.py 6 --data DATA --hub", accuracy.paper_table),
