@@ -14,10 +14,9 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from lbpwht_jax.ops.basis import holds_token_sum
-from lbpwht_jax.ops.dtypes import accumulation_dtype
+from lbpwht_jax.ops.dtypes import accumulation_dtype, static_precision
 from lbpwht_jax.ops.gelu import check_slope_bits, coded_gelu
 from lbpwht_jax.ops.gelu_forms import Transforms
 from lbpwht_jax.ops.heuristic import chosen
@@ -115,7 +114,7 @@ def low_rank_matmul(
     tokens = x if grid is not None else x.reshape(*x.shape[: -1 - spec.ndim], math.prod(token_grid), x.shape[-1])
     chosen_spec = chosen(spec, token_grid, prefix_tokens, *kernel.shape)
     low_rank = (chosen_spec.dx, chosen_spec.dw) == ("low_rank", "low_rank")
-    precision = precision if isinstance(precision, (str, lax.Precision, type(None))) else tuple(precision)
+    precision = static_precision(precision)
     transforms = Transforms(chosen_spec, token_grid, prefix_tokens, precision)
     fuses = low_rank and (slope_bits is not None or transforms.kernels("gelu_backward", tokens) != {})
     if activation is not None and not fuses:

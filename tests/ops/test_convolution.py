@@ -89,6 +89,24 @@ def test_transformations(name):
                 np.testing.assert_allclose(result[k], wanted, rtol=1e-5, atol=1e-5)  # sums in another order
 
 
+@pytest.mark.parametrize("name", ["depthwise", "patches", "stride 2"])
+def test_batches_split_over_devices(name):
+    """The result stays split, and the kernel's gradient is the sum over the devices."""
+    x, kernel, strides, padding, groups = CASES[name]
+    x, kernel, g = operands((4, *x[1:]), kernel, strides, padding, jnp.float32)
+
+    def run(x, kernel, g):
+        y, back = jax.vjp(lambda x, kernel: convolution(x, kernel, strides, padding, groups), x, kernel)
+        return y, *back(g)
+
+    wanted = jax.jit(run)(x, kernel, g)
+    mesh = jax.make_mesh((4,), ("batch",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:4])
+    split, whole = jax.P("batch"), jax.P()
+    mapped = jax.jit(jax.shard_map(run, mesh=mesh, in_specs=(split, whole, split), out_specs=(split, split, whole)))
+    for result, like in zip(mapped(x, kernel, g), wanted, strict=True):
+        np.testing.assert_allclose(result, like, rtol=1e-5, atol=1e-5)  # sums in another order
+
+
 def test_keeps_no_more_than_its_operands():
     x, kernel, strides, padding, groups = CASES["depthwise"]
     x, kernel, _ = operands(x, kernel, strides, padding, jnp.float32)
