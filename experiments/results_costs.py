@@ -92,6 +92,37 @@ def transform_times(results: Mapping[str, Any]) -> str:
     return f"{prose(text)}\n\n{markdown(['transform', 'functions', *('x'.join(map(str, grid)) for grid in grids)], rows)}"
 
 
+def plan_times(results: Mapping[str, Any]) -> str:
+    """How long planning takes, and plans whose blocks are alike beside those that differ."""
+    times = [
+        [row["model"], str(row["batch"]), *(f"{seconds:.1f}" for seconds in (20 * row["step"], row["compiling_a_step"]))]
+        + [f"{row[key]:.1f}" for key in ("measuring", "choosing", "timing_layers_and_choosing")]
+        for row in results["rows"]
+    ]
+    names = {"free": "each layer its own", "alike": "`--same-within-stage`"}
+    plans = [
+        [
+            row["model"],
+            names[each["plan"].removesuffix("+scan")] + (", `--scan-blocks`" if each["plan"].endswith("+scan") else ""),
+            f"{each['loss']:.4f}",
+            f"{each['backward_flops'] / 1e6:,.0f}",
+            f"{each['saved_bytes'] / 1e6:.1f}",
+            f"{1e3 * each['seconds']:.0f}",
+        ]
+        for row in results["rows"]
+        for each in row["plans"]
+    ]
+    text = f"""
+        Seconds, on random images: 20 steps of full backpropagation and the compilation of one; measuring {results["batches"]}
+        batches, its own compilation included; choosing under `{results["budget"]}`; and timing layers and choosing under
+        `{results["seconds_budget"]}`. {_machine(results)}
+    """
+    header = ["model", "images a batch", "20 steps", "compiling a step", "measuring", "choosing", "in seconds"]
+    then = f"Plans under `{results['budget']}`: what they are predicted to lose, their costs per image and the time of a step."
+    columns = ["model", "functions", "predicted loss", "backward MFLOPs", "MB kept", "step, ms"]
+    return "\n\n".join([prose(text), markdown(header, times), prose(then), markdown(columns, plans)])
+
+
 def loader_speed(results: Mapping[str, Any]) -> str:
     """The loader's speed beside a training step's."""
     loader = results["loader_images_per_second_by_workers"]
@@ -254,6 +285,21 @@ def step_profile(results: Mapping[str, Any]) -> str:
         parts += [f"### {row['model']}", markdown(["kind", *profiled], table)]
         parts += [markdown(["step", "kind", "operation and shape", "ms"], shown)]
     return "\n\n".join(parts)
+
+
+def inference_speed(results: Mapping[str, Any]) -> str:
+    """Evaluation and prediction beside PyTorch's."""
+    machine, columns = results["machine"], list(results["rows"][0]["images_per_second"])
+    text = f"""
+        Images per second, {results["batch"]} at a time, and how many times as many as in PyTorch's faster memory layout;
+        PyTorch {machine["torch"]} with timm {machine["timm"]}. {_machine(results)}
+    """
+    rows = []
+    for row in results["rows"]:
+        rates = row["images_per_second"]
+        best = max(rate for name, rate in rates.items() if name.startswith("PyTorch"))
+        rows.append([row["model"], *(f"{rates[column]:.1f} ({rates[column] / best:.2f})" for column in columns)])
+    return f"{prose(text)}\n\n{markdown(['model', *columns], rows)}"
 
 
 def _times(row: Mapping[str, Any], step: str) -> str:

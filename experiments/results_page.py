@@ -41,6 +41,7 @@ SECTIONS: tuple[tuple[str, str, str, Section], ...] = (
     ("Times of the sweep's training steps", "transfer_steps", "transfer_steps.py", accuracy.transfer_steps),
     ("How much of the gradient survives", "transfer_gradients", "transfer_gradients.py --data cifar10.zip", accuracy.gradients),
     ("Gradients by a plan", "plan_gradients", "plan_gradients.py --data cifar10.zip", accuracy.plans),
+    ("What planning costs", "plan_times", "plan_times.py", costs.plan_times),
     (
         "Times of a layer (the paper's Table 8)",
         "bench_layers",
@@ -53,6 +54,7 @@ SECTIONS: tuple[tuple[str, str, str, Section], ...] = (
     ("Times of newer backbones' steps", "bench_step_backbones", _BACKBONES, costs.bench_step),
     ("Projections by grid", "transform_times", "transform_times.py", costs.transform_times),
     ("Steps beside PyTorch's", "step_profile", "step_profile.py", costs.step_profile),
+    ("Inference beside PyTorch's", "inference_speed", "inference_speed.py", costs.inference_speed),
     ("Steps on machines that are not there", "compile_tables", "compile_tables.py", compiled.tables),
     ("Table 8's layers on one of them", "compile_layers", "compile_layers.py", compiled.layers),
     ("What compiles for them", "compile_families", "compile_families.py", compiled.families),

@@ -1,4 +1,4 @@
-"""A training step in PyTorch, and where it spends its time; for step_profile.py."""
+"""Training steps and inference in PyTorch, and where a step spends its time; for step_profile.py and inference_speed.py."""
 
 import statistics
 from collections import defaultdict
@@ -69,6 +69,29 @@ class TorchStep:
         torch.nn.utils.clip_grad_norm_(self._model.parameters(), 5.0)
         self._optimizer.step()
         return loss.item()
+
+
+class TorchInference:
+    """Class probabilities by timm's model.
+
+    Attributes:
+      name: timm's name.
+      batch: images.
+      size: their height and width.
+      classes: outputs.
+      channels_last: the memory layout of images and weights.
+    """
+
+    def __init__(self, name: str, batch: int, size: int, classes: int, channels_last: bool):
+        layout = torch.channels_last if channels_last else torch.contiguous_format
+        model: Any = timm.create_model(name, num_classes=classes)
+        self._model = model.eval().to(memory_format=layout)
+        self._images = torch.randn(batch, 3, size, size).contiguous(memory_format=layout)
+
+    def __call__(self) -> Any:
+        """Classifies the images."""
+        with torch.inference_mode():
+            return torch.softmax(self._model(self._images), -1)
 
 
 def torch_operations(step: TorchStep, rounds: int) -> dict[tuple[str, str], float]:
