@@ -33,7 +33,8 @@ def dense_product(x: jax.Array, kernel: jax.Array, precision: Any = None, prefer
     if plain or preferred_element_type is not None:
         contract = (((x.ndim - 1,), (0,)), ((), ()))
         return lax.dot_general(x, kernel, contract, precision=precision, preferred_element_type=preferred_element_type)
-    return _matmul(*vary_alike(x, kernel), static_precision(precision))
+    y: Any = _matmul(*vary_alike(x, kernel), static_precision(precision))
+    return y
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -42,7 +43,7 @@ def _matmul(x: jax.Array, kernel: jax.Array, precision: Any) -> jax.Array:
 
 
 def _forward(x: Any, kernel: Any, precision: Any) -> tuple[jax.Array, tuple]:
-    y = _matmul(x.value, kernel.value, precision)
+    y: Any = _matmul(x.value, kernel.value, precision)
     return y, (x.value if kernel.perturbed else None, kernel.value if x.perturbed else None)
 
 
