@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
 
-from lbpwht_jax.ops.exact import dense_product
+from lbpwht_jax.ops.exact import exact_matmul
 from lbpwht_jax.ops.gelu import check_slope_bits, coded_gelu
 from lbpwht_jax.ops.matmul import Link, low_rank_matmul
 from lbpwht_jax.ops.spec import Grid, LowRankSpec, lp_l1
@@ -93,7 +93,7 @@ class LowRankDense(nn.Module):
         inputs = inputs if self.activation is None else coded_gelu(inputs, self.slope_bits)
         how = {"precision": self.precision, "preferred_element_type": self.preferred_element_type}
         if self.dot_general is None:
-            y = dense_product(inputs, kernel, **how)
+            y = exact_matmul(inputs, kernel, **how)
         else:
             y = self.dot_general(inputs, kernel, (((inputs.ndim - 1,), (0,)), ((), ())), **how)
         return y if bias is None else y + bias.reshape((1,) * (y.ndim - 1) + (-1,))

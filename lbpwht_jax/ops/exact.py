@@ -13,7 +13,7 @@ from lbpwht_jax.ops.platforms import by_platform
 from lbpwht_jax.ops.sharding import explicit_sharding, vary_alike
 
 
-def dense_product(x: jax.Array, kernel: jax.Array, precision: Any = None, preferred_element_type: Any = None) -> jax.Array:
+def exact_matmul(x: jax.Array, kernel: jax.Array, precision: Any = None, preferred_element_type: Any = None) -> jax.Array:
     """``x @ kernel``, and its exact cotangents.
 
     XLA's CPU backend contracts one axis up to twice as fast as several: of several it transposes and copies one side. So the

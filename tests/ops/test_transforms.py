@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 from operation import VARIANTS, assert_close, jitted, sample, slow_result, value_and_gradients
 
 from lbpwht_jax import low_rank_matmul, lp_l1
-from lbpwht_jax.ops.exact import dense_product
+from lbpwht_jax.ops.exact import exact_matmul
 
 # float32 sums of up to 8 x 672 terms, in any order
 TOLERANCE = 2e-6
@@ -113,7 +113,7 @@ def test_transforms_equal_the_slow_reference(transform, variant):
 @pytest.mark.parametrize("transform", TRANSFORMS)
 def test_the_exact_product_does_too(transform):
     _, *operands = sample("both-exact")
-    assert_close(TRANSFORMS[transform](dense_product, *operands), slow_result("both-exact"), TOLERANCE)
+    assert_close(TRANSFORMS[transform](exact_matmul, *operands), slow_result("both-exact"), TOLERANCE)
 
 
 @pytest.mark.parametrize("batch", [(), (1,), (2, 3), (2, 1, 2, 2)], ids=str)
