@@ -238,9 +238,10 @@ def kept_by_kind(results: Mapping[str, Any]) -> str:
     rows = [[*(row[name] for name in names), *(f"{row['mb'][kind]:.1f}" for kind in kinds)] for row in results["rows"]]
     text = f"""
         MB per image, in {results["dtype"]}, with {results["num_classes"]} classes, by the module that needs them first in the
-        backward pass; drawn in [Residuals](residuals.md).
+        backward pass; [Residuals](residuals.md) explains them.
     """
-    return f"{prose(text)}\n\n{markdown([*names, *kinds], rows)}"
+    picture = "![bytes kept per image, by what needs them](images/kept_by_kind.png)"
+    return "\n\n".join([prose(text), picture, markdown([*names, *kinds], rows)])
 
 
 def temporaries(results: Mapping[str, Any]) -> str:

@@ -16,6 +16,9 @@ CLAIMED = {
     ("lp_l1-4+lora_all-8 - lora_all-8", "last_stage"): "holds",
     ("lp_l1-2 - lora-8", "last_stage"): "open",
     ("lp_l1-2 - lora-8", "all"): "open",
+    ("plan - lora-8", "last_stage"): "holds",
+    ("plan - lora-8", "all"): "holds",
+    ("plan - lora-8, branches and head", "all"): "holds",
 }
 SEEDS, IMAGES = 7, 2_000
 STEPS = ("efficientformer_l1", "all", 16)
