@@ -39,9 +39,12 @@ def measure(name: str, batch: int, rounds: int) -> dict[str, Any]:
     given: Any = (images, labels, jnp.ones(batch, bool), jnp.ones(batch, jnp.float32))
     variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, *info.images.shape)))
     evaluate = jax.jit(make_eval_step(model, info))
-    predict = jax.jit(
-        lambda variables, images: jax.nn.softmax(model.apply(variables, normalise(images.astype(jnp.float32) / 255, info)))
-    )
+
+    @jax.jit
+    def predict(variables: Any, images: jax.Array) -> jax.Array:
+        logits = model.apply(variables, normalise(images.astype(jnp.float32) / 255, info))
+        return jax.nn.softmax(jnp.asarray(logits, jnp.float32))
+
     functions = {layout: TorchInference(name, batch, size, CLASSES, last) for layout, last in LAYOUTS.items()}
     functions |= {
         "lbpwht evaluate": lambda: jax.block_until_ready(evaluate(variables, Batch(*given))),
