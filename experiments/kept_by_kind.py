@@ -2,8 +2,8 @@
 
     python experiments/kept_by_kind.py
 
-writes results/kept_by_kind.json and docs/images/kept_by_kind.png. The backward pass is traced; what is kept counts for the
-module that uses it first there, and at a dense layer for its products or, if they do not use it, for the activation before it.
+writes results/kept_by_kind.json, which ``experiments/results_page.py`` draws. The backward pass is traced; what is kept counts
+for the module that uses it first there, and the slopes that a dense layer uses first for the activation before it.
 """
 
 import re
@@ -12,18 +12,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 import tyro
 from jax.extend.core import Literal
 from matplotlib.figure import Figure
 
 from lbpwht_jax.adaptation import adapted_model
-from lbpwht_jax.cost import abstract_variables, residual_bytes
+from lbpwht_jax.cost import abstract_variables
+from lbpwht_jax.cost.backward import abstract_pullback
 from lbpwht_jax.models import model_info
 from lbpwht_jax.runs.folder import write_json
 
 RESULTS = Path(__file__).parent / "results" / "kept_by_kind.json"
-PICTURE = Path(__file__).parents[1] / "docs" / "images" / "kept_by_kind.png"
 MODELS = ("efficientformer_l1", "vit_small_patch16_224", "swinv2_tiny_window8_256")
 SETTINGS = (("full", "plain"), ("lp_l1-4", "plain"), ("lp_l1-4", "exact"), ("lp_l1-4", "lean"), ("lp_l1-4", "tiny"))
 KINDS = {
@@ -33,48 +32,35 @@ KINDS = {
     "activations": "(?!)",
     "rest": "",
 }
-PRODUCTS = ("dot_general", "reshape")
 CLASSES = 100
 
 
-def kind_of(equation: Any) -> str:
-    """What an equation of the backward pass belongs to."""
+def kind_of(kept: Any, equation: Any) -> str:
+    """What an array belongs to that an equation of the backward pass is the first to use.
+
+    A dense layer multiplies by the slopes of the activation before it, or decodes them; it contracts what is its own.
+    """
     if equation is None or equation.primitive.name == "conv_general_dilated":
         return "rest"
     kind = next(kind for kind, pattern in KINDS.items() if re.search(pattern, str(equation.source_info.name_stack)))
-    return "activations" if kind == "dense layers" and equation.primitive.name not in PRODUCTS else kind
+    slopes = equation.primitive.name == "mul" or jnp.issubdtype(kept.aval.dtype, jnp.unsignedinteger)
+    return "activations" if kind == "dense layers" and slopes else kind
 
 
 def kept_by_kind(name: str, method: str, residuals: Any) -> dict[str, float]:
     """MB per image, by kind, in float32."""
     model, shape = adapted_model(name, method, num_classes=CLASSES, residuals=residuals), model_info(name).images.shape
-    variables = abstract_variables(model, shape)
-    params, others = variables["params"], {key: tree for key, tree in variables.items() if key != "params"}
-
-    def pullback(params: Any, others: Any, images: jax.Array) -> Any:
-        def loss(params: Any) -> jax.Array:
-            given = {"params": params, **others}
-            logits, _ = model.apply(given, images, train=True, rngs={"dropout": jax.random.key(0)}, mutable=list(others))
-            labels = jnp.zeros(len(images), jnp.int32)
-            return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
-
-        return jax.vjp(loss, params)[1]
-
-    one, two = (
-        jax.eval_shape(pullback, params, others, jax.ShapeDtypeStruct((images, *shape), jnp.float32)) for images in (2, 3)
-    )
-    sizes = [[leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(each)] for each in (one, two)]
-    backward = jax.make_jaxpr(lambda kept, g: kept(g))(two, jax.ShapeDtypeStruct((), jnp.float32)).jaxpr
+    pullbacks = [abstract_pullback(model, abstract_variables(model, shape), shape, images) for images in (2, 3)]
+    sizes = [[leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(each)] for each in pullbacks]
+    backward = jax.make_jaxpr(lambda kept, g: kept(g))(pullbacks[1], jax.ShapeDtypeStruct((), jnp.float32)).jaxpr
     first: dict[Any, Any] = {}
     for equation in backward.eqns:
         for operand in equation.invars:
             if not isinstance(operand, Literal):
                 first.setdefault(operand, equation)
     found = dict.fromkeys(KINDS, 0)
-    for kept, less, more in zip(backward.invars, *sizes, strict=False):  # the last input is the loss's cotangent
-        found[kind_of(first.get(kept))] += more - less
-    if sum(found.values()) != residual_bytes(model, variables, shape):
-        raise RuntimeError(f"{name}, {method}: the kinds' bytes are not what lbpwht cost counts")
+    for kept, less, more in zip(backward.invars[:-1], *sizes, strict=True):  # the last input is the loss's cotangent
+        found[kind_of(kept, first.get(kept))] += more - less
     return {kind: count / 1e6 for kind, count in found.items()}
 
 
@@ -106,7 +92,6 @@ def main() -> None:
         for method, residuals in SETTINGS
     ]
     write_json(RESULTS, {"num_classes": CLASSES, "dtype": "float32", "rows": rows})
-    draw(rows, PICTURE)
     for row in rows:
         print(row["model"], row["method"], row["residuals"], {kind: round(mb, 1) for kind, mb in row["mb"].items()})
 

@@ -11,10 +11,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import kept_by_kind
 import results_accuracy as accuracy
 import results_compile as compiled
 import results_costs as costs
 import results_readme
+import transfer_plots
 import transfer_report
 import tyro
 from transfer_report import prose
@@ -103,11 +105,13 @@ def main(check: bool = False) -> None:
     PAGE.write_text(render())
     IMAGES.mkdir(parents=True, exist_ok=True)
     if (sweep := read("transfer")) and (steps := read("transfer_steps")):
-        transfer_report.plot(sweep["runs"], steps["seconds"], IMAGES / "transfer.png")
+        transfer_plots.plot(sweep["runs"], steps["seconds"], IMAGES / "transfer.png")
         shown = ("all",), transfer_report.README_FAMILIES
-        transfer_report.plot(sweep["runs"], steps["seconds"], IMAGES / "transfer_summary.png", *shown)
+        transfer_plots.plot(sweep["runs"], steps["seconds"], IMAGES / "transfer_summary.png", *shown)
     if compared := read("transfer_gradients"):
-        transfer_report.plot_gradients(compared["rows"], IMAGES / "transfer_gradients.png")
+        transfer_plots.plot_gradients(compared["rows"], IMAGES / "transfer_gradients.png")
+    if kept := read("kept_by_kind"):
+        kept_by_kind.draw(kept["rows"], IMAGES / "kept_by_kind.png")
 
 
 if __name__ == "__main__":

@@ -35,6 +35,15 @@ _KINDS = {
 _CONVOLUTIONS = ("mkldnn_convolution", "convolution_backward", "_slow_conv2d_forward", "thnn_conv2d")
 
 
+def _model_and_images(name: str, batch: int, size: int, classes: int, channels_last: bool) -> tuple[Any, Any]:
+    """timm's model and random images, in a memory layout."""
+    torch.manual_seed(0)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    model: Any = timm.create_model(name, num_classes=classes)
+    images = torch.randn(batch, 3, size, size).contiguous(memory_format=layout)
+    return model.to(memory_format=layout), images
+
+
 class TorchStep:
     """One training step of timm's model: loss with smoothed labels, clipped gradients, AdamW; frozen batch norms.
 
@@ -47,14 +56,11 @@ class TorchStep:
     """
 
     def __init__(self, name: str, batch: int, size: int, classes: int, channels_last: bool):
-        torch.manual_seed(0)
-        layout = torch.channels_last if channels_last else torch.contiguous_format
-        model: Any = timm.create_model(name, num_classes=classes)
-        self._model = model.train().to(memory_format=layout)
+        self._model, self._images = _model_and_images(name, batch, size, classes, channels_last)
+        self._model.train()
         for module in self._model.modules():
             if isinstance(module, torch.nn.BatchNorm2d):
                 module.eval()
-        self._images = torch.randn(batch, 3, size, size).contiguous(memory_format=layout)
         self._labels = torch.randint(0, classes, (batch,))
         self._optimizer = torch.optim.AdamW(self._model.parameters(), lr=5e-4, weight_decay=1e-5)
         self._loss = torch.nn.CrossEntropyLoss(label_smoothing=0.1)
@@ -83,10 +89,8 @@ class TorchInference:
     """
 
     def __init__(self, name: str, batch: int, size: int, classes: int, channels_last: bool):
-        layout = torch.channels_last if channels_last else torch.contiguous_format
-        model: Any = timm.create_model(name, num_classes=classes)
-        self._model = model.eval().to(memory_format=layout)
-        self._images = torch.randn(batch, 3, size, size).contiguous(memory_format=layout)
+        self._model, self._images = _model_and_images(name, batch, size, classes, channels_last)
+        self._model.eval()
 
     def __call__(self) -> Any:
         """Classifies the images."""

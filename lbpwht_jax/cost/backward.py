@@ -54,6 +54,26 @@ def backward_flops(model: Any, variables: Variables, image_shape: tuple[int, int
     return product_flops(jax.value_and_grad(loss), *arguments) - product_flops(loss, *arguments)
 
 
+def abstract_pullback(model: Any, variables: Variables, image_shape: tuple[int, int, int], images: int) -> Any:
+    """What ``jax.vjp`` of a cross-entropy loss by all parameters returns: shapes and dtypes of all that is kept.
+
+    Args:
+      model: a Linen module or ``AdaptedModule``, called as ``model.apply(variables, images, train=True)``, returning logits.
+      variables: its variables, arrays or ``jax.ShapeDtypeStruct``.
+      image_shape: height, width and channels.
+      images: how many.
+
+    Returns:
+      The function from the loss's cotangent to the parameters', a pytree of ``jax.ShapeDtypeStruct``.
+    """
+    params, others = _split(variables)
+
+    def pullback(params, others, images):
+        return jax.vjp(lambda params: _loss(model, {"params": params, **others}, images), params)[1]
+
+    return jax.eval_shape(pullback, params, others, jax.ShapeDtypeStruct((images, *image_shape), jnp.float32))
+
+
 def residual_bytes(model: Any, variables: Variables, image_shape: tuple[int, int, int]) -> int:
     """Bytes per image that the backward pass of a cross-entropy loss keeps from the forward pass.
 
@@ -68,15 +88,9 @@ def residual_bytes(model: Any, variables: Variables, image_shape: tuple[int, int
     Returns:
       Bytes per image, in the dtypes the model computes in.
     """
-    params, others = _split(variables)
 
-    def residuals(params, others, images):
-        return jax.vjp(lambda params: _loss(model, {"params": params, **others}, images), params)[1]
-
-    def size(batch: int) -> int:
-        images = jax.ShapeDtypeStruct((batch, *image_shape), jnp.float32)
-        return sum(
-            leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(jax.eval_shape(residuals, params, others, images))
-        )
+    def size(images: int) -> int:
+        kept = abstract_pullback(model, variables, image_shape, images)
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(kept))
 
     return size(3) - size(2)

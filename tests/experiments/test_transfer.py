@@ -105,7 +105,7 @@ def test_branches_and_head_alone_are_compared_as_methods_of_their_own():
 
 
 @pytest.mark.heavy
-def test_a_plan_stays_within_the_other_methods_flops(archive, tmp_path):
+def test_a_plan_stays_within_the_other_methods_flops(archive):
     dataset = transfer.read_dataset([archive], backbone_info().images.size, 40, 4, None)
     variables = jax.jit(backbone(2).init)(jax.random.key(0), jnp.zeros((1, *backbone_info().images.shape)))
     shape, classes = backbone_info().images.shape, 2
