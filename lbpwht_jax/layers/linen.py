@@ -21,7 +21,7 @@ class LowRankDense(nn.Module):
 
     Attributes:
       features: output channels.
-      spec: the Walsh functions kept; ``None`` backpropagates exactly, as ``nn.Dense`` does.
+      spec: the Walsh functions kept; ``None`` backpropagates exactly, as ``nn.Dense`` does, in reverse mode only.
       grid: tokens along each axis, for inputs ``[..., prefix_tokens + tokens, channels]``; ``None`` for channels-last maps,
         ``[batch, height, width, channels]``.
       prefix_tokens: leading tokens outside the grid (class or register tokens), backpropagated exactly.
@@ -34,6 +34,7 @@ class LowRankDense(nn.Module):
       promote_dtype: function that brings input, kernel and bias to one dtype.
       preferred_element_type: dtype of the product, as for ``jax.lax.dot_general``.
       dot_general: function with the signature of ``jax.lax.dot_general`` that makes the product; ``spec`` is then not used.
+        ``jax.lax.dot_general`` itself can be differentiated in forward mode as well.
       activation: ``"gelu"`` applies the exact GELU to the inputs first, as for ``low_rank_matmul``.
       slope_bits: in how many bits its slope is kept, 2, 3, 4 or 8; ``None`` keeps it as it is.
     """

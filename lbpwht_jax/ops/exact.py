@@ -18,7 +18,8 @@ def exact_matmul(x: jax.Array, kernel: jax.Array, precision: Any = None, preferr
 
     XLA's CPU backend contracts one axis up to twice as fast as several: of several it transposes and copies one side. So the
     kernel's cotangent sums over rows in one axis there. Accelerators lay out arrays by their last two axes, and take them as
-    they are. Reverse-mode differentiation only.
+    they are. Reverse-mode differentiation only. On meshes with explicit axes, for operands of two dtypes and for a result of
+    another one it is ``jax.lax.dot_general`` alone.
 
     Args:
       x: ``[..., in]``, floating point.
