@@ -18,7 +18,7 @@ from lbpwht_jax.models.info import Images, Layers, ModelInfo, TimmFiles
 from lbpwht_jax.models.loops import run_blocks
 from lbpwht_jax.models.norms import layer_norm
 from lbpwht_jax.models.windows import from_windows, relative_coordinates, relative_index, shift_mask, to_windows
-from lbpwht_jax.ops.attention import heads_first, kept_attention, takes_heads_first
+from lbpwht_jax.ops.attention import attend, kept_attention, takes_heads_first
 from lbpwht_jax.ops.dtypes import accumulation_dtype
 from lbpwht_jax.ops.spec import Grid
 
@@ -40,14 +40,18 @@ def _normalize(x: jax.Array) -> jax.Array:
     return jnp.where(positive, x * jax.lax.rsqrt(jnp.where(positive, square, 1)), 0)
 
 
-def _cosine_attention(query: jax.Array, key: jax.Array, value: jax.Array, scale: jax.Array, position: jax.Array) -> jax.Array:
+def _cosine_attention(query: jax.Array, key: jax.Array, value: jax.Array, scale: jax.Array, *biases: jax.Array) -> jax.Array:
+    by_heads = takes_heads_first(value)
+    if by_heads:  # before they are normalised, which is then a pass over what the products read
+        query, key, value = (jnp.swapaxes(x, -3, -2) for x in (query, key, value))
     query = _normalize(query)
-    query = (query * scale.reshape(1, 1, 1, -1, 1).astype(query.dtype)).astype(value.dtype)
+    scale = scale.reshape(1, 1, -1, 1, 1) if by_heads else scale.reshape(1, 1, 1, -1, 1)
+    query = (query * scale.astype(query.dtype)).astype(value.dtype)
     key = _normalize(key).astype(value.dtype)
-    if takes_heads_first(value):
-        return heads_first(query, key, value, position)
+    if by_heads:
+        return jnp.swapaxes(attend(query, key, value, *biases), -3, -2)
     attention = functools.partial(jax.nn.dot_product_attention, scale=1.0)
-    return jax.vmap(attention, in_axes=(0, 0, 0, None))(query, key, value, position)
+    return jax.vmap(attention, in_axes=(0, 0, 0, None))(query, key, value, sum(biases[1:], biases[0]))
 
 
 class WindowAttention(Part):
@@ -81,10 +85,10 @@ class WindowAttention(Part):
 
         scale = self.param("logit_scale", nn.initializers.constant(math.log(10)), (self.heads, 1, 1))
         scale = jnp.exp(jnp.minimum(scale, math.log(_LARGEST_SCALE)))
-        position = self._position_bias()[None]
+        biases = [self._position_bias()[None]]
         if mask is not None:
-            position = position + jnp.asarray(mask, position.dtype)[:, None]
-        x = kept_attention(_cosine_attention, self.settings.residuals, (query, key, value), scale, position)
+            biases.append(jnp.asarray(mask, biases[0].dtype)[:, None])
+        x = kept_attention(_cosine_attention, self.settings.residuals, (query, key, value), scale, *biases)
         return dense(self, "proj", channels, grid=self.window)(x.reshape(batch, windows, tokens, channels))
 
     def _position_bias(self) -> jax.Array:

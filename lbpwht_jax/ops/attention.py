@@ -57,28 +57,58 @@ def takes_heads_first(query: jax.Array) -> bool:
     return not is_narrow(query.dtype) and explicit_sharding(query) is None
 
 
-def heads_first(query: jax.Array, key: jax.Array, value: jax.Array, biases: jax.Array | None = None) -> jax.Array:
-    """``softmax(q k^T + biases) v`` with heads beside the batch: XLA's CPU backend is slower where they are an inner axis.
+def heads_first(query: jax.Array, key: jax.Array, value: jax.Array, *biases: jax.Array) -> jax.Array:
+    """``softmax(q k^T + biases) v`` by ``attend``: XLA's CPU backend is slower where heads are an inner axis.
 
     Args:
       query: ``[..., queries, heads, head_dim]``, scaled.
       key: ``[..., keys, heads, head_dim]``.
       value: ``[..., keys, heads, channels]``.
-      biases: broadcast to ``[..., heads, queries, keys]``; leading axes may be left out.
+      *biases: as ``attend`` takes them.
 
     Returns:
-      ``[..., queries, heads, channels]``, of the values' dtype; the softmax is taken in at least float32.
+      ``[..., queries, heads, channels]``, of the values' dtype.
     """
-    shape = *query.shape[:-3], query.shape[-2], query.shape[-3], key.shape[-3]
-    query, key, value = (jnp.swapaxes(x, -3, -2).reshape(-1, x.shape[-3], x.shape[-1]) for x in (query, key, value))
+    query, key, value = (jnp.swapaxes(x, -3, -2) for x in (query, key, value))
+    return jnp.swapaxes(attend(query, key, value, *biases), -3, -2)
+
+
+def attend(query: jax.Array, key: jax.Array, value: jax.Array, *biases: jax.Array) -> jax.Array:
+    """``softmax(q k^T + biases) v`` with heads beside the batch, which are one axis: so XLA's CPU backend fuses best.
+
+    Args:
+      query: ``[..., heads, queries, head_dim]``, scaled.
+      key: ``[..., heads, keys, head_dim]``.
+      value: ``[..., heads, keys, channels]``.
+      *biases: each is broadcast to ``[..., heads, queries, keys]``. What is added in parts gets its gradients in parts: summed
+        at once, and not at all for constants.
+
+    Returns:
+      ``[..., heads, queries, channels]``, of the values' dtype; the softmax is taken in at least float32.
+    """
+    shape = *query.shape[:-1], key.shape[-2]
+    query, key, value = (x.reshape(-1, *x.shape[-2:]) for x in (query, key, value))
     each = ((0,), (0,))
-    logits = lax.dot_general(query, key, (((2,), (2,)), each)).reshape(shape)
+    logits = lax.dot_general(query, key, (((2,), (2,)), each))
     logits = logits.astype(accumulation_dtype(logits.dtype))
-    if biases is not None:
-        logits = logits + biases.reshape((1,) * (len(shape) - biases.ndim) + biases.shape).astype(logits.dtype)
-    weights = jax.nn.softmax(logits).astype(value.dtype).reshape(-1, *shape[-2:])
-    result = lax.dot_general(weights, value, (((2,), (1,)), each))
-    return jnp.swapaxes(result.reshape(*shape[:-1], -1), -3, -2)
+    for bias in biases:
+        logits = logits + jnp.broadcast_to(bias, shape).reshape(logits.shape).astype(logits.dtype)
+    weights = softmax(logits).astype(value.dtype)
+    return lax.dot_general(weights, value, (((2,), (1,)), each)).reshape(*shape[:-1], -1)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def softmax(x: jax.Array, axis: int = -1) -> jax.Array:
+    """Softmax along an axis, in x's dtype: one factor per row, so that XLA's CPU backend fuses it with the products around it."""
+    exponentials = jnp.exp(x - jnp.max(x, axis, keepdims=True))
+    return exponentials * (1 / jnp.sum(exponentials, axis, keepdims=True))
+
+
+@softmax.defjvp
+def _softmax_jvp(axis: int, primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
+    weights = softmax(*primals, axis)
+    [tangent] = tangents
+    return weights, weights * (tangent - jnp.sum(weights * tangent, axis, keepdims=True))
 
 
 def kept_attention(
@@ -121,6 +151,9 @@ def packed_attention(qkv: jax.Array, residuals: Residuals | None) -> jax.Array:
 
 
 def _parts(qkv: jax.Array) -> tuple[jax.Array, ...]:
+    if takes_heads_first(qkv):  # channels as one axis: joining cotangents along it is the least work on a CPU
+        batch, tokens, parts, heads, _ = qkv.shape
+        return tuple(x.reshape(batch, tokens, heads, -1) for x in jnp.split(qkv.reshape(batch, tokens, -1), parts, -1))
     return tuple(jnp.moveaxis(qkv, 2, 0))
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-from lbpwht_jax.ops.attention import _cudnn_takes, attention
+from lbpwht_jax.ops.attention import _cudnn_takes, attend, attention, softmax
 
 
 def sample(dtype, shape=(3, 17, 4, 8)):
@@ -62,6 +62,40 @@ def test_vmap():
     operands = sample(jnp.float32)
     mapped = jax.vmap(attention)(*(array[:, None] for array in operands))
     chex.assert_trees_all_close(mapped[:, 0], attention(*operands), atol=1e-6)
+
+
+@pytest.mark.parametrize("shapes", [[], [(4, 17, 17)], [(4, 17, 17), (3, 1, 17, 17)]], ids=["none", "one", "two"])
+def test_biases_are_added_to_the_scores(shapes):
+    """Values and all gradients against JAX's attention, which takes one bias; float32 sums of 17 and of 51 terms."""
+    rng = np.random.default_rng(1)
+    query, key, value = (jnp.swapaxes(array, 1, 2) for array in sample(jnp.float32))
+    biases = [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes]
+
+    def ours(query, key, value, *biases):
+        return attend(query, key, value, *biases)
+
+    def reference(query, key, value, *biases):
+        total = sum(jnp.broadcast_to(bias, (3, 4, 17, 17)) for bias in biases) if biases else None
+        operands = (jnp.swapaxes(array, 1, 2) for array in (query, key, value))
+        return jnp.swapaxes(jax.nn.dot_product_attention(*operands, total, scale=1.0), 1, 2)
+
+    results = [jax.vjp(function, query, key, value, *biases) for function in (ours, reference)]
+    chex.assert_trees_all_close(results[0][0], results[1][0], atol=2e-6)
+    chex.assert_trees_all_close(*(pullback(jnp.cos(result)) for result, pullback in results), atol=2e-5)
+
+
+@pytest.mark.parametrize("axis", [-1, 1])
+def test_softmax_in_both_modes(axis):
+    x = jnp.asarray(np.random.default_rng(2).normal(size=(3, 5, 7)), jnp.float32)
+    chex.assert_trees_all_close(softmax(x, axis), jax.nn.softmax(x, axis), atol=1e-6)
+    # central differences of float32 values below 1
+    check_grads(functools.partial(softmax, axis=axis), (x,), order=2, modes=["fwd", "rev"], atol=2e-2, rtol=2e-2)
+
+
+def test_softmax_of_large_equal_and_left_out_scores():
+    x = jnp.asarray([[1e30, 0, -1e30], [3, 3, 3], [0, -np.inf, 0]], jnp.float32)
+    np.testing.assert_allclose(softmax(x), [[1, 0, 0], [1 / 3] * 3, [0.5, 0, 0.5]], atol=1e-7)
+    assert jnp.all(jnp.isfinite(jax.grad(lambda x: softmax(x)[:, 0].sum())(x)))
 
 
 @pytest.mark.parametrize(
