@@ -10,6 +10,7 @@ from flax import traverse_util
 
 from lbpwht_jax.adaptation import lora
 from lbpwht_jax.adaptation.layer import Adaptation
+from lbpwht_jax.adaptation.marker import with_marker, without_marker
 
 Variables = Mapping[str, Any]
 Path = tuple[str, ...]
@@ -60,7 +61,8 @@ def add_branches(key: jax.Array, variables: Variables, adaptations: Sequence[Ada
         key, own = jax.random.split(key)
         kernel = nn.meta.unbox(_kernel(flat, adaptation, "with_branches"))
         flat |= {leaf_path(adaptation, name): matrix for name, matrix in lora.fresh(adaptation, own, kernel.dtype).items()}
-    return with_params(variables, flat)
+    variables = with_params(variables, flat)
+    return with_marker(variables) if adaptations else variables
 
 
 def check_branches(variables: Variables, adaptations: Sequence[Adaptation], name: str) -> None:
@@ -91,7 +93,7 @@ def merge_branches(variables: Variables, adaptations: Sequence[Adaptation]) -> d
     for adaptation in adaptations:
         a, b = (flat.pop(leaf_path(adaptation, name)) for name in (lora.A, lora.B))
         _change_kernel(flat, adaptation, lambda kernel, change: kernel + change, a, b)
-    return with_params(variables, flat)
+    return without_marker(with_params(variables, flat))
 
 
 def unmerge_branches(variables: Variables, branches: Variables, adaptations: Sequence[Adaptation]) -> dict[str, Any]:
@@ -110,7 +112,8 @@ def unmerge_branches(variables: Variables, branches: Variables, adaptations: Seq
         a, b = (source[path] for path in own.values())
         _change_kernel(flat, adaptation, lambda kernel, change: kernel - change, a, b)
         flat |= {own[lora.A]: a, own[lora.B]: b}
-    return with_params(variables, flat)
+    variables = with_params(variables, flat)
+    return with_marker(variables) if adaptations else variables
 
 
 def merge_weighted(

@@ -12,6 +12,7 @@ from lbpwht_jax.adaptation.dataflow import Seen, follow
 from lbpwht_jax.adaptation.linen import AdaptedModule, LowRankModel
 from lbpwht_jax.adaptation.linen_layers import find_layers, intercept_marked, joined
 from lbpwht_jax.adaptation.loops import has_loops, unrolled, with_loops
+from lbpwht_jax.adaptation.marker import without_marker
 from lbpwht_jax.adaptation.matching import Found, check_mixing, resolve_rules
 from lbpwht_jax.adaptation.nnx import adapt_nnx
 from lbpwht_jax.adaptation.nnx_layers import as_rngs, find_nnx_layers, with_rngs
@@ -74,7 +75,7 @@ def adapt(model: Any, rules: Sequence[Rule], *args: Any, rngs: Any = None, **kwa
     wanted = [a for a in resolution.adaptations if a.rank or (a.grid is not None and square)]
     if not wanted:
         return adapted
-    seen = _followed(adapted, variables, args, kwargs)
+    seen = _followed(adapted, without_marker(variables), args, kwargs)
     told = tuple(dataclasses.replace(a, layer=seen.told(a.layer)) if a in wanted else a for a in resolution.adaptations)
     check_mixing(told)
     return AdaptedModule(adapted.module, dataclasses.replace(resolution, adaptations=told))

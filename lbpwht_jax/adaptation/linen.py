@@ -7,12 +7,14 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+from flax.core.scope import in_filter
 from jax import lax
 
 from lbpwht_jax.adaptation.branches import add_branches, check_branches, merge_branches, merge_weighted, unmerge_branches
 from lbpwht_jax.adaptation.layer import Adaptation
 from lbpwht_jax.adaptation.lean import is_lean, lean_call, lean_module
 from lbpwht_jax.adaptation.linen_layers import DROPOUT, is_adapted, is_layer_call, joined, twin
+from lbpwht_jax.adaptation.marker import BRANCHES, with_marker, without_marker
 from lbpwht_jax.adaptation.resolution import Resolution, TrainableParameters
 from lbpwht_jax.ops.residuals import Residuals
 from lbpwht_jax.ops.spec import LowRankSpec
@@ -23,8 +25,9 @@ class AdaptedModule:
     """A Linen model under rules; its ``init`` and ``apply`` take the same arguments as the model's.
 
     The variables are the model's own. LoRA adds ``lora_a``, ``[inputs, rank]``, and ``lora_b``, ``[rank, outputs]``, beside
-    the kernels. Frozen parameters get zero gradients, and no computation is spent on them. ``module.apply`` takes variables
-    with branches too, but leaves the branches out, as Flax does with all that a model does not ask for.
+    the kernels, and the empty collection ``"branches"``, which makes ``module.apply`` of such variables an error. Without it,
+    as in ``{"params": variables["params"]}``, Flax leaves out the branches like all that a model does not ask for. Frozen
+    parameters get zero gradients, and no computation is spent on them.
 
     Attributes:
       module: the model as it was.
@@ -37,7 +40,8 @@ class AdaptedModule:
     def init(self, rngs: Any, *args: Any, **kwargs: Any) -> Any:
         """Fresh variables as ``module.init`` makes them, together with those of the LoRA branches."""
         with nn.intercept_methods(self.intercept):
-            return self.module.init(rngs, *args, **kwargs)
+            variables = self.module.init(rngs, *args, **kwargs)
+        return with_marker(variables) if self.resolution.branches else variables
 
     def apply(self, variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Returns what ``module.apply`` returns; the backward pass follows the rules.
@@ -58,7 +62,10 @@ class AdaptedModule:
         rngs = kwargs.get("rngs")
         drops = isinstance(rngs, Mapping) and DROPOUT in rngs
         with nn.intercept_methods(functools.partial(self.intercept, drops=drops)):
-            return self.module.apply(variables, *args, **kwargs)
+            result = self.module.apply(without_marker(variables), *args, **kwargs)
+        if BRANCHES in variables and in_filter(kwargs.get("mutable", False), BRANCHES):
+            return result[0], with_marker(result[1])
+        return result
 
     def trainable(self, path: str) -> bool:
         """Whether the parameter at ``path``, such as ``"blocks_0/mlp/fc1/kernel"``, is trained."""
@@ -82,6 +89,9 @@ class AdaptedModule:
         Args:
           key: the random key; each layer draws its ``A`` from a key of its own.
           variables: variables of ``module``.
+
+        Returns:
+          Variables of this adapted model, with an empty collection ``"branches"``: ``module.apply`` of them is an error.
 
         Raises:
           TypeError: if ``variables`` has no ``"params"``.

@@ -9,6 +9,7 @@ from flax import nnx, traverse_util
 
 from lbpwht_jax.adaptation.linen import AdaptedModule
 from lbpwht_jax.adaptation.lora import A, B
+from lbpwht_jax.adaptation.marker import with_marker
 from lbpwht_jax.adaptation.nnx import resolution_of
 from lbpwht_jax.adaptation.nnx_layers import FrozenParam
 from lbpwht_jax.adaptation.resolution import Resolution
@@ -46,7 +47,8 @@ def flat_variables(adapted: Any, variables: Mapping[str, Any] | None, name: str)
 def filled(adapted: Any, flat: Mapping[Path, Any]) -> Any:
     """The nested variables of a Linen model; for an NNX model a copy of it with these."""
     if isinstance(adapted, AdaptedModule):
-        return traverse_util.unflatten_dict(dict(flat))
+        variables = traverse_util.unflatten_dict(dict(flat))
+        return with_marker(variables) if adapted.resolution.branches else variables
     copy = nnx.clone(adapted)
     for path, variable in _variables(copy).items():
         variable[...] = flat[path]

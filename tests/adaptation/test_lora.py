@@ -29,12 +29,13 @@ def random(*shape, seed=0):
 
 def filled(variables, seed=5):
     """The variables with every LoRA ``B`` random."""
-    flat = traverse_util.flatten_dict(variables)
-    keys = iter(jax.random.split(jax.random.key(seed), len(flat)))
-    drawn = {
-        path: 0.1 * jax.random.normal(next(keys), leaf.shape) if path[-1] == "lora_b" else leaf for path, leaf in flat.items()
-    }
-    return traverse_util.unflatten_dict(drawn)
+    keys = iter(jax.random.split(jax.random.key(seed), len(jax.tree.leaves(variables))))
+
+    def drawn(path, leaf):
+        key = next(keys)
+        return 0.1 * jax.random.normal(key, leaf.shape) if path[-1] == jax.tree_util.DictKey("lora_b") else leaf
+
+    return jax.tree.map_with_path(drawn, variables)
 
 
 VIT_INFO = model_info("vit_micro_patch4_28")
@@ -203,7 +204,7 @@ def test_the_file_round_trips(name, tmp_path):
     flat = traverse_util.flatten_dict(trained["params"], sep="/")
     frozen = traverse_util.flatten_dict(variables["params"], sep="/")
     flat = {path: leaf if adapted.trainable(path) else frozen[path] for path, leaf in flat.items()}
-    trained = {"params": traverse_util.unflatten_dict(flat, sep="/")}
+    trained = {**trained, "params": traverse_util.unflatten_dict(flat, sep="/")}
     save_adapter(tmp_path / "new" / "folder", adapted, trained, info)
     for base in (variables, started):
         loaded = load_adapter(tmp_path / "new" / "folder", adapted, base, info)

@@ -31,10 +31,11 @@ def unboxed(variables):
 
 def filled(variables, seed=7):
     """The variables with every LoRA ``B`` random."""
-    flat = traverse_util.flatten_dict(variables)
-    return traverse_util.unflatten_dict(
-        {path: random(*leaf.shape, seed=seed) / 10 if path[-1] == "lora_b" else leaf for path, leaf in flat.items()}
-    )
+
+    def drawn(path, leaf):
+        return random(*leaf.shape, seed=seed) / 10 if path[-1] == jax.tree_util.DictKey("lora_b") else leaf
+
+    return jax.tree.map_with_path(drawn, variables)
 
 
 @pytest.fixture(params=LINEN)
@@ -109,7 +110,7 @@ def test_each_intermediate_result_is_captured_once():
     x = random(*shape)
     adapted = adapt(model, [LoRA(pattern, 2, spec=lp_l1(2))], x)
     started = adapted.with_branches(jax.random.key(1), jax.jit(model.init)(jax.random.key(0), x))
-    _, expected = model.apply(started, x, capture_intermediates=True)
+    _, expected = model.apply({"params": started["params"]}, x, capture_intermediates=True)
     for mutable in (False, ["intermediates"], True):
         _, state = adapted.apply(started, x, capture_intermediates=True, mutable=mutable)
         chex.assert_trees_all_equal_structs(state["intermediates"], expected["intermediates"])
@@ -154,7 +155,7 @@ def test_other_methods_than_call():
     adapted = adapt(model, [LoRA("fc", 2, spec=lp_l1(2))], x, method="encode")
     started = adapted.with_branches(jax.random.key(1), model.init(jax.random.key(0), x, method="encode"))
     for method in ("encode", Towers.encode):
-        expected = model.apply(started, x, method=method)
+        expected = model.apply({"params": started["params"]}, x, method=method)
         assert difference(adapted.apply(started, x, method=method), expected) < 1e-5
 
 
