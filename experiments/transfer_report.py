@@ -128,6 +128,7 @@ CLAIMS = (
         ("lp_l1-4",),
         -0.3,
     ),
+    Claim("... and with `tiny` ones", "lp_l1-4 (tiny) - lp_l1-4", ("lp_l1-4 (tiny)",), ("lp_l1-4",), -0.3),
     Claim("So is full backpropagation", "full (lean) - full", ("full (lean)",), ("full",), -0.3),
     *(
         Claim(
