@@ -99,7 +99,11 @@ def attend(query: jax.Array, key: jax.Array, value: jax.Array, *biases: jax.Arra
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def softmax(x: jax.Array, axis: int = -1) -> jax.Array:
-    """Softmax along an axis, in x's dtype: one factor per row, so that XLA's CPU backend fuses it with the products around it."""
+    """Softmax along an axis, in x's dtype.
+
+    It has one factor per row, so that XLA's CPU backend fuses it with the products around it. For the backward pass it keeps
+    its result alone, where ``jax.nn.softmax`` keeps two such arrays.
+    """
     exponentials = jnp.exp(x - jnp.max(x, axis, keepdims=True))
     return exponentials * (1 / jnp.sum(exponentials, axis, keepdims=True))
 
