@@ -113,10 +113,14 @@ def _inside(equation: Any, operands: list[Value], seen: Seen) -> list[Value] | N
     """Goes through the programs inside an equation; ``None`` if there are none."""
     name, params = equation.primitive.name, equation.params
     if name == "scan":
-        whole = params["num_consts"] + params["num_carry"]
-        slices = [Value(operand.kernel) for operand in operands[whole:]]
-        outputs = _walk(params["jaxpr"].jaxpr, operands[:whole] + slices, seen)
-        return outputs[: params["num_carry"]] + [_UNKNOWN] * (len(outputs) - params["num_carry"])
+        step = params["jaxpr"].jaxpr
+        slices = [Value(operand.kernel) for operand in operands]
+        inputs = [
+            whole if _alike(*pair) else part
+            for whole, part, *pair in zip(operands, slices, equation.invars, step.invars, strict=True)
+        ]
+        outputs = zip(_walk(step, inputs, seen), equation.outvars, step.outvars, strict=True)
+        return [value if _alike(*pair) else _UNKNOWN for value, *pair in outputs]
     if name == "while":
         return _walk(params["body_jaxpr"].jaxpr, operands[params["cond_nconsts"] :], seen)
     if name == "cond":
@@ -124,6 +128,11 @@ def _inside(equation: Any, operands: list[Value], seen: Seen) -> list[Value] | N
         return [own if all(own == other[i] for other in others) else _UNKNOWN for i, own in enumerate(first)]
     inner = inner_program(equation)
     return None if inner is None else _walk(inner, operands, seen)
+
+
+def _alike(outside: Any, inside: Any) -> bool:
+    """Whether each step of a loop has the whole array, and not a slice of it: versions of JAX say it in ways of their own."""
+    return outside.aval.ndim == inside.aval.ndim
 
 
 def _tokens(equation: Any, operands: list[Value]) -> Axes | None:
