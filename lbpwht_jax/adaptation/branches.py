@@ -61,8 +61,7 @@ def add_branches(key: jax.Array, variables: Variables, adaptations: Sequence[Ada
         key, own = jax.random.split(key)
         kernel = nn.meta.unbox(_kernel(flat, adaptation, "with_branches"))
         flat |= {leaf_path(adaptation, name): matrix for name, matrix in lora.fresh(adaptation, own, kernel.dtype).items()}
-    variables = with_params(variables, flat)
-    return with_marker(variables) if adaptations else variables
+    return with_marker(with_params(variables, flat), adaptations)
 
 
 def check_branches(variables: Variables, adaptations: Sequence[Adaptation], name: str) -> None:
@@ -112,8 +111,7 @@ def unmerge_branches(variables: Variables, branches: Variables, adaptations: Seq
         a, b = (source[path] for path in own.values())
         _change_kernel(flat, adaptation, lambda kernel, change: kernel - change, a, b)
         flat |= {own[lora.A]: a, own[lora.B]: b}
-    variables = with_params(variables, flat)
-    return with_marker(variables) if adaptations else variables
+    return with_marker(with_params(variables, flat), adaptations)
 
 
 def merge_weighted(

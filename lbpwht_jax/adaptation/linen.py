@@ -40,8 +40,7 @@ class AdaptedModule:
     def init(self, rngs: Any, *args: Any, **kwargs: Any) -> Any:
         """Fresh variables as ``module.init`` makes them, together with those of the LoRA branches."""
         with nn.intercept_methods(self.intercept):
-            variables = self.module.init(rngs, *args, **kwargs)
-        return with_marker(variables) if self.resolution.branches else variables
+            return with_marker(self.module.init(rngs, *args, **kwargs), self.resolution.branches)
 
     def apply(self, variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Returns what ``module.apply`` returns; the backward pass follows the rules.
@@ -50,8 +49,8 @@ class AdaptedModule:
 
         Raises:
           TypeError: if ``variables`` has no ``"params"``.
-          ValueError: if a LoRA branch is missing; if a branch's dropout gets no key, as in a loop such as ``nn.scan`` that
-            does not pass the rng on.
+          ValueError: if a LoRA branch is missing, or there are branches and no rule has any; if a branch's dropout gets no key,
+            as in a loop such as ``nn.scan`` that does not pass the rng on.
         """
         check_branches(variables, self.resolution.branches, "apply")
 
@@ -62,9 +61,10 @@ class AdaptedModule:
         rngs = kwargs.get("rngs")
         drops = isinstance(rngs, Mapping) and DROPOUT in rngs
         with nn.intercept_methods(functools.partial(self.intercept, drops=drops)):
-            result = self.module.apply(without_marker(variables), *args, **kwargs)
+            own = without_marker(variables) if self.resolution.branches else variables
+            result = self.module.apply(own, *args, **kwargs)
         if BRANCHES in variables and in_filter(kwargs.get("mutable", False), BRANCHES):
-            return result[0], with_marker(result[1])
+            return result[0], with_marker(result[1], self.resolution.branches)
         return result
 
     def trainable(self, path: str) -> bool:

@@ -1,6 +1,6 @@
 """What tells variables with LoRA's branches from the model's own, which compute something else."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 import jax
@@ -28,9 +28,9 @@ jax.tree_util.register_pytree_node(Branches, lambda _: ((), None), lambda *_: Br
 serialization.register_serialization_state(Branches, lambda _: {}, lambda *_: Branches())
 
 
-def with_marker(variables: Mapping[str, Any]) -> dict[str, Any]:
-    """The variables with the marker."""
-    return {**variables, BRANCHES: Branches()}
+def with_marker(variables: Mapping[str, Any], branches: Sequence[Any]) -> dict[str, Any]:
+    """The variables with the marker, if there are any branches."""
+    return {**variables, BRANCHES: Branches()} if branches else dict(variables)
 
 
 def without_marker(variables: Mapping[str, Any]) -> dict[str, Any]:

@@ -47,8 +47,7 @@ def flat_variables(adapted: Any, variables: Mapping[str, Any] | None, name: str)
 def filled(adapted: Any, flat: Mapping[Path, Any]) -> Any:
     """The nested variables of a Linen model; for an NNX model a copy of it with these."""
     if isinstance(adapted, AdaptedModule):
-        variables = traverse_util.unflatten_dict(dict(flat))
-        return with_marker(variables) if adapted.resolution.branches else variables
+        return with_marker(traverse_util.unflatten_dict(dict(flat)), adapted.resolution.branches)
     copy = nnx.clone(adapted)
     for path, variable in _variables(copy).items():
         variable[...] = flat[path]

@@ -81,6 +81,13 @@ def test_what_apply_returns_keeps_its_structure(mutable):
     assert list(ADAPTED.apply(VARIABLES, X, mutable=["batch_stats"])[1]) == ["batch_stats"]
 
 
+def test_a_model_whose_rules_have_no_branch_refuses_them_too():
+    low = adapt(MODEL, [LowRank("fc1", lp_l1(2))], X)
+    with pytest.raises(ValueError, match="have LoRA branches"):
+        low.apply(VARIABLES, X, train=False)
+    low.apply(ADAPTED.merge(VARIABLES), X, train=False)
+
+
 def test_parameters_alone_suffice_for_the_adapted_model():
     plain = {name: tree for name, tree in VARIABLES.items() if name != "branches"}
     chex.assert_trees_all_equal(ADAPTED.apply(plain, X, train=False), ADAPTED.apply(VARIABLES, X, train=False))

@@ -71,15 +71,12 @@ def test_biases_are_added_to_the_scores(shapes):
     query, key, value = (jnp.swapaxes(array, 1, 2) for array in sample(jnp.float32))
     biases = [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes]
 
-    def ours(query, key, value, *biases):
-        return attend(query, key, value, *biases)
-
     def reference(query, key, value, *biases):
         total = sum(jnp.broadcast_to(bias, (3, 4, 17, 17)) for bias in biases) if biases else None
         operands = (jnp.swapaxes(array, 1, 2) for array in (query, key, value))
         return jnp.swapaxes(jax.nn.dot_product_attention(*operands, total, scale=1.0), 1, 2)
 
-    results = [jax.vjp(function, query, key, value, *biases) for function in (ours, reference)]
+    results = [jax.vjp(function, query, key, value, *biases) for function in (attend, reference)]
     chex.assert_trees_all_close(results[0][0], results[1][0], atol=2e-6)
     chex.assert_trees_all_close(*(pullback(jnp.cos(result)) for result, pullback in results), atol=2e-5)
 
