@@ -7,7 +7,7 @@ import jax
 from flax import serialization
 
 # The name of the marker among the collections of variables.
-BRANCHES = "branches"
+BRANCHES = "lora_branches"
 
 
 class Branches(dict):
@@ -35,4 +35,4 @@ def with_marker(variables: Mapping[str, Any], branches: Sequence[Any]) -> dict[s
 
 def without_marker(variables: Mapping[str, Any]) -> dict[str, Any]:
     """The variables without it."""
-    return {name: tree for name, tree in variables.items() if name != BRANCHES}
+    return {name: tree for name, tree in variables.items() if not isinstance(tree, Branches)}

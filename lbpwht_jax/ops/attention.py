@@ -97,22 +97,22 @@ def attend(query: jax.Array, key: jax.Array, value: jax.Array, *biases: jax.Arra
     return lax.dot_general(weights, value, (((2,), (1,)), each)).reshape(*shape[:-1], -1)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
-def softmax(x: jax.Array, axis: int = -1) -> jax.Array:
-    """Softmax along an axis, in x's dtype.
+@jax.custom_jvp
+def softmax(x: jax.Array) -> jax.Array:
+    """Softmax along the last axis, in x's dtype.
 
     It has one factor per row, so that XLA's CPU backend fuses it with the products around it. For the backward pass it keeps
     its result alone, where ``jax.nn.softmax`` keeps two such arrays.
     """
-    exponentials = jnp.exp(x - jnp.max(x, axis, keepdims=True))
-    return exponentials * (1 / jnp.sum(exponentials, axis, keepdims=True))
+    exponentials = jnp.exp(x - jnp.max(x, -1, keepdims=True))
+    return exponentials * (1 / jnp.sum(exponentials, -1, keepdims=True))
 
 
 @softmax.defjvp
-def _softmax_jvp(axis: int, primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
-    weights = softmax(*primals, axis)
+def _softmax_jvp(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
+    weights = softmax(*primals)
     [tangent] = tangents
-    return weights, weights * (tangent - jnp.sum(weights * tangent, axis, keepdims=True))
+    return weights, weights * (tangent - jnp.sum(weights * tangent, -1, keepdims=True))
 
 
 def kept_attention(

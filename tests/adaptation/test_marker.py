@@ -71,7 +71,7 @@ def test_the_model_takes_its_own_and_merged_variables():
     chex.assert_trees_all_equal_structs(low.with_branches(jax.random.key(0), OWN), OWN)
 
 
-@pytest.mark.parametrize("mutable", [True, ["batch_stats", "branches"], nn.DenyList("params")])
+@pytest.mark.parametrize("mutable", [True, ["batch_stats", "lora_branches"], nn.DenyList("params")])
 def test_what_apply_returns_keeps_its_structure(mutable):
     """So that it can be carried through a loop of steps."""
     others = {name: tree for name, tree in VARIABLES.items() if name != "params"}
@@ -89,5 +89,5 @@ def test_a_model_whose_rules_have_no_branch_refuses_them_too():
 
 
 def test_parameters_alone_suffice_for_the_adapted_model():
-    plain = {name: tree for name, tree in VARIABLES.items() if name != "branches"}
+    plain = {name: tree for name, tree in VARIABLES.items() if name != "lora_branches"}
     chex.assert_trees_all_equal(ADAPTED.apply(plain, X, train=False), ADAPTED.apply(VARIABLES, X, train=False))
