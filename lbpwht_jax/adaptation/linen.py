@@ -25,8 +25,8 @@ class AdaptedModule:
     """A Linen model under rules; its ``init`` and ``apply`` take the same arguments as the model's.
 
     The variables are the model's own. LoRA adds ``lora_a``, ``[inputs, rank]``, and ``lora_b``, ``[rank, outputs]``, beside
-    the kernels, and the empty collection ``"lora_branches"``, which makes ``module.apply`` of such variables an error. Without it,
-    as in ``{"params": variables["params"]}``, Flax leaves out the branches like all that a model does not ask for. Frozen
+    the kernels, and the empty collection ``"lora_branches"``, which makes ``module.apply`` of such variables an error. Without
+    it, as in ``{"params": variables["params"]}``, Flax leaves out the branches like all that a model does not ask for. Frozen
     parameters get zero gradients, and no computation is spent on them.
 
     Attributes:
