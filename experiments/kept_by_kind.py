@@ -38,12 +38,13 @@ CLASSES = 100
 def kind_of(kept: Any, equation: Any) -> str:
     """What an array belongs to that an equation of the backward pass is the first to use.
 
-    A dense layer multiplies by the slopes of the activation before it, or decodes them; it contracts what is its own.
+    A dense layer multiplies by the slopes of the activation before it, decodes them, or computes them behind a barrier; it
+    contracts what is its own. The norm of a layer that it is joined to has a scope of its own there.
     """
     if equation is None or equation.primitive.name == "conv_general_dilated":
         return "rest"
     kind = next(kind for kind, pattern in KINDS.items() if re.search(pattern, str(equation.source_info.name_stack)))
-    slopes = equation.primitive.name == "mul" or jnp.issubdtype(kept.aval.dtype, jnp.unsignedinteger)
+    slopes = equation.primitive.name in ("mul", "optimization_barrier") or jnp.issubdtype(kept.aval.dtype, jnp.unsignedinteger)
     return "activations" if kind == "dense layers" and slopes else kind
 
 

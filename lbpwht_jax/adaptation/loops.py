@@ -26,12 +26,18 @@ def with_loops(model: Any, *args: Any, **kwargs: Any) -> Any:
     """
     resolution = _resolution(model)
     keys = _keys(unrolled(model if resolution is None else model.module), args, kwargs, resolution)
-    return _replaced(model, _loops(keys))
+    return _replaced(model, loops=_loops(keys))
 
 
 def unrolled(model: Any) -> Any:
     """A Flax model, under rules or not, without the loops that ``with_loops`` made."""
-    return _replaced(model, ()) if has_loops(model) else model
+    return _replaced(model, loops=()) if has_loops(model) else model
+
+
+def told_apart(model: Any) -> Any:
+    """A Flax model, under rules or not, whose modules each do their own work, where it is one of the registry's."""
+    module = model if _resolution(model) is None else model.module
+    return _replaced(model, loops=(), joins_norms=False) if isinstance(module, Part) else model
 
 
 def has_loops(model: Any) -> bool:
@@ -45,10 +51,10 @@ def _resolution(model: Any) -> Resolution | None:
     return resolution if isinstance(resolution, Resolution) else None
 
 
-def _replaced(model: Any, loops: tuple[Loop, ...]) -> Any:
+def _replaced(model: Any, **settings: Any) -> Any:
     if _resolution(model) is None:
-        return model.clone(settings=dataclasses.replace(model.settings, loops=loops))
-    module = _replaced(model.module, loops)
+        return model.clone(settings=dataclasses.replace(model.settings, **settings))
+    module = _replaced(model.module, **settings)
     return model.clone(module=module) if isinstance(model, nn.Module) else dataclasses.replace(model, module=module)
 
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.extend.core import Jaxpr, Literal
 
-from lbpwht_jax.adaptation.loops import unrolled
+from lbpwht_jax.adaptation.loops import told_apart
 from lbpwht_jax.layers.linen import LowRankDense
 from lbpwht_jax.ops.flops import equation_macs, inner_program, plain_branch
 from lbpwht_jax.ops.spec import Grid
@@ -103,7 +103,7 @@ def layer_records(
 
     Args:
       model: a Linen module or ``AdaptedModule``, called as ``model.apply(variables, images, train=True)``; its blocks are
-        taken one by one where they run as loops of ``create_model``.
+        taken one by one where they run as loops of ``create_model``, and norms apart from the layers in front of them.
       variables: its variables, arrays or ``jax.ShapeDtypeStruct``.
       image_shape: height, width and channels.
       trained: whether the parameter at a path, such as ``"blocks_0/mlp/fc1/kernel"``, is trained.
@@ -114,7 +114,7 @@ def layer_records(
     Raises:
       ValueError: if the model has a loop or a branch of JAX's, such as ``nn.scan`` makes.
     """
-    model = unrolled(model)
+    model = told_apart(model)
     images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
     params: dict[str, Any] = flatten_dict(variables["params"], sep="/")
     others = {name: tree for name, tree in variables.items() if name != "params"}

@@ -7,8 +7,12 @@ import jax
 import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
 
-from lbpwht_jax.ops.exact import exact_matmul
-from lbpwht_jax.ops.gelu import check_slope_bits, coded_gelu
+from lbpwht_jax.ops import affine as affines
+from lbpwht_jax.ops.affine import Affine
+from lbpwht_jax.ops.affine_product import affine_product
+from lbpwht_jax.ops.dtypes import accumulation_dtype, static_precision
+from lbpwht_jax.ops.exact import ExactProduct, exact_matmul
+from lbpwht_jax.ops.gelu import check_slope_bits, coded_gelu, gelu
 from lbpwht_jax.ops.matmul import Link, low_rank_matmul
 from lbpwht_jax.ops.spec import Grid, LowRankSpec, lp_l1
 
@@ -56,12 +60,14 @@ class LowRankDense(nn.Module):
     slope_bits: int | None = None
 
     @nn.compact
-    def __call__(self, inputs: jax.Array, link: Link | None = None) -> jax.Array:
+    def __call__(self, inputs: jax.Array, link: Link | None = None, affine: Affine | None = None) -> jax.Array:
         """Applies the layer.
 
         Args:
           inputs: ``[..., prefix_tokens + tokens, channels]`` with ``grid``, ``[batch, *grid, channels]`` without.
           link: joins this layer to its neighbour, as for ``low_rank_matmul``.
+          affine: a normalisation by constant statistics and an activation, applied to the result as one with the layer, as
+            for ``low_rank_matmul``.
 
         Returns:
           Array of the inputs' shape with ``features`` channels.
@@ -89,14 +95,24 @@ class LowRankDense(nn.Module):
                 activation=self.activation,
                 slope_bits=self.slope_bits,
                 link=link,
+                affine=affine,
                 name=self._name,
             )
-        inputs = inputs if self.activation is None else coded_gelu(inputs, self.slope_bits)
+        if self.activation is not None:
+            forward_mode = self.slope_bits is None and self.dot_general is not None
+            inputs = gelu(inputs) if forward_mode else coded_gelu(inputs, self.slope_bits)
         how = {"precision": self.precision, "preferred_element_type": self.preferred_element_type}
+        if affine is not None and bias is not None:
+            affine, bias = affine.after(bias), None
+        wide = inputs.dtype == kernel.dtype == accumulation_dtype(inputs.dtype)
+        if affine is not None and self.dot_general is None and self.preferred_element_type is None and wide:
+            return affine_product(ExactProduct(static_precision(self.precision)), inputs, kernel, affine)
         if self.dot_general is None:
             y = exact_matmul(inputs, kernel, **how)
         else:
             y = self.dot_general(inputs, kernel, (((inputs.ndim - 1,), (0,)), ((), ())), **how)
+        if affine is not None:
+            return affines.apply(y, affine)
         return y if bias is None else y + bias.reshape((1,) * (y.ndim - 1) + (-1,))
 
     @property

@@ -12,14 +12,15 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
 
+from lbpwht_jax.models.affine_conv import AffineConv
 from lbpwht_jax.models.blocks import Part, dense
-from lbpwht_jax.models.norms import batch_norm, widen
+from lbpwht_jax.models.norms import joined_norm, widen
+from lbpwht_jax.ops.affine import Activation
 from lbpwht_jax.ops.attention import heads_first, takes_heads_first
 from lbpwht_jax.ops.convolution import ConvProduct
-from lbpwht_jax.ops.norms import Activation
 
 
-def conv3x3(parent: Part, name: str, features: int, stride: int = 1, *, depthwise: bool = False) -> nn.Conv:
+def conv3x3(parent: Part, name: str, features: int, stride: int = 1, *, depthwise: bool = False) -> AffineConv:
     """A 3x3 convolution within ``parent``, padded by one zero on every side: maps shrink to ``ceil(size / stride)``."""
     return convolution(parent, name, features, 3, stride, depthwise=depthwise)
 
@@ -33,7 +34,7 @@ def convolution(
     *,
     padding: int | None = None,
     depthwise: bool = False,
-) -> nn.Conv:
+) -> AffineConv:
     """A convolution within ``parent``.
 
     Args:
@@ -49,7 +50,7 @@ def convolution(
     residuals = parent.settings.residuals
     product = ConvProduct(None if residuals is None else residuals.norm_bits)
     fields = {"feature_group_count": groups, "dtype": parent.settings.dtype, "name": name, "conv_general_dilated": product}
-    return nn.Conv(features, (size, size), stride, padding=size // 2 if padding is None else padding, **fields)
+    return AffineConv(features, (size, size), stride, padding=size // 2 if padding is None else padding, **fields)
 
 
 class AveragePool(nn.Module):
@@ -96,8 +97,8 @@ class ConvNorm(Part):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         """``[batch, height, width, channels]`` to ``[batch, ceil(height / stride), ceil(width / stride), features]``."""
-        x = conv3x3(self, "conv", self.features, self.stride, depthwise=self.depthwise)(x)
-        return batch_norm(self, "bn", x, train, self.activation)
+        layer = conv3x3(self, "conv", self.features, self.stride, depthwise=self.depthwise)
+        return joined_norm(self, layer, "bn", x, train, self.activation)
 
 
 class DenseNorm(Part):
@@ -112,9 +113,9 @@ class DenseNorm(Part):
     activation: Activation = None
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        """``[batch, height, width, channels]`` to ``[batch, height, width, features]``."""
-        return batch_norm(self, "bn", dense(self, "conv", self.features)(x), train, self.activation)
+    def __call__(self, x: jax.Array, train: bool, scaled_by: jax.Array | None = None) -> jax.Array:
+        """``[batch, height, width, channels]`` to ``[batch, height, width, features]``; ``scaled_by`` as in ``joined_norm``."""
+        return joined_norm(self, dense(self, "conv", self.features), "bn", x, train, self.activation, scaled_by)
 
 
 def softmax(x: jax.Array, axis: int) -> jax.Array:

@@ -22,7 +22,7 @@ from lbpwht_jax.models.conv_blocks import (
 )
 from lbpwht_jax.models.info import Images, Layers, ModelInfo, TimmFiles
 from lbpwht_jax.models.loops import run_blocks
-from lbpwht_jax.models.norms import batch_norm, layer_norm, layer_scale
+from lbpwht_jax.models.norms import batch_norm, joined_norm, joins_norms, layer_norm, layer_scale, scaled_branch
 from lbpwht_jax.ops.attention import kept_attention
 
 
@@ -38,10 +38,8 @@ class Stem(Part):
     @nn.compact
     def __call__(self, images: jax.Array, train: bool) -> jax.Array:
         """``[batch, height, width, channels]`` to a map of a quarter of the height and width, rounded up."""
-        x = conv3x3(self, "conv1", self.features // 2, 2)(images)
-        x = batch_norm(self, "norm1", x, train, "relu")
-        x = conv3x3(self, "conv2", self.features, 2)(x)
-        return batch_norm(self, "norm2", x, train, "relu")
+        x = joined_norm(self, conv3x3(self, "conv1", self.features // 2, 2), "norm1", images, train, "relu")
+        return joined_norm(self, conv3x3(self, "conv2", self.features, 2), "norm2", x, train, "relu")
 
 
 class Downsample(Part):
@@ -56,8 +54,7 @@ class Downsample(Part):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         """``[batch, height, width, channels]`` to a map of half the height and width, rounded up."""
-        x = conv3x3(self, "conv", self.features, 2)(x)
-        return batch_norm(self, "norm", x, train)
+        return joined_norm(self, conv3x3(self, "conv", self.features, 2), "norm", x, train)
 
 
 class ConvMlp(Part):
@@ -70,15 +67,16 @@ class ConvMlp(Part):
     hidden: int
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        """``x`` of shape ``[batch, height, width, channels]``; the result has the same shape."""
+    def __call__(self, x: jax.Array, train: bool, scaled_by: jax.Array | None = None) -> jax.Array:
+        """``x`` of shape ``[batch, height, width, channels]``; so is the result. ``scaled_by`` as in ``joined_norm``."""
         channels = x.shape[-1]
-        x = dense(self, "fc1", self.hidden)(x)
-        if self.settings.residuals is None:
-            x = dense(self, "fc2", channels, activation="gelu")(batch_norm(self, "norm1", x, train))
-        else:  # the slope is derived from what the norm keeps
-            x = dense(self, "fc2", channels)(batch_norm(self, "norm1", x, train, "gelu"))
-        return batch_norm(self, "norm2", x, train)
+        fc1 = dense(self, "fc1", self.hidden)
+        if self.settings.residuals is None and not joins_norms(self, x, train):
+            fc2 = dense(self, "fc2", channels, activation="gelu")
+            return batch_norm(self, "norm2", fc2(batch_norm(self, "norm1", fc1(x), train)), train)
+        # the slope is derived from what the norm keeps
+        x = joined_norm(self, fc1, "norm1", x, train, "gelu")
+        return joined_norm(self, dense(self, "fc2", channels), "norm2", x, train, scaled_by=scaled_by)
 
 
 class Attention(Part):
@@ -118,7 +116,7 @@ class PoolBlock(ResidualBlock):
         y = AveragePool()(x) - x
         x = x + DropPath(self.drop_path)(layer_scale(self, "ls1", y), train)
         mlp = ConvMlp(self.mlp_ratio * x.shape[-1], settings=self.settings, name="mlp")
-        return x + DropPath(self.drop_path)(layer_scale(self, "ls2", mlp(x, train)), train)
+        return x + DropPath(self.drop_path)(scaled_branch(self, "ls2", mlp, x, train), train)
 
 
 class AttentionBlock(ResidualBlock):

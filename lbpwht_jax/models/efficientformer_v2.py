@@ -19,7 +19,7 @@ from lbpwht_jax.models.conv_blocks import (
 from lbpwht_jax.models.efficientformer_v2_attention import Attention, AttentionDownsample
 from lbpwht_jax.models.info import Images, Layers, ModelInfo, TimmFiles
 from lbpwht_jax.models.loops import run_blocks
-from lbpwht_jax.models.norms import batch_norm, layer_scale
+from lbpwht_jax.models.norms import batch_norm, scaled_branch
 
 
 class Stem(Part):
@@ -49,13 +49,13 @@ class ConvMlp(Part):
     hidden: int
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        """``x`` of shape ``[batch, height, width, channels]``; the result has the same shape."""
+    def __call__(self, x: jax.Array, train: bool, scaled_by: jax.Array | None = None) -> jax.Array:
+        """``x`` of shape ``[batch, height, width, channels]``; so is the result. ``scaled_by`` as in ``joined_norm``."""
         channels = x.shape[-1]
         fields = {"activation": "gelu", "settings": self.settings}
         x = DenseNorm(self.hidden, **fields, name="fc1")(x, train)
         x = ConvNorm(self.hidden, depthwise=True, **fields, name="mid")(x, train)
-        return DenseNorm(channels, settings=self.settings, name="fc2")(x, train)
+        return DenseNorm(channels, settings=self.settings, name="fc2")(x, train, scaled_by)
 
 
 class Downsample(Part):
@@ -91,10 +91,10 @@ class Block(ResidualBlock):
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         """``x`` of shape ``[batch, height, width, channels]``; the result has the same shape."""
         if self.attention_stride is not None:
-            y = Attention(self.attention_stride, settings=self.settings, name="token_mixer")(x, train)
-            x = x + DropPath(self.drop_path)(layer_scale(self, "ls1", y), train)
-        y = ConvMlp(self.mlp_ratio * x.shape[-1], settings=self.settings, name="mlp")(x, train)
-        return x + DropPath(self.drop_path)(layer_scale(self, "ls2", y), train)
+            attention = Attention(self.attention_stride, settings=self.settings, name="token_mixer")
+            x = x + DropPath(self.drop_path)(scaled_branch(self, "ls1", attention, x, train), train)
+        mlp = ConvMlp(self.mlp_ratio * x.shape[-1], settings=self.settings, name="mlp")
+        return x + DropPath(self.drop_path)(scaled_branch(self, "ls2", mlp, x, train), train)
 
 
 class Stage(Part):

@@ -30,8 +30,11 @@ class Attention(Part):
     key_dim: int = 32
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        """``x`` of shape ``[batch, height, width, channels]``, multiples of ``stride``; the result has the same shape."""
+    def __call__(self, x: jax.Array, train: bool, scaled_by: jax.Array | None = None) -> jax.Array:
+        """``x`` of shape ``[batch, height, width, channels]``, multiples of ``stride``; so is the result.
+
+        ``scaled_by`` as in ``joined_norm``.
+        """
         shape, channels = x.shape, x.shape[-1]
         if self.stride > 1:
             x = ConvNorm(channels, self.stride, depthwise=True, settings=self.settings, name="stride_conv")(x, train)
@@ -47,7 +50,8 @@ class Attention(Part):
         x = attend(self, query, key, value) + local
         if self.stride > 1:
             x = jax.image.resize(x, (*shape[:3], values), "bilinear")
-        return DenseNorm(channels, settings=self.settings, name="proj")(coded_gelu(x, self.settings.slope_bits), train)
+        x = coded_gelu(x, self.settings.slope_bits)
+        return DenseNorm(channels, settings=self.settings, name="proj")(x, train, scaled_by)
 
     def _attend(self, query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
         """The attended values, a map like ``value``."""

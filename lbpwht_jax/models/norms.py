@@ -6,8 +6,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from lbpwht_jax.layers.linen import LowRankDense
+from lbpwht_jax.models.affine_conv import AffineConv
 from lbpwht_jax.models.blocks import Part
 from lbpwht_jax.ops import norms
+from lbpwht_jax.ops.affine import Activation, Affine
 from lbpwht_jax.ops.bilinear import bilinear
 from lbpwht_jax.ops.dtypes import accumulation_dtype
 from lbpwht_jax.ops.gelu import gelu
@@ -15,6 +18,7 @@ from lbpwht_jax.ops.gelu import gelu
 _ACTIVATIONS = {None: lambda x: x, "gelu": gelu, "relu": nn.relu}
 _MOMENTUM = 0.9
 _BATCH_EPSILON = 1e-5
+_START = 1e-5  # of layer scale
 
 
 def widen(x: jax.Array) -> jax.Array:
@@ -41,7 +45,7 @@ def layer_norm(parent: Part, name: str, x: jax.Array, *, epsilon: float = 1e-5, 
     return LeanLayerNorm(**fields, bits=parent.settings.residuals.norm_bits, dtype=_dtype(parent, x))(x)
 
 
-def batch_norm(parent: Part, name: str, x: jax.Array, train: bool, activation: norms.Activation = None) -> jax.Array:
+def batch_norm(parent: Part, name: str, x: jax.Array, train: bool, activation: Activation = None) -> jax.Array:
     """Batch normalisation within ``parent``, on running statistics unless training unfrozen, and an activation.
 
     Epsilon and momentum are the reference's. While training unfrozen, running variances gather the batch's biased
@@ -63,6 +67,44 @@ def batch_norm(parent: Part, name: str, x: jax.Array, train: bool, activation: n
         return _ACTIVATIONS[activation](norm(widen(x)).astype(_dtype(parent, x)))
     norm = LeanBatchNorm(running, activation, parent.settings.residuals.norm_bits, _dtype(parent, x), name=name)
     return norm(x)
+
+
+def joined_norm(
+    parent: Part,
+    layer: LowRankDense | AffineConv,
+    name: str,
+    x: jax.Array,
+    train: bool,
+    activation: Activation = None,
+    scaled_by: jax.Array | None = None,
+) -> jax.Array:
+    """A layer of ``parent`` and its batch normalisation, as one where ``joins_norms`` says so.
+
+    Args:
+      parent: the module under construction.
+      layer: called on ``x``.
+      name: the normalisation's.
+      x: ``[..., channels]``.
+      train: whether the model is training.
+      activation: after the normalisation, ``"gelu"``, ``"relu"`` or ``None``.
+      scaled_by: factors, ``[features]``, by which the normalised result is multiplied; only where ``joins_norms``.
+
+    Returns:
+      ``[..., features]``.
+    """
+    if not joins_norms(parent, x, train):
+        return batch_norm(parent, name, layer(x), train, activation)
+    residuals = parent.settings.residuals
+    bits = None if residuals is None else residuals.norm_bits
+    affine = RunningNorm(activation, bits, _dtype(parent, x), name=name)(layer.features)
+    return layer(x, affine=affine if scaled_by is None else affine.scaled(scaled_by))
+
+
+def joins_norms(parent: Part, x: jax.Array, train: bool) -> bool:
+    """Whether batch normalisation is computed as one with the layer in front of it."""
+    settings = parent.settings
+    running = not train or settings.frozen_batch_norm
+    return running and settings.joins_norms and jnp.dtype(_dtype(parent, x)).itemsize >= 4
 
 
 def _dtype(parent: Part, x: jax.Array) -> Any:
@@ -103,24 +145,63 @@ class LeanBatchNorm(nn.Module):
     """
 
     running: bool
-    activation: norms.Activation
+    activation: Activation
     bits: int | None
     dtype: Any
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """``x`` of shape ``[..., channels]``; the result has the same shape."""
-        shape = x.shape[-1:]
-        mean = self.variable("batch_stats", "mean", lambda: jnp.zeros(shape, jnp.float32))
-        variance = self.variable("batch_stats", "var", lambda: jnp.ones(shape, jnp.float32))
-        scale = self.param("scale", nn.initializers.ones_init(), shape)
-        bias = self.param("bias", nn.initializers.zeros_init(), shape)
+        mean, variance, scale, bias = _batch_norm_variables(self, x.shape[-1:])
         statistics = (mean.value, variance.value) if self.running else None
         y, found = norms.batch_norm(x, statistics, scale, bias, _BATCH_EPSILON, self.bits, self.dtype, self.activation)
         if not self.running and not self.is_initializing():
             for variable, new in zip((mean, variance), found, strict=True):
                 variable.value = _MOMENTUM * variable.value + (1 - _MOMENTUM) * new
         return y
+
+
+class RunningNorm(nn.Module):
+    """Batch normalisation on running statistics, to be applied by the layer in front; parameters as ``nn.BatchNorm``'s.
+
+    Attributes:
+      activation: ``"gelu"``, ``"relu"`` or ``None``.
+      bits: in how many bits the normalised input is kept; ``None`` keeps the input.
+      dtype: the result's.
+    """
+
+    activation: Activation
+    bits: int | None
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, features: int) -> Affine:
+        """The affine map of ``[..., features]``."""
+        mean, variance, scale, bias = _batch_norm_variables(self, (features,))
+        statistics = mean.value, variance.value
+        return Affine.running(statistics, scale, bias, _BATCH_EPSILON, self.bits, self.dtype, self.activation)
+
+
+def _batch_norm_variables(module: nn.Module, shape: tuple[int, ...]) -> tuple[Any, Any, jax.Array, jax.Array]:
+    mean = module.variable("batch_stats", "mean", lambda: jnp.zeros(shape, jnp.float32))
+    variance = module.variable("batch_stats", "var", lambda: jnp.ones(shape, jnp.float32))
+    scale = module.param("scale", nn.initializers.ones_init(), shape)
+    return mean, variance, scale, module.param("bias", nn.initializers.zeros_init(), shape)
+
+
+class ScaleFactors(nn.Module):
+    """The parameters of ``LayerScale``, for the norm in front to apply.
+
+    Attributes:
+      start: the value at which the factors start.
+    """
+
+    start: float
+
+    @nn.compact
+    def __call__(self, features: int) -> jax.Array:
+        """``[features]``."""
+        return self.param("gamma", nn.initializers.constant(self.start), (features,))
 
 
 class LayerScale(nn.Module):
@@ -141,7 +222,22 @@ class LayerScale(nn.Module):
         return bilinear(jnp.multiply, x, gamma.astype(x.dtype).reshape((1,) * (x.ndim - 1) + (-1,)), bits=self.bits)
 
 
-def layer_scale(parent: Part, name: str, x: jax.Array, start: float = 1e-5) -> jax.Array:
+def layer_scale(parent: Part, name: str, x: jax.Array, start: float = _START) -> jax.Array:
     """``LayerScale`` within ``parent``."""
     residuals = parent.settings.residuals
     return LayerScale(start, None if residuals is None else residuals.norm_bits, name=name)(x)
+
+
+def scaled_branch(parent: Part, name: str, branch: Any, x: jax.Array, train: bool) -> jax.Array:
+    """``layer_scale`` of a branch within ``parent`` that ends in ``joined_norm``, as one with it where ``joins_norms``.
+
+    Args:
+      parent: the module under construction.
+      name: the layer scale's name.
+      branch: called with x, ``train`` and the factors or ``None``.
+      x: ``[..., channels]``, as is the branch's result.
+      train: whether the model is training.
+    """
+    if joins_norms(parent, x, train):
+        return branch(x, train, ScaleFactors(_START, name=name)(x.shape[-1]))
+    return layer_scale(parent, name, branch(x, train))

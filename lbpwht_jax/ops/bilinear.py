@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
 from lbpwht_jax.ops.coders import Rows
@@ -23,7 +24,7 @@ def bilinear(
     bits: int | None,
     transposes: Transposes | None = None,
 ) -> jax.Array:
-    """``function(x, weights)``, keeping x in few bits for the weights' cotangent, and not at all where that is not wanted.
+    """``function(x, weights)``, keeping x in few bits for the weights' cotangent, and neither operand where that is not wanted.
 
     Args:
       function: a pure function, linear in each operand, such as a convolution; hashable.
@@ -53,7 +54,7 @@ def _of_weights(function: Callable[[Any, Any], jax.Array], x: jax.Array, like: A
 
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
-class _Type:
+class ArrayType:
     """The type of an array, as a part of residuals that is no array; ``None`` of one that is not differentiated."""
 
     type: Any
@@ -72,8 +73,8 @@ def _forward(
     value, kept = x.value, None
     if weights.perturbed:
         kept, value = (value, value) if bits is None else apart((Rows.of(value, bits), value))
-    like = jax.typeof(value) if x.perturbed else None
-    return function(value, weights.value), (kept, weights.value, _Type(like))
+    kept_weights, like = (weights.value, jax.typeof(value)) if x.perturbed else (None, None)
+    return function(value, weights.value), (kept, kept_weights, ArrayType(like), ArrayType(jax.typeof(weights.value)))
 
 
 def _backward(
@@ -81,17 +82,19 @@ def _backward(
     bits: int | None,
     transposes: Transposes,
     residuals: tuple,
-    g: jax.Array | SymbolicZero,
+    g: Any,
 ) -> tuple:
     if isinstance(g, SymbolicZero):
         return None, None
     if bits is not None:
         residuals, g = apart((residuals, g))
-    kept, weights, x = residuals
+    kept, weights, x, like = residuals
     of_x, of_weights = transposes
     dx = None if x.type is None else of_x(x.type, weights, g)
     if kept is None:
         return dx, None
+    if weights is None:  # their values are not read
+        weights = vary_alike(jnp.zeros(like.type.shape, like.type.dtype), g)[0]
     return dx, of_weights(kept.decoded() if isinstance(kept, Rows) else kept, weights, g)
 
 

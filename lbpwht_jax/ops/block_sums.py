@@ -77,13 +77,15 @@ def block_matrices(spec: SpecFields, grid: Grid, side: Side) -> tuple[np.ndarray
     return np.stack(matrices[:1] if alike else matrices), np.flatnonzero(kept)
 
 
-def sum_subblocks(x: jax.Array, spec: SpecFields, grid: Grid) -> jax.Array:
+def sum_subblocks(x: jax.Array, spec: SpecFields, grid: Grid, stored: bool = False) -> jax.Array:
     """Sums over the sub-blocks of the analysis, block by block.
 
     Args:
       x: ``[..., *grid, channels]``, floating point.
       spec: the functions.
       grid: tokens along each axis.
+      stored: sums by a reduction, with which XLA's CPU backend does not merge what makes x: it would compute x once more, and
+        store that part of it which it takes to be dear.
 
     Returns:
       ``[..., blocks, sub-blocks, channels]`` of x's dtype, summed in at least float32; zero at sub-blocks outside the grid.
@@ -100,7 +102,12 @@ def sum_subblocks(x: jax.Array, spec: SpecFields, grid: Grid) -> jax.Array:
     if any(map(any, missing)):
         x = jnp.pad(x, [*missing, (0, 0)])
     x = x.reshape(*batch, *runs, channels)
-    offsets = itertools.product(*map(range, sizes))
+    counts = list(sizes)
+    if stored and sizes[0] > 1 and x.dtype == accumulation_dtype(x.dtype):
+        x = x.reshape(*batch, *runs[:2], math.prod(runs[2:]) * channels).sum(len(batch) + 1)
+        counts[0] = 1
+    x = x.reshape(*batch, runs[0], counts[0], *runs[2:], channels)
+    offsets = itertools.product(*map(range, counts))
     parts = [x[(..., *(i for n in offset for i in (slice(None), n)), slice(None))] for offset in offsets]
     sums = functools.reduce(jnp.add, [part.astype(accumulation_dtype(x.dtype)) for part in parts]).astype(x.dtype)
     if any(map(any, padding)):

@@ -51,10 +51,8 @@ def convolution(
     Returns:
       ``[batch, height', width', outputs]``, of the dtype of x.
     """
-    geometry = _Geometry(strides, padding, groups, precision)
-    if explicit_sharding(x) is not None:
-        return bilinear(geometry.plain, x, kernel, bits=bits)
-    return bilinear(geometry.forward, x, kernel, bits=bits, transposes=(geometry.of_x, geometry.of_kernel))
+    product = Convolution(strides, padding, groups, precision)
+    return bilinear(product, x, kernel, bits=bits, transposes=(product.of_x, product.of_kernel))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,13 +93,13 @@ class ConvProduct:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Geometry:
-    """What is known of a convolution but for its operands; the fields are arguments of ``convolution``."""
+class Convolution:
+    """A convolution but for its operands, and its transposes; the fields are arguments of ``convolution``."""
 
     strides: Pair
     padding: tuple[Pair, Pair]
-    groups: int
-    precision: Any
+    groups: int = 1
+    precision: Any = None
 
     def plain(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
         """``lax``'s convolution. Colour images get a fourth channel of zeros, unless they are cut into patches.
@@ -112,8 +110,10 @@ class _Geometry:
             x, kernel = (jnp.pad(a, [(0, 1) if axis == at else (0, 0) for axis in range(4)]) for a, at in ((x, 3), (kernel, 2)))
         return self._as_it_is(x, kernel)
 
-    def forward(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
         """The result."""
+        if explicit_sharding(x) is not None:
+            return self.plain(x, kernel)
         if self._is_depthwise(x, kernel):
             return by_platform(self.plain, x, kernel, cpu=self._shifted)
         if self._is_patches(x, kernel):
@@ -126,6 +126,8 @@ class _Geometry:
         def transposed(function: Any) -> Any:
             return lambda kernel, g: jax.linear_transpose(lambda x: function(x, kernel), like)(g)[0]
 
+        if explicit_sharding(g) is not None:
+            return transposed(self.plain)(kernel, g)
         form = None
         if self._is_depthwise(like, kernel):
             form = self._shifted_back if self.strides == (1, 1) else transposed(self._shifted)
@@ -142,6 +144,8 @@ class _Geometry:
         def transposed(function: Any) -> Any:
             return lambda x, like, g: jax.linear_transpose(lambda kernel: function(x, kernel), like)(g)[0]
 
+        if explicit_sharding(x) is not None:
+            return transposed(self.plain)(x, like, g)
         form = transposed(self._as_it_is)
         if self._is_depthwise(x, like):
             form = self._by_rows

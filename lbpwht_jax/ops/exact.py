@@ -1,16 +1,16 @@
 """A dense layer's product with its exact backward pass, in the form that is fastest on the platform."""
 
-import functools
+import dataclasses
 import math
 from typing import Any
 
 import jax
 from jax import lax
-from jax.custom_derivatives import SymbolicZero
 
+from lbpwht_jax.ops.bilinear import bilinear
 from lbpwht_jax.ops.dtypes import static_precision
 from lbpwht_jax.ops.platforms import by_platform
-from lbpwht_jax.ops.sharding import explicit_sharding, vary_alike
+from lbpwht_jax.ops.sharding import explicit_sharding
 
 
 def exact_matmul(x: jax.Array, kernel: jax.Array, precision: Any = None, preferred_element_type: Any = None) -> jax.Array:
@@ -34,35 +34,40 @@ def exact_matmul(x: jax.Array, kernel: jax.Array, precision: Any = None, preferr
     if plain or preferred_element_type is not None:
         contract = (((x.ndim - 1,), (0,)), ((), ()))
         return lax.dot_general(x, kernel, contract, precision=precision, preferred_element_type=preferred_element_type)
-    y: Any = _matmul(*vary_alike(x, kernel), static_precision(precision))
-    return y
+    product = ExactProduct(static_precision(precision))
+    return bilinear(product, x, kernel, bits=None, transposes=(product.of_x, product.of_kernel))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _matmul(x: jax.Array, kernel: jax.Array, precision: Any) -> jax.Array:
-    return lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())), precision=precision)
+@dataclasses.dataclass(frozen=True)
+class ExactProduct:
+    """``exact_matmul`` with its precision and its transposes, as ``affine_product`` takes it.
 
+    Attributes:
+      precision: as for ``exact_matmul``.
+    """
 
-def _forward(x: Any, kernel: Any, precision: Any) -> tuple[jax.Array, tuple]:
-    y: Any = _matmul(x.value, kernel.value, precision)
-    return y, (x.value if kernel.perturbed else None, kernel.value if x.perturbed else None)
+    precision: Any
 
+    def __call__(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
+        """``x @ kernel``."""
+        return lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())), precision=self.precision)
 
-def _backward(precision: Any, kept: tuple, g: Any) -> tuple:
-    if isinstance(g, SymbolicZero):
-        return None, None
-    x, kernel = kept
+    def of_x(self, like: Any, kernel: jax.Array, g: jax.Array) -> jax.Array:
+        """The cotangent of x, an array ``like`` which is given, from the result's cotangent g."""
+        del like
+        return lax.dot_general(g, kernel, (((g.ndim - 1,), (1,)), ((), ())), precision=self.precision)
 
-    def contracted(x: jax.Array, g: jax.Array) -> jax.Array:
-        rows = tuple(range(x.ndim - 1))
-        return lax.dot_general(x, g, ((rows, rows), ((), ())), precision=precision)
+    def of_kernel(self, x: jax.Array, like: Any, g: jax.Array) -> jax.Array:
+        """The cotangent of a kernel ``like`` the one given, from the result's cotangent g."""
+        if explicit_sharding(x) is not None:  # JAX's own transpose says how it is sharded
+            return jax.linear_transpose(lambda kernel: self(x, kernel), like)(g)[0]
 
-    def in_one_axis(x: jax.Array, g: jax.Array) -> jax.Array:
-        x, g = (a.reshape(math.prod(a.shape[:-1]), a.shape[-1]) for a in (x, g))
-        return contracted(x, g)
+        def contracted(x: jax.Array, g: jax.Array) -> jax.Array:
+            rows = tuple(range(x.ndim - 1))
+            return lax.dot_general(x, g, ((rows, rows), ((), ())), precision=self.precision)
 
-    dx = None if kernel is None else lax.dot_general(g, kernel, (((g.ndim - 1,), (1,)), ((), ())), precision=precision)
-    return dx, None if x is None else by_platform(in_one_axis, x, g, cuda=contracted, tpu=contracted)
+        def in_one_axis(x: jax.Array, g: jax.Array) -> jax.Array:
+            x, g = (a.reshape(math.prod(a.shape[:-1]), a.shape[-1]) for a in (x, g))
+            return contracted(x, g)
 
-
-_matmul.defvjp(_forward, _backward, symbolic_zeros=True)
+        return by_platform(in_one_axis, x, g, cuda=contracted, tpu=contracted)

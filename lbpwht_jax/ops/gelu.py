@@ -48,8 +48,23 @@ def check_slope_bits(bits: int | None, name: str) -> None:
 
 
 def coded_gelu(x: jax.Array, bits: int | None) -> jax.Array:
-    """``gelu(x)``, keeping its slope in 2, 3, 4 or 8 bits for the backward pass; as ``gelu`` does for ``None``."""
+    """``gelu(x)``, keeping its slope in 2, 3, 4 or 8 bits for the backward pass, or x for ``None``; reverse mode only."""
+    if bits is None and x.dtype == accumulation_dtype(x.dtype):
+        return _sloped_later(x)
     return coded_activation(gelu, gelu_slope, x, bits)
+
+
+@jax.custom_vjp
+def _sloped_later(x: jax.Array) -> jax.Array:
+    """``gelu``, whose slope is made in the backward pass: XLA would otherwise keep its erf, beside x, from the forward pass."""
+    return gelu(x)
+
+
+def _sloped_later_backward(x: jax.Array, g: jax.Array) -> tuple[jax.Array]:
+    return (g * gelu_slope(lax.optimization_barrier(x)),)
+
+
+_sloped_later.defvjp(lambda x: (gelu(x), x), _sloped_later_backward)
 
 
 def coded_activation(function: Elementwise, slope: Elementwise, x: jax.Array, bits: int | None) -> jax.Array:

@@ -36,8 +36,8 @@ class Transforms:
     prefix_tokens: int
     precision: Any
 
-    def project(self, x: jax.Array) -> jax.Array:
-        return project(x, self.spec, self.grid, self.prefix_tokens, self.precision)
+    def project(self, x: jax.Array, stored: bool = False) -> jax.Array:
+        return project(x, self.spec, self.grid, self.prefix_tokens, self.precision, stored=stored)
 
     def expand(self, coefficients: jax.Array) -> jax.Array:
         return expand(coefficients, self.spec, self.grid, self.prefix_tokens, self.precision)
@@ -67,7 +67,7 @@ def forward(
     activated, slope = gelu_and_slope(x, bits) if wants_slope else (gelu(x), None)
     if not wants_coefficients:
         return activated, None, slope
-    coefficients, activated = apart((transforms.project(activated), activated))
+    coefficients, activated = apart((transforms.project(activated, stored=True), activated))
     return activated, coefficients, slope
 
 
@@ -110,7 +110,7 @@ def backward(
 def _whole_slope(x: jax.Array, transforms: Transforms) -> tuple[jax.Array, jax.Array, jax.Array]:
     def plain(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         activated = gelu(x)
-        return activated, transforms.project(activated), gelu_slope(x)
+        return activated, transforms.project(activated, stored=True), gelu_slope(x)
 
     def with_kernel(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         rows = transforms.prefix_tokens + coefficient_count(transforms.spec, transforms.grid)
@@ -122,7 +122,7 @@ def _whole_slope(x: jax.Array, transforms: Transforms) -> tuple[jax.Array, jax.A
 def _coded_slope(x: jax.Array, transforms: Transforms, bits: int) -> tuple[jax.Array, jax.Array, Slopes]:
     def plain(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         activated, slope = gelu_and_slope(x, bits)
-        coefficients, activated = apart((transforms.project(activated), activated))
+        coefficients, activated = apart((transforms.project(activated, stored=True), activated))
         return activated, coefficients, slope.codes
 
     kernels = transforms.kernels("gelu_coded", x) if bits == _KERNEL_BITS else {}

@@ -15,8 +15,12 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
+from lbpwht_jax.ops import affine as affines
+from lbpwht_jax.ops.affine import Affine
+from lbpwht_jax.ops.affine_product import affine_product
 from lbpwht_jax.ops.basis import holds_token_sum
 from lbpwht_jax.ops.dtypes import accumulation_dtype, static_precision
+from lbpwht_jax.ops.exact import ExactProduct
 from lbpwht_jax.ops.gelu import check_slope_bits, coded_gelu
 from lbpwht_jax.ops.gelu_forms import Transforms
 from lbpwht_jax.ops.heuristic import chosen
@@ -63,6 +67,7 @@ def low_rank_matmul(
     activation: Literal["gelu"] | None = None,
     slope_bits: int | None = None,
     link: Link | None = None,
+    affine: Affine | None = None,
     name: str = "low_rank_matmul",
 ) -> jax.Array:
     """``x @ kernel``, or ``x @ kernel + bias``, exact, with a low-rank backward pass along the token grid (LBP-WHT, section 3).
@@ -85,6 +90,8 @@ def low_rank_matmul(
       activation: ``"gelu"`` applies the exact GELU to ``x`` first, which kernels for GPUs do in passing.
       slope_bits: keeps the activation's slope in 2, 3, 4 or 8 bits; ``None`` keeps it as it is.
       link: joins this layer to the one behind it or, with an activation, to the one before it; nothing else changes.
+      affine: a normalisation by constant statistics and an activation, ``lbpwht_jax.ops.Affine``, applied to the result as one
+        with the product. Its cotangents are exact, and the bias's is part of its mean's.
       name: where the operation is used; it opens the error messages.
 
     Returns:
@@ -105,22 +112,35 @@ def low_rank_matmul(
         raise ValueError(f"{name}: activation must be 'gelu' or None, got {activation!r}; apply others to x beforehand")
     check_slope_bits(slope_bits, name)
     prefix_tokens = operator.index(prefix_tokens)
+    if affine is not None and is_explicit(x):  # XLA shards what is behind the product
+        fields = {"out_sharding": out_sharding, "bias": bias, "activation": activation, "slope_bits": slope_bits, "name": name}
+        how = {"precision": precision, "preferred_element_type": preferred_element_type}
+        return affines.apply(low_rank_matmul(x, kernel, spec, grid, prefix_tokens, **how, **fields), affine)
+    if affine is not None and bias is not None:
+        affine, bias = affine.after(bias), None
     # Elsewhere the coefficients do not hold the bias's cotangent, or XLA shards it: JAX adds the bias, and differentiates it.
     folded = None if is_explicit(x) or not holds_token_sum(spec, token_grid) else bias
-    if folded is None:
+    if affine is not None:
+        (x, kernel), affine = affines.vary_with(affine, x, kernel)
+    elif folded is None:
         x, kernel = vary_alike(x, kernel)
     else:
         x, kernel, folded = vary_alike(x, kernel, folded)
     tokens = x if grid is not None else x.reshape(*x.shape[: -1 - spec.ndim], math.prod(token_grid), x.shape[-1])
     chosen_spec = chosen(spec, token_grid, prefix_tokens, *kernel.shape)
+    exact = (chosen_spec.dx, chosen_spec.dw) == ("exact", "exact")
     low_rank = (chosen_spec.dx, chosen_spec.dw) == ("low_rank", "low_rank")
     precision = static_precision(precision)
+    wide = x.dtype == kernel.dtype == accumulation_dtype(x.dtype) and preferred_element_type is None
+    if affine is not None and activation is None and exact and wide:
+        return affine_product(ExactProduct(precision), x, kernel, affine)
     transforms = Transforms(chosen_spec, token_grid, prefix_tokens, precision)
     fuses = low_rank and (slope_bits is not None or transforms.kernels("gelu_backward", tokens) != {})
     if activation is not None and not fuses:
         tokens = coded_gelu(tokens, slope_bits)
     given = link.take(given_x, transforms) if link is not None and activation is not None and fuses else None
-    links = link is not None and activation is None and low_rank and not is_explicit(x) and (bias is None or folded is not None)
+    links = link is not None and activation is None and affine is None and low_rank
+    links = links and not is_explicit(x) and (bias is None or folded is not None)
     dtype = jnp.result_type(x, kernel) if preferred_element_type is None else jnp.dtype(preferred_element_type)
     static = Static(
         transforms=transforms,
@@ -134,7 +154,7 @@ def low_rank_matmul(
         slope_bits=slope_bits,
         stand_in=links,
     )
-    results: Any = matmul(tokens, kernel, folded, given, static)
+    results: Any = matmul(tokens, kernel, folded, given, affine, static)
     y, stand_in = results
     y = y if grid is not None else y.reshape(*x.shape[:-1], kernel.shape[1])
     if link is not None and links:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,13 +10,12 @@ from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
 from lbpwht_jax.ops import norms_gpu
+from lbpwht_jax.ops.affine import Activation, Affine, apply
 from lbpwht_jax.ops.coders import Mask, Rows
 from lbpwht_jax.ops.dtypes import accumulation_dtype
 from lbpwht_jax.ops.gelu import gelu, gelu_slope
 from lbpwht_jax.ops.platforms import apart, by_platform
 from lbpwht_jax.ops.sharding import explicit_sharding, vary_alike
-
-Activation = Literal["gelu", "relu"] | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +23,7 @@ class _Static:
     """What is known when tracing.
 
     Attributes:
-      axes: those over which mean and variance were taken from x itself; none if they are constants.
+      axes: those over which mean and variance were taken.
       bits: of the normalised array.
       activation: after the norm.
       dtype: the result's.
@@ -93,12 +92,10 @@ def batch_norm(
     Returns:
       Array of the shape of x, and mean and variance, ``[channels]``, which are not differentiated.
     """
-    axes = tuple(range(x.ndim - 1)) if statistics is None else ()
-    shape = (1,) * (x.ndim - 1) + (-1,)
-    if statistics is None:
-        mean, variance = _moments(x.astype(accumulation_dtype(x.dtype)), axes)
-    else:
-        mean, variance = (value.reshape(shape) for value in statistics)
+    if statistics is not None:
+        return apply(x, Affine.running(statistics, scale, bias, epsilon, bits, dtype, activation)), statistics
+    axes = tuple(range(x.ndim - 1))
+    mean, variance = _moments(x.astype(accumulation_dtype(x.dtype)), axes)
     y = _affine(x, mean, lax.rsqrt(variance + epsilon), scale, bias, _Static(axes, bits, activation, jnp.dtype(dtype), x.dtype))
     return y, (lax.stop_gradient(mean.reshape(-1)), lax.stop_gradient(variance.reshape(-1)))
 
@@ -179,16 +176,13 @@ def _result(x: Any, mean: Any, inverse: Any, scale: Any, bias: Any, static: _Sta
 
 
 def _forward(x: Any, mean: Any, inverse: Any, scale: Any, bias: Any, static: _Static) -> tuple[jax.Array, tuple]:
-    wants_parameters = scale.perturbed or bias.perturbed
     x, mean, inverse, scale, bias = (operand.value for operand in (x, mean, inverse, scale, bias))
-    kept = mask = None
-    if wants_parameters or static.axes or static.activation:
-        kept = x
-        if static.bits is not None:
-            normalised = _normalised(x, mean, inverse)
-            if static.activation == "relu":  # rounding would turn slopes near zero over
-                mask = Mask.of(_apply(normalised, scale, bias) > 0)
-            kept = Rows.of(normalised, static.bits)
+    kept, mask = x, None
+    if static.bits is not None:
+        normalised = _normalised(x, mean, inverse)
+        if static.activation == "relu":  # rounding would turn slopes near zero over
+            mask = Mask.of(_apply(normalised, scale, bias) > 0)
+        kept = Rows.of(normalised, static.bits)
     y: Any = _result(x, mean, inverse, scale, bias, static)
     if isinstance(kept, Rows):
         kept, mask, y = apart((kept, mask, y))
@@ -201,8 +195,6 @@ def _backward(static: _Static, residuals: tuple, cotangent: jax.Array | Symbolic
     (kept, mask, mean, inverse, scale, bias), cotangent = apart((residuals, cotangent))
     g: Any = cotangent.astype(inverse.dtype)
     rows, factor = tuple(range(g.ndim - 1)), scale.reshape((1,) * (g.ndim - 1) + (-1,)).astype(g.dtype)
-    if kept is None:
-        return (g * factor * inverse).astype(static.x), None, None, None, None
     normalised = kept.decoded() if isinstance(kept, Rows) else _normalised(kept, mean, inverse)
     if static.activation == "gelu":
         g = g * gelu_slope(_apply(normalised, scale, bias))
@@ -210,9 +202,8 @@ def _backward(static: _Static, residuals: tuple, cotangent: jax.Array | Symbolic
         g = jnp.where(_apply(normalised, scale, bias) > 0 if mask is None else mask.decoded(), g, 0)
     dscale, dbias = jnp.sum(g * normalised, rows), jnp.sum(g, rows)
     dx = g * factor
-    if static.axes:
-        mean_dx, mean_product = (jnp.mean(a, static.axes, keepdims=True) for a in (dx, dx * normalised))
-        dx = dx - mean_dx - normalised * mean_product
+    mean_dx, mean_product = (jnp.mean(a, static.axes, keepdims=True) for a in (dx, dx * normalised))
+    dx = dx - mean_dx - normalised * mean_product
     return (dx * inverse).astype(static.x), None, None, dscale.astype(scale.dtype), dbias.astype(bias.dtype)
 
 

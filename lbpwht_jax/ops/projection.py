@@ -128,10 +128,10 @@ def _expand_by_axis(coefficients: jax.Array, spec: SpecFields, grid: Grid, preci
     return x.reshape(*batch, math.prod(grid), channels)
 
 
-def _project_by_block(x: jax.Array, spec: SpecFields, grid: Grid, precision: Any) -> jax.Array:
+def _project_by_block(x: jax.Array, spec: SpecFields, grid: Grid, precision: Any, stored: bool) -> jax.Array:
     batch, channels = x.shape[:-2], x.shape[-1]
     matrices, kept = block_matrices(spec, grid, "analysis")
-    sums = sum_subblocks(x.reshape(*batch, *grid, channels), spec, grid)
+    sums = sum_subblocks(x.reshape(*batch, *grid, channels), spec, grid, stored)
     coefficients = _apply(matrices, sums, precision)
     return _gather(coefficients.reshape(*batch, math.prod(coefficients.shape[-3:-1]), channels), kept)
 
@@ -144,30 +144,30 @@ def _expand_by_block(coefficients: jax.Array, spec: SpecFields, grid: Grid, prec
     return spread_over_subblocks(_apply(matrices, x, precision), spec, grid).reshape(*batch, math.prod(grid), channels)
 
 
-_FORMS = {
-    ("analysis", "by_axis"): _project_by_axis,
-    ("analysis", "by_block"): _project_by_block,
-    ("synthesis", "by_axis"): _expand_by_axis,
-    ("synthesis", "by_block"): _expand_by_block,
-}
-
-
-def _transform(x: jax.Array, spec: SpecFields, grid: Grid, prefix_tokens: int, precision: Any, side: Side) -> jax.Array:
+def _transform(
+    x: jax.Array, spec: SpecFields, grid: Grid, prefix_tokens: int, precision: Any, side: Side, stored: bool = False
+) -> jax.Array:
     kernels = kernel_forms("project" if side == "analysis" else "expand", x, spec, grid, prefix_tokens)
     plain = functools.partial(
-        _plain_transform, spec=spec, grid=grid, prefix_tokens=prefix_tokens, precision=precision, side=side
+        _plain_transform, spec=spec, grid=grid, prefix_tokens=prefix_tokens, precision=precision, side=side, stored=stored
     )
     return by_platform(plain, x, **kernels) if kernels else plain(x)
 
 
 def _plain_transform(
-    x: jax.Array, *, spec: SpecFields, grid: Grid, prefix_tokens: int, precision: Any, side: Side
+    x: jax.Array, *, spec: SpecFields, grid: Grid, prefix_tokens: int, precision: Any, side: Side, stored: bool
 ) -> jax.Array:
     form = transform_form(spec, grid, side)
     if form == "matrix":
         analysis, synthesis = projection_matrices(spec, grid, prefix_tokens)
         return _apply(analysis if side == "analysis" else synthesis, x, precision)
-    of_grid = _FORMS[side, form](x[..., prefix_tokens:, :], spec, grid, precision)
+    forms = {
+        ("analysis", "by_axis"): _project_by_axis,
+        ("analysis", "by_block"): functools.partial(_project_by_block, stored=stored),
+        ("synthesis", "by_axis"): _expand_by_axis,
+        ("synthesis", "by_block"): _expand_by_block,
+    }
+    of_grid = forms[side, form](x[..., prefix_tokens:, :], spec, grid, precision)
     return jnp.concatenate([x[..., :prefix_tokens, :], of_grid], axis=-2) if prefix_tokens else of_grid
 
 
@@ -179,7 +179,15 @@ def _keeping_sharding(function: Callable[[jax.Array], jax.Array], x: jax.Array) 
     return jax.sharding.auto_axes(out_sharding=with_whole_tokens(sharding))(function)(x)
 
 
-def project(x: jax.Array, spec: SpecFields, grid: Grid, prefix_tokens: int = 0, precision: Any = None) -> jax.Array:
+def project(
+    x: jax.Array,
+    spec: SpecFields,
+    grid: Grid,
+    prefix_tokens: int = 0,
+    precision: Any = None,
+    *,
+    stored: bool = False,
+) -> jax.Array:
     """Walsh coefficients of a token grid, ``A x``; prefix tokens come first and pass through unchanged.
 
     Args:
@@ -188,11 +196,12 @@ def project(x: jax.Array, spec: SpecFields, grid: Grid, prefix_tokens: int = 0, 
       grid: tokens along each axis, their product being ``tokens``.
       prefix_tokens: leading tokens outside the grid.
       precision: precision of the products, as for ``jax.lax.dot_general``.
+      stored: whether x is an operand of a product as well, and so better read than computed once more here.
 
     Returns:
       ``[..., prefix_tokens + coefficients, channels]``, of x's dtype, accumulated in at least float32.
     """
-    return _keeping_sharding(lambda x: _transform(x, spec, grid, prefix_tokens, precision, "analysis"), x)
+    return _keeping_sharding(lambda x: _transform(x, spec, grid, prefix_tokens, precision, "analysis", stored), x)
 
 
 def expand(coefficients: jax.Array, spec: SpecFields, grid: Grid, prefix_tokens: int = 0, precision: Any = None) -> jax.Array:

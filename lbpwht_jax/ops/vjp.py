@@ -17,8 +17,10 @@ import numpy as np
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
+from lbpwht_jax.ops import affine as affines
 from lbpwht_jax.ops import gelu_forms
-from lbpwht_jax.ops.basis import coefficient_count, token_sum_weights
+from lbpwht_jax.ops.affine import Affine
+from lbpwht_jax.ops.basis import coefficient_count, holds_token_sum, token_sum_weights
 from lbpwht_jax.ops.dtypes import accumulation_dtype
 from lbpwht_jax.ops.gelu import gelu
 from lbpwht_jax.ops.gelu_forms import Transforms
@@ -77,6 +79,7 @@ class _Residuals:
       x: the coefficients of x, or all of x where ``dw`` is exact, for the kernel's cotangent; ``None`` if that is not wanted.
       kernel: for the cotangent of x; ``None`` if that is not wanted.
       gelu: for the cotangent of x: what ``gelu_forms`` keeps; ``None`` if that is not wanted or there is no GELU.
+      affine: what is kept of the product for the cotangents in front of its affine map, and the map; ``None`` without one.
       wants_dx, wants_dw, wants_db: which operands are differentiated.
       projects_dx: whether the coefficients of x's cotangent are wanted, for the stand-in of x, and not all of it.
     """
@@ -84,6 +87,7 @@ class _Residuals:
     x: Any
     kernel: Any
     gelu: Any
+    affine: tuple[affines.Kept, Affine] | None
     wants_dx: bool = dataclasses.field(metadata={"static": True})
     wants_dw: bool = dataclasses.field(metadata={"static": True})
     wants_db: bool = dataclasses.field(metadata={"static": True})
@@ -115,19 +119,28 @@ def add_bias(y: jax.Array, bias: jax.Array) -> jax.Array:
     return y + bias.reshape((1,) * (y.ndim - 1) + (-1,))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def matmul(x: jax.Array, kernel: jax.Array, bias: jax.Array | None, stand_in: jax.Array | None, static: Static) -> tuple:
-    """``x @ kernel + bias``, of tokens; and its stand-in, or ``None``.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def matmul(
+    x: jax.Array,
+    kernel: jax.Array,
+    bias: jax.Array | None,
+    stand_in: jax.Array | None,
+    affine: Affine | None,
+    static: Static,
+) -> tuple:
+    """``affine`` of ``x @ kernel + bias``, of tokens; and its stand-in, or ``None``.
 
     Args:
       x: ``[..., prefix_tokens + tokens, in]``.
       kernel: ``[in, out]``.
       bias: ``[out]`` or ``None``.
       stand_in: that of x, ``[..., prefix_tokens + coefficients, in]``; or ``None``.
+      affine: of ``[..., out]``; ``None`` where there is a bias, or the result has a stand-in.
       static: what is known when tracing.
     """
     del stand_in
-    return _result(gelu(x) if static.gelu else x, kernel, bias, static)
+    y, made = _result(gelu(x) if static.gelu else x, kernel, bias, static)
+    return y if affine is None else affine.activated(affine.before_activation(y)), made
 
 
 def _result(x: jax.Array, kernel: jax.Array, bias: jax.Array | None, static: Static) -> tuple:
@@ -141,30 +154,41 @@ def _result(x: jax.Array, kernel: jax.Array, bias: jax.Array | None, static: Sta
     return y, jnp.broadcast_to(y[..., :1, :], (*y.shape[:-2], rows, y.shape[-1]))
 
 
-def _forward(x: Any, kernel: Any, bias: Any, stand_in: Any, static: Static) -> tuple[tuple, _Residuals]:
+def _forward(x: Any, kernel: Any, bias: Any, stand_in: Any, affine: Affine | None, static: Static) -> tuple[tuple, _Residuals]:
     wants_dx, wants_dw = x.perturbed, kernel.perturbed
     wants_db = bias is not None and bias.perturbed
     x, kept_x, kept_gelu = x.value, None, None
     if static.gelu:
         x, kept_x, kept_gelu = gelu_forms.forward(x, static.transforms, static.slope_bits, wants_dx, wants_dw)
     elif wants_dw:
-        kept_x, x = apart((static.transforms.project(x), x)) if static.spec.dw == "low_rank" else (x, x)
-    result = _result(x, kernel.value, None if bias is None else bias.value, static)
+        kept_x, x = apart((static.transforms.project(x, stored=True), x)) if static.spec.dw == "low_rank" else (x, x)
+    y, made = _result(x, kernel.value, None if bias is None else bias.value, static)
+    kept_affine = None
+    if affine is not None:
+        perturbed, affine = affines.split(affine)
+        y, kept_y = affines.forward(y, affine, perturbed)
+        kept_affine = kept_y, affine
     kept_kernel, projects_dx = kernel.value if wants_dx else None, stand_in is not None
-    return result, _Residuals(kept_x, kept_kernel, kept_gelu, wants_dx, wants_dw, wants_db, projects_dx)
+    return (y, made), _Residuals(kept_x, kept_kernel, kept_gelu, kept_affine, wants_dx, wants_dw, wants_db, projects_dx)
 
 
 def _backward(static: Static, kept: _Residuals, cotangents: tuple) -> tuple:
     if all(cotangent is None or isinstance(cotangent, SymbolicZero) for cotangent in cotangents):
-        return (None,) * 4
+        return (None,) * 5
     g, of_stand_in = cotangents
+    if kept.affine is not None:
+        g = affines.through_activation(g, *kept.affine)
     low_dx = kept.wants_dx and static.spec.dx == "low_rank"
     low_dw = kept.wants_dw and static.spec.dw == "low_rank"
     coefficients: Any = None
     if low_dx or low_dw or static.stand_in:
-        coefficients = _coefficients(g, of_stand_in, static)
-    dx = dw = db = of_given = None
+        coefficients = _coefficients(g, of_stand_in, kept.affine is not None, static)
+    dx = dw = db = of_given = of_affine = None
     kept_x = kept.x
+    if kept.affine is not None:
+        of_affine = affines.parameter_cotangents(g, _token_sums(g, coefficients, static), *kept.affine)
+        g = affines.along_channels(g, kept.affine[1])
+        coefficients = None if coefficients is None else affines.along_channels(coefficients, kept.affine[1])
     if kept.wants_dx:
         dx = _dx(coefficients if low_dx else g, kept.kernel, static)
         if static.gelu:
@@ -176,16 +200,16 @@ def _backward(static: Static, kept: _Residuals, cotangents: tuple) -> tuple:
     if kept.wants_dw:
         dw = _dw(kept_x, coefficients if low_dw else g, static)
     if kept.wants_db:
-        db = _db(g, coefficients, static)
-    return dx, dw, db, of_given
+        db = _token_sums(g, coefficients, static).astype(static.bias.dtype)
+    return dx, dw, db, of_given, of_affine
 
 
 matmul.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
-def _coefficients(g: Any, of_stand_in: Any, static: Static) -> jax.Array:
-    """Those of the result's cotangent: of what comes whole, and what comes as coefficients."""
-    parts = [] if isinstance(g, SymbolicZero) else [static.transforms.project(g)]
+def _coefficients(g: Any, of_stand_in: Any, stored: bool, static: Static) -> jax.Array:
+    """Those of the result's cotangent: of what comes whole, ``stored`` or not, and what comes as coefficients."""
+    parts = [] if isinstance(g, SymbolicZero) else [static.transforms.project(g, stored)]
     parts += [] if of_stand_in is None or isinstance(of_stand_in, SymbolicZero) else [of_stand_in]
     return functools.reduce(jnp.add, parts)
 
@@ -206,15 +230,15 @@ def _dw(x: jax.Array, g: jax.Array, static: Static) -> jax.Array:
     return _product(x, g, (rows, rows), static, static.kernel)
 
 
-def _db(g: jax.Array, coefficients: jax.Array | None, static: Static) -> jax.Array:
-    """The bias's cotangent, the sum of ``g`` over batch and tokens: from the coefficients where there are any."""
-    if coefficients is not None:
-        transforms = static.transforms
+def _token_sums(g: jax.Array, coefficients: jax.Array | None, static: Static) -> jax.Array:
+    """The sums of ``g`` over batch and tokens, ``[channels]``: from the coefficients where they hold them."""
+    transforms = static.transforms
+    if coefficients is not None and holds_token_sum(transforms.spec, transforms.grid):
         weights = token_sum_weights(transforms.spec, transforms.grid, transforms.prefix_tokens)
         rows = np.flatnonzero(weights)
         dtype = accumulation_dtype(coefficients.dtype)
         g = _flat_batch(coefficients)[:, rows].astype(dtype) * jnp.asarray(weights[rows], dtype).reshape(1, -1, 1)
-    return jnp.sum(_flat_batch(g), (0, 1), dtype=accumulation_dtype(g.dtype)).astype(static.bias.dtype)
+    return jnp.sum(_flat_batch(g), (0, 1), dtype=accumulation_dtype(g.dtype))
 
 
 def _flat_batch(x: jax.Array) -> jax.Array:

@@ -78,7 +78,7 @@ def case(request):
 
 def train(module, variables, spec=None, layers="", dtype=None) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Logits and gradients of a cross-entropy by parameter path, training with frozen batch normalisation."""
-    module = module.clone(settings=Settings(dtype, frozen_batch_norm=True))
+    module = module.clone(settings=dataclasses.replace(module.settings, dtype=dtype, frozen_batch_norm=True))
     if spec is not None:
         module = adapt(module, [LowRank(layers, spec)], IMAGES)
 
@@ -154,8 +154,20 @@ def test_a_spec_of_more_axes_is_refused_by_the_layers_name(case, remat):
 
 
 def test_remat_changes_no_gradient(case):
-    _, gradients = train(case.module.clone(settings=Settings(frozen_batch_norm=True, remat=True)), case.variables)
+    _, gradients = train(case.module.clone(settings=Settings(remat=True)), case.variables)
     assert_gradients_close(gradients, case.gradients)
+
+
+@pytest.mark.parametrize("spec", [None, lp_l1(2)], ids=["full", "low-rank"])
+def test_norms_joined_to_layers_change_nothing(case, spec):
+    apart = case.module.clone(settings=Settings(joins_norms=False))
+    own, theirs = (train(module, case.variables, spec, case.info.layers.low_rank) for module in (case.module, apart))
+    assert difference(own[0], theirs[0]) < 1e-5
+    largest = max(float(jnp.max(jnp.abs(gradient))) for gradient in theirs[1].values())
+    for path, gradient in theirs[1].items():
+        # float32 rounding; some gradients are nothing else: of what adds the same to every logit of a query
+        tolerance = 1e-4 * max(float(jnp.max(jnp.abs(gradient))), 1e-2 * largest)
+        chex.assert_trees_all_close(own[1][path], gradient, rtol=0, atol=tolerance)
 
 
 @pytest.mark.parametrize("frozen", [True, False])

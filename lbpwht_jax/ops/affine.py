@@ -1,0 +1,251 @@
+"""Normalisation by constant statistics and an activation, channel by channel, and what both keep for the backward pass."""
+
+import dataclasses
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.custom_derivatives import SymbolicZero
+
+from lbpwht_jax.ops.coders import Mask, Rows, Slopes
+from lbpwht_jax.ops.dtypes import accumulation_dtype
+from lbpwht_jax.ops.gelu import gelu, gelu_slope
+from lbpwht_jax.ops.platforms import apart
+from lbpwht_jax.ops.sharding import vary_alike
+
+Activation = Literal["gelu", "relu"] | None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Affine:
+    """``activation((x - mean) * inverse * scale + bias)`` of the last axis, computed in at least float32.
+
+    Attributes:
+      mean: ``[channels]``, as all four arrays of one dtype of at least 32 bits.
+      inverse: one over the standard deviation, ``[channels]``; a constant.
+      scale: ``[channels]``.
+      bias: ``[channels]``.
+      bits: in how many bits the normalised x is kept, 4 or 8; ``None`` keeps x itself.
+      activation: ``"gelu"``, ``"relu"`` or ``None``.
+      dtype: the result's.
+    """
+
+    mean: Any
+    inverse: Any
+    scale: Any
+    bias: Any
+    bits: int | None = dataclasses.field(metadata={"static": True})
+    activation: Activation = dataclasses.field(metadata={"static": True})
+    dtype: Any = dataclasses.field(metadata={"static": True})
+
+    @classmethod
+    def running(
+        cls,
+        statistics: tuple[jax.Array, jax.Array],
+        scale: jax.Array,
+        bias: jax.Array,
+        epsilon: float,
+        bits: int | None,
+        dtype: Any,
+        activation: Activation = None,
+    ) -> "Affine":
+        """Batch normalisation (Ioffe and Szegedy, 2015) by a mean and a variance that are constants.
+
+        Args:
+          statistics: mean and variance, ``[channels]``.
+          scale, bias: ``[channels]``.
+          epsilon: added to the variance.
+          bits, dtype, activation: the attributes.
+        """
+        own = accumulation_dtype(jnp.dtype(dtype))
+        mean, variance, scale, bias = (a.astype(own) for a in (*lax.stop_gradient(statistics), scale, bias))
+        return cls(mean, lax.rsqrt(variance + epsilon), scale, bias, bits, activation, jnp.dtype(dtype))
+
+    def after(self, bias: jax.Array) -> "Affine":
+        """The same of ``x + bias``."""
+        return dataclasses.replace(self, mean=self.mean - bias.astype(self.mean.dtype))
+
+    def scaled(self, factor: jax.Array) -> "Affine":
+        """The same, the result before the activation multiplied by ``factor``, ``[channels]``."""
+        factor = factor.astype(self.scale.dtype)
+        return dataclasses.replace(self, scale=self.scale * factor, bias=self.bias * factor)
+
+    @property
+    def factor(self) -> jax.Array:
+        """What x is multiplied by, ``[channels]``."""
+        return self.inverse * self.scale
+
+    def cotangents(self, scale: jax.Array, sums: jax.Array) -> "Affine":
+        """Those of mean, scale and bias, in their places.
+
+        Args:
+          scale: the scale's.
+          sums: of the cotangent of what the activation takes, over all axes but the last, ``[channels]``.
+        """
+        scale, sums = (a.astype(self.inverse.dtype) for a in (scale, sums))
+        return dataclasses.replace(self, mean=-self.factor * sums, inverse=jnp.zeros_like(sums), scale=scale, bias=sums)
+
+    def of_scale(self, products: jax.Array, sums: jax.Array) -> jax.Array:
+        """The scale's cotangent from sums over all axes but the last, ``[channels]``.
+
+        Args:
+          products: of x times the cotangent of what the activation takes: with them CPUs read x itself, and make no array of
+            what is normalised.
+          sums: of that cotangent alone.
+        """
+        products, sums = (a.astype(self.inverse.dtype) for a in (products, sums))
+        return (products - self.mean * sums) * self.inverse
+
+    def before_activation(self, x: jax.Array) -> jax.Array:
+        """In Flax's order, so that rounding is the same."""
+        x = x.astype(accumulation_dtype(x.dtype))
+        return (x - _along(self.mean, x)) * _along(self.factor, x) + _along(self.bias, x)
+
+    def activated(self, z: jax.Array) -> jax.Array:
+        """The activation of ``z``, in the result's dtype."""
+        if self.activation == "gelu":
+            z = gelu(z)
+        if self.activation == "relu":
+            z = jnp.maximum(z, 0)
+        return z.astype(self.dtype)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Kept:
+    """What the backward pass gets of x.
+
+    Attributes:
+      x: x itself, or the normalised x in few bits; ``None`` where nothing is differentiated but x, without an activation.
+      positive: where the ReLU's slope is one, beside few bits: rounding would turn slopes near zero over.
+    """
+
+    x: Any
+    positive: Any
+
+
+def forward(x: jax.Array, affine: Affine, wants_parameters: bool) -> tuple[jax.Array, Kept]:
+    """The result, and what is kept of x.
+
+    Args:
+      x: ``[..., channels]``.
+      affine: what is applied.
+      wants_parameters: whether its mean, scale or bias is differentiated.
+    """
+    y = affine.activated(affine.before_activation(x))
+    if not (wants_parameters or affine.activation):
+        return y, Kept(None, None)
+    if affine.bits is None:
+        return y, Kept(x, None)
+    wide = x.astype(accumulation_dtype(x.dtype))
+    normalised = (wide - _along(affine.mean, wide)) * _along(affine.inverse, wide)
+    positive = Mask.of(affine.before_activation(x) > 0) if affine.activation == "relu" else None
+    kept, y = apart((Kept(Rows.of(normalised, affine.bits), positive), y))
+    return y, kept
+
+
+def through_activation(g: jax.Array, kept: Kept, affine: Affine) -> jax.Array:
+    """The cotangent of what the activation takes, in at least float32, from the result's, ``g``."""
+    g = g.astype(accumulation_dtype(g.dtype))
+    if affine.activation is None:
+        return g
+    if isinstance(kept.x, Rows):
+        normalised = kept.x.decoded()
+        z = normalised * _along(affine.scale, normalised) + _along(affine.bias, normalised)
+    else:
+        z = affine.before_activation(lax.optimization_barrier(kept.x))
+    if affine.activation == "gelu":
+        return g * gelu_slope(z)
+    return jnp.where(z > 0 if kept.positive is None else kept.positive.decoded(), g, 0)
+
+
+def activated_and_slope(z: jax.Array, affine: Affine) -> tuple[jax.Array, Any]:
+    """The activation of z, and what is kept of its slope, as ``through_slope`` takes it: z itself with ``bits=None``."""
+    y = affine.activated(z)
+    if affine.activation is None or affine.bits is None:
+        return y, None if affine.activation is None else z
+    slope = Slopes.of(gelu_slope(z), affine.bits) if affine.activation == "gelu" else Mask.of(z > 0)
+    return apart((y, slope))
+
+
+def through_slope(g: jax.Array, kept: Any, affine: Affine) -> jax.Array:
+    """As ``through_activation``, from what ``activated_and_slope`` kept."""
+    if affine.activation is None:
+        return g
+    if affine.activation == "gelu":
+        return g * (kept.decoded() if isinstance(kept, Slopes) else gelu_slope(lax.optimization_barrier(kept)))
+    return jnp.where(kept.decoded() if isinstance(kept, Mask) else kept > 0, g, 0)
+
+
+@jax.named_scope("norm")
+def parameter_cotangents(g: jax.Array, sums: jax.Array, kept: Kept, affine: Affine) -> Affine | None:
+    """Those of mean, scale and bias, in their places; ``None`` where nothing was kept of x.
+
+    Args:
+      g: what ``through_activation`` returned.
+      sums: those of g over all axes but the last, ``[channels]``.
+      kept: what ``forward`` kept.
+      affine: what was applied.
+    """
+    rows = tuple(range(g.ndim - 1))
+    if kept.x is None:
+        return None
+    if isinstance(kept.x, Rows):
+        return affine.cotangents(jnp.sum(g * kept.x.decoded(), rows), sums)
+    return affine.cotangents(affine.of_scale(jnp.sum(g * kept.x.astype(g.dtype), rows), sums), sums)
+
+
+def along_channels(x: jax.Array, affine: Affine) -> jax.Array:
+    """``x``, ``[..., channels]``, times the factor."""
+    return x * _along(affine.factor, x)
+
+
+def split(affine: Affine) -> tuple[bool, Affine]:
+    """Whether mean, scale or bias is differentiated, and the values, of what JAX gives a forward pass."""
+    perturbed = [leaf.perturbed for leaf in (affine.mean, affine.scale, affine.bias)]
+    return any(perturbed), jax.tree.map(lambda leaf: leaf.value, affine)
+
+
+def vary_with(affine: Affine, *arrays: jax.Array) -> tuple[list[jax.Array], Affine]:
+    """The arrays and the affine map's after ``vary_alike``; its ``inverse`` is not differentiated."""
+    *others, mean, inverse, scale, bias = vary_alike(*arrays, affine.mean, affine.inverse, affine.scale, affine.bias)
+    fields = {"mean": mean, "inverse": lax.stop_gradient(inverse), "scale": scale, "bias": bias}
+    return others, dataclasses.replace(affine, **fields)
+
+
+def apply(x: jax.Array, affine: Affine) -> jax.Array:
+    """``affine`` of ``x``, ``[..., channels]``, keeping one array for the backward pass."""
+    (x,), affine = vary_with(affine, x)
+    return _apply(x, affine)
+
+
+@jax.custom_vjp
+def _apply(x: jax.Array, affine: Affine) -> jax.Array:
+    return affine.activated(affine.before_activation(x))
+
+
+def _forward(x: Any, affine: Affine) -> tuple[jax.Array, tuple]:
+    wants_parameters, affine = split(affine)
+    y, kept = forward(x.value, affine, wants_parameters)
+    return y, (kept, affine, jnp.zeros((), x.value.dtype))
+
+
+def _backward(residuals: tuple, g: Any) -> tuple:
+    if isinstance(g, SymbolicZero):
+        return None, None
+    if residuals[1].bits is not None:
+        residuals, g = apart((residuals, g))
+    kept, affine, like = residuals
+    through = through_activation(g, kept, affine)
+    cotangents = parameter_cotangents(through, jnp.sum(through, tuple(range(g.ndim - 1))), kept, affine)
+    return along_channels(through, affine).astype(like.dtype), cotangents
+
+
+_apply.defvjp(_forward, _backward, symbolic_zeros=True)
+
+
+def _along(channels: jax.Array, x: jax.Array) -> jax.Array:
+    """``[channels]`` as x broadcasts it."""
+    return channels.reshape((1,) * (x.ndim - 1) + (-1,)).astype(x.dtype)
