@@ -9,8 +9,8 @@ from flax.linen.dtypes import promote_dtype
 
 from lbpwht_jax.ops import affine as affines
 from lbpwht_jax.ops.affine import Affine
-from lbpwht_jax.ops.affine_product import affine_product
-from lbpwht_jax.ops.dtypes import accumulation_dtype, static_precision
+from lbpwht_jax.ops.affine_product import affine_product, takes_factors
+from lbpwht_jax.ops.dtypes import static_precision
 from lbpwht_jax.ops.exact import ExactProduct, exact_matmul
 from lbpwht_jax.ops.gelu import check_slope_bits, coded_gelu, gelu
 from lbpwht_jax.ops.matmul import Link, low_rank_matmul
@@ -73,8 +73,8 @@ class LowRankDense(nn.Module):
           Array of the inputs' shape with ``features`` channels.
 
         Raises:
-          ValueError, TypeError: for a scalar, for ``slope_bits`` that there are not, and whatever ``low_rank_matmul`` raises
-            when tracing; the message names this module's path.
+          ValueError, TypeError: for a scalar, for ``slope_bits`` that there are not, for an ``affine`` that does not fit, and
+            whatever ``low_rank_matmul`` raises when tracing; the message names this module's path.
         """
         if not jnp.ndim(inputs):
             raise ValueError(f"{self._name}: the inputs must be [..., tokens, channels] or maps [..., channels], got a scalar")
@@ -102,10 +102,11 @@ class LowRankDense(nn.Module):
             forward_mode = self.slope_bits is None and self.dot_general is not None
             inputs = gelu(inputs) if forward_mode else coded_gelu(inputs, self.slope_bits)
         how = {"precision": self.precision, "preferred_element_type": self.preferred_element_type}
+        affines.check_affine(affine, self.features, self._name)
         if affine is not None and bias is not None:
             affine, bias = affine.after(bias), None
-        wide = inputs.dtype == kernel.dtype == accumulation_dtype(inputs.dtype)
-        if affine is not None and self.dot_general is None and self.preferred_element_type is None and wide:
+        plain = self.dot_general is None and self.preferred_element_type is None
+        if affine is not None and plain and takes_factors(inputs, kernel):
             return affine_product(ExactProduct(static_precision(self.precision)), inputs, kernel, affine)
         if self.dot_general is None:
             y = exact_matmul(inputs, kernel, **how)

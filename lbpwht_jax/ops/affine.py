@@ -202,6 +202,36 @@ def along_channels(x: jax.Array, affine: Affine) -> jax.Array:
     return x * _along(affine.factor, x)
 
 
+def check_affine(affine: Affine | None, channels: int, name: str) -> None:
+    """Checks an affine map of a result with so many channels.
+
+    Args:
+      affine: the map, or ``None``.
+      channels: the result's.
+      name: where it is used; it opens the messages.
+
+    Raises:
+      TypeError: if it is no ``Affine``.
+      ValueError: if its arrays are not ``[channels]`` of one wide floating-point dtype, or its bits or activation are unknown.
+    """
+    if affine is None:
+        return
+    if not isinstance(affine, Affine):
+        raise TypeError(f"{name}: affine must be a lbpwht_jax.ops.Affine, such as Affine.running(...), got {affine!r}")
+    arrays = {field: jnp.asarray(getattr(affine, field)) for field in ("mean", "inverse", "scale", "bias")}
+    dtype = accumulation_dtype(arrays["mean"].dtype)
+    for field, array in arrays.items():
+        if array.shape != (channels,) or array.dtype != dtype:
+            raise ValueError(
+                f"{name}: affine.{field} must be [{channels}], one number per channel of the result, in {jnp.dtype(dtype)}; "
+                f"got {list(array.shape)} of {array.dtype}. Affine.running(...) brings all four arrays to one dtype"
+            )
+    if affine.activation not in ("gelu", "relu", None):
+        raise ValueError(f"{name}: affine.activation must be 'gelu', 'relu' or None, got {affine.activation!r}")
+    if affine.bits not in (None, 4, 8):
+        raise ValueError(f"{name}: affine.bits must be 4, 8 or None, got {affine.bits!r}")
+
+
 def split(affine: Affine) -> tuple[bool, Affine]:
     """Whether mean, scale or bias is differentiated, and the values, of what JAX gives a forward pass."""
     perturbed = [leaf.perturbed for leaf in (affine.mean, affine.scale, affine.bias)]

@@ -11,6 +11,7 @@ from lbpwht_jax.ops import affine as affines
 from lbpwht_jax.ops.affine import Affine
 from lbpwht_jax.ops.bilinear import ArrayType
 from lbpwht_jax.ops.coders import Rows
+from lbpwht_jax.ops.dtypes import accumulation_dtype
 from lbpwht_jax.ops.platforms import apart
 
 
@@ -30,6 +31,11 @@ class Product(Protocol):
         ...
 
 
+def takes_factors(x: jax.Array, kernel: jax.Array) -> bool:
+    """Whether ``affine_product`` takes these operands: of one dtype, in which the kernel loses nothing by the factors."""
+    return x.dtype == kernel.dtype == accumulation_dtype(x.dtype)
+
+
 def affine_product(product: Product, x: jax.Array, kernel: jax.Array, affine: Affine, bits: int | None = None) -> jax.Array:
     """``affine`` of ``product(x, kernel)``, and its exact cotangents.
 
@@ -39,7 +45,7 @@ def affine_product(product: Product, x: jax.Array, kernel: jax.Array, affine: Af
 
     Args:
       product: what is applied first.
-      x: floating point of at least 32 bits.
+      x: such that ``takes_factors``.
       kernel: ``[..., out]``, of x's dtype.
       affine: of ``[..., out]``. Its ``bits`` are those of the activation's slope.
       bits: in how many bits x is kept, 4 or 8; ``None`` for all of it.

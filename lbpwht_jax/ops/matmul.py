@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from lbpwht_jax.ops import affine as affines
 from lbpwht_jax.ops.affine import Affine
-from lbpwht_jax.ops.affine_product import affine_product
+from lbpwht_jax.ops.affine_product import affine_product, takes_factors
 from lbpwht_jax.ops.basis import holds_token_sum
 from lbpwht_jax.ops.dtypes import accumulation_dtype, static_precision
 from lbpwht_jax.ops.exact import ExactProduct
@@ -100,10 +100,10 @@ def low_rank_matmul(
 
     Raises:
       TypeError: when tracing, if ``x``, ``kernel`` or ``bias`` is not floating point, ``spec`` is not a ``LowRankSpec``,
-        ``grid`` is not a tuple of integers or ``prefix_tokens`` is not an integer.
+        ``grid`` is not a tuple of integers, ``prefix_tokens`` is not an integer or ``affine`` is not an ``Affine``.
       ValueError: when tracing, if the grid is missing or does not fit ``x`` or the spec, prefix tokens are given without a
-        grid, the shapes of ``x``, ``kernel`` and ``bias`` do not fit, no function of the selection exists on the grid, the
-        activation is unknown, or there is no such number of bits.
+        grid, the shapes of ``x``, ``kernel``, ``bias`` and ``affine`` do not fit, no function of the selection exists on the
+        grid, an activation is unknown, or there is no such number of bits.
     """
     given_x = x = jnp.asarray(x)
     kernel, bias = jnp.asarray(kernel), None if bias is None else jnp.asarray(bias)
@@ -111,6 +111,7 @@ def low_rank_matmul(
     if activation not in (None, "gelu"):
         raise ValueError(f"{name}: activation must be 'gelu' or None, got {activation!r}; apply others to x beforehand")
     check_slope_bits(slope_bits, name)
+    affines.check_affine(affine, kernel.shape[1], name)
     prefix_tokens = operator.index(prefix_tokens)
     if affine is not None and is_explicit(x):  # XLA shards what is behind the product
         fields = {"out_sharding": out_sharding, "bias": bias, "activation": activation, "slope_bits": slope_bits, "name": name}
@@ -131,8 +132,8 @@ def low_rank_matmul(
     exact = (chosen_spec.dx, chosen_spec.dw) == ("exact", "exact")
     low_rank = (chosen_spec.dx, chosen_spec.dw) == ("low_rank", "low_rank")
     precision = static_precision(precision)
-    wide = x.dtype == kernel.dtype == accumulation_dtype(x.dtype) and preferred_element_type is None
-    if affine is not None and activation is None and exact and wide:
+    plain = exact and activation is None and preferred_element_type is None
+    if affine is not None and plain and takes_factors(x, kernel):
         return affine_product(ExactProduct(precision), x, kernel, affine)
     transforms = Transforms(chosen_spec, token_grid, prefix_tokens, precision)
     fuses = low_rank and (slope_bits is not None or transforms.kernels("gelu_backward", tokens) != {})
