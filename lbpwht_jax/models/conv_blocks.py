@@ -16,7 +16,6 @@ from lbpwht_jax.models.affine_conv import AffineConv
 from lbpwht_jax.models.blocks import Part, dense
 from lbpwht_jax.models.norms import joined_norm, widen
 from lbpwht_jax.ops.affine import Activation
-from lbpwht_jax.ops.attention import heads_first, takes_heads_first
 from lbpwht_jax.ops.convolution import ConvProduct
 
 
@@ -123,25 +122,6 @@ def softmax(x: jax.Array, axis: int) -> jax.Array:
     return nn.softmax(widen(x), axis).astype(x.dtype)
 
 
-def biased_attention(query: jax.Array, key: jax.Array, value: jax.Array, biases: jax.Array) -> jax.Array:
-    """Softmax attention, head by head, with biases added to the scores.
-
-    Args:
-      query: ``[batch, queries, heads, head_dim]``.
-      key: ``[batch, keys, heads, head_dim]``.
-      value: ``[batch, keys, heads, channels]``.
-      biases: ``[1, queries, keys, heads]``.
-
-    Returns:
-      ``[batch, queries, heads, channels]``.
-    """
-    if takes_heads_first(query):
-        return heads_first(query * query.shape[-1] ** -0.5, key, value, jnp.moveaxis(biases, 3, 1))
-    logits = jnp.einsum("bqhc,bkhc->bqkh", query, key) * query.shape[-1] ** -0.5
-    weights = softmax(logits + biases.astype(logits.dtype), axis=2)
-    return jnp.einsum("bqkh,bkhc->bqhc", weights, value)
-
-
 def offset_index(height: int, width: int, stride: int = 1) -> np.ndarray:
     """Which attention bias belongs to each pair of query and key on a map: the one of their absolute offset.
 
@@ -161,10 +141,10 @@ def attention_biases(parent: nn.Module, heads: int, height: int, width: int, str
     """Learned biases of attention on a map, one per head and absolute offset, parameter ``attention_biases`` of ``parent``.
 
     Returns:
-      ``[1, queries, keys, heads]``, queries and keys as in ``offset_index``.
+      ``[heads, queries, keys]``, queries and keys as in ``offset_index``.
     """
     table = parent.param("attention_biases", nn.initializers.zeros_init(), (heads, height * width))
-    return jnp.moveaxis(table[:, offset_index(height, width, stride)], 0, -1)[None]
+    return table[:, offset_index(height, width, stride)]
 
 
 def resample_attention_biases(state_dict: Mapping[str, np.ndarray], key: str, size: int) -> dict[str, np.ndarray]:

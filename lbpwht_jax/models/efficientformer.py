@@ -7,7 +7,6 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from lbpwht_jax.models.blocks import DropPath, Mlp, Part, ResidualBlock, check_images, dense, drop_path_rates
@@ -15,7 +14,6 @@ from lbpwht_jax.models.conv_blocks import (
     AveragePool,
     attention_biases,
     batch_counters,
-    biased_attention,
     conv3x3,
     offset_index,
     resample_attention_biases,
@@ -23,7 +21,7 @@ from lbpwht_jax.models.conv_blocks import (
 from lbpwht_jax.models.info import Images, Layers, ModelInfo, TimmFiles
 from lbpwht_jax.models.loops import run_blocks
 from lbpwht_jax.models.norms import batch_norm, joined_norm, joins_norms, layer_norm, layer_scale, scaled_branch
-from lbpwht_jax.ops.attention import kept_attention
+from lbpwht_jax.ops.attention_biased import packed_biased_attention
 
 
 class Stem(Part):
@@ -94,10 +92,9 @@ class Attention(Part):
     def __call__(self, x: jax.Array) -> jax.Array:
         """``x`` of shape ``[batch, height, width, channels]``; the result has the same shape."""
         batch, height, width, channels = x.shape
-        qkv = dense(self, "qkv", 6 * self.heads * self.key_dim)(x).reshape(batch, height * width, self.heads, -1)
-        query, key, value = jnp.split(qkv, [self.key_dim, 2 * self.key_dim], axis=-1)
-        biases = attention_biases(self, self.heads, height, width)
-        x = kept_attention(biased_attention, self.settings.residuals, (query, key, value), biases)
+        qkv = dense(self, "qkv", 6 * self.heads * self.key_dim)(x).reshape(batch, 1, height * width, 1, self.heads, -1)
+        bias = attention_biases(self, self.heads, height, width)
+        x = packed_biased_attention(qkv, bias, self.settings.residuals, key_dim=self.key_dim)
         return dense(self, "proj", channels)(x.reshape(batch, height, width, -1))
 
 

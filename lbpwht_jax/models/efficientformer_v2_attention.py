@@ -5,8 +5,9 @@ import jax
 import jax.numpy as jnp
 
 from lbpwht_jax.models.blocks import Part, dense
-from lbpwht_jax.models.conv_blocks import ConvNorm, DenseNorm, attention_biases, biased_attention, conv3x3, softmax
+from lbpwht_jax.models.conv_blocks import ConvNorm, DenseNorm, attention_biases, conv3x3, softmax
 from lbpwht_jax.ops.attention import kept_attention
+from lbpwht_jax.ops.attention_biased import biased_attention
 from lbpwht_jax.ops.gelu import coded_gelu
 
 _HEADS = 8
@@ -56,7 +57,8 @@ class Attention(Part):
     def _attend(self, query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
         """The attended values, a map like ``value``."""
         logits = jnp.einsum("bqhc,bkhc->bqkh", _heads(query), _heads(key)) * self.key_dim**-0.5
-        logits = logits + attention_biases(self, _HEADS, *query.shape[1:3]).astype(logits.dtype)
+        biases = attention_biases(self, _HEADS, *query.shape[1:3])
+        logits = logits + jnp.moveaxis(biases, 0, -1)[None].astype(logits.dtype)
         weights = softmax(dense(self, "talking_head1", _HEADS)(logits), axis=2)
         weights = dense(self, "talking_head2", _HEADS)(weights)
         return jnp.einsum("bqkh,bkhc->bqhc", weights, _heads(value)).reshape(value.shape)
@@ -97,7 +99,7 @@ class AttentionDownsample(Part):
         key = DenseNorm(keys, settings=self.settings, name="k")(x, train)
         value = DenseNorm(values, settings=self.settings, name="v")(x, train)
         local = ConvNorm(values, 2, depthwise=True, settings=self.settings, name="v_local")(value, train)
-        biases = attention_biases(self, _HEADS, *x.shape[1:3], stride=2)
+        biases = jnp.moveaxis(attention_biases(self, _HEADS, *x.shape[1:3], stride=2), 0, -1)[None]
         heads = [_heads(map_) for map_ in (query, key, value)]
         x = kept_attention(biased_attention, self.settings.residuals, heads, biases).reshape(local.shape) + local
         return DenseNorm(self.features, settings=self.settings, name="proj")(coded_gelu(x, self.settings.slope_bits), train)

@@ -18,40 +18,13 @@ from lbpwht_jax.models.info import Images, Layers, ModelInfo, TimmFiles
 from lbpwht_jax.models.loops import run_blocks
 from lbpwht_jax.models.norms import layer_norm
 from lbpwht_jax.models.windows import from_windows, relative_coordinates, relative_index, shift_mask, to_windows
-from lbpwht_jax.ops.attention import attend, kept_attention, takes_heads_first
-from lbpwht_jax.ops.dtypes import accumulation_dtype
+from lbpwht_jax.ops.attention_biased import packed_biased_attention
 from lbpwht_jax.ops.spec import Grid
 
 _PATCH_SIZE = 4
 _MLP_RATIO = 4
 _POSITION_HIDDEN = 512
 _LARGEST_SCALE = 100.0
-
-
-def _normalize(x: jax.Array) -> jax.Array:
-    """``x`` over its length along the last axis, in at least float32; below a length of 1e-12 zero, with a gradient of zero.
-
-    The keys of padding are zero vectors. Dividing by a small constant there, as is common, multiplies their cotangent by its
-    inverse: harmless to exact backprop, which drops it, but a low-rank projection would spread it over the window.
-    """
-    x = x.astype(accumulation_dtype(x.dtype))
-    square = jnp.sum(x * x, axis=-1, keepdims=True)
-    positive = square > 1e-24
-    return jnp.where(positive, x * jax.lax.rsqrt(jnp.where(positive, square, 1)), 0)
-
-
-def _cosine_attention(query: jax.Array, key: jax.Array, value: jax.Array, scale: jax.Array, *biases: jax.Array) -> jax.Array:
-    by_heads = takes_heads_first(value)
-    if by_heads:  # before they are normalised, which is then a pass over what the products read
-        query, key, value = (jnp.swapaxes(x, -3, -2) for x in (query, key, value))
-    query = _normalize(query)
-    scale = scale.reshape(1, 1, -1, 1, 1) if by_heads else scale.reshape(1, 1, 1, -1, 1)
-    query = (query * scale.astype(query.dtype)).astype(value.dtype)
-    key = _normalize(key).astype(value.dtype)
-    if by_heads:
-        return jnp.swapaxes(attend(query, key, value, *biases), -3, -2)
-    attention = functools.partial(jax.nn.dot_product_attention, scale=1.0)
-    return jax.vmap(attention, in_axes=(0, 0, 0, None))(query, key, value, sum(biases[1:], biases[0]))
 
 
 class WindowAttention(Part):
@@ -79,16 +52,19 @@ class WindowAttention(Part):
         batch, windows, tokens, channels = x.shape
         qkv = dense(self, "qkv", 3 * channels, grid=self.window, use_bias=False)(x)
         q_bias, v_bias = (self.param(name, nn.initializers.zeros_init(), (channels,)) for name in ("q_bias", "v_bias"))
-        bias = jnp.concatenate([q_bias, jnp.zeros_like(q_bias), v_bias]).astype(qkv.dtype)
-        qkv = (qkv + bias.reshape(1, 1, 1, -1)).reshape(batch, windows, tokens, 3, self.heads, channels // self.heads)
-        query, key, value = jnp.moveaxis(qkv, 3, 0)
-
+        offset = jnp.concatenate([q_bias, jnp.zeros_like(q_bias), v_bias]).astype(qkv.dtype)
         scale = self.param("logit_scale", nn.initializers.constant(math.log(10)), (self.heads, 1, 1))
         scale = jnp.exp(jnp.minimum(scale, math.log(_LARGEST_SCALE)))
-        biases = [self._position_bias()[None]]
-        if mask is not None:
-            biases.append(jnp.asarray(mask, biases[0].dtype)[:, None])
-        x = kept_attention(_cosine_attention, self.settings.residuals, (query, key, value), scale, *biases)
+        head_dim = channels // self.heads
+        x = packed_biased_attention(
+            qkv.reshape(batch, windows, tokens, 3, self.heads, head_dim),
+            self._position_bias(),
+            self.settings.residuals,
+            key_dim=head_dim,
+            scale=scale.reshape(self.heads),
+            offset=offset.reshape(3, self.heads, head_dim),
+            mask=mask,
+        )
         return dense(self, "proj", channels, grid=self.window)(x.reshape(batch, windows, tokens, channels))
 
     def _position_bias(self) -> jax.Array:
