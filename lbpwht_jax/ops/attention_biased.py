@@ -12,7 +12,8 @@ from jax import lax
 
 from lbpwht_jax.ops import attention_biased_gpu
 from lbpwht_jax.ops.attention import attend, heads_first, kept_attention, takes_heads_first
-from lbpwht_jax.ops.attention_biased_gpu import BITS, Form, Others
+from lbpwht_jax.ops.attention_biased_gpu import BITS
+from lbpwht_jax.ops.attention_head_gpu import LEAST_SQUARE, Form, Others
 from lbpwht_jax.ops.coders import Rows
 from lbpwht_jax.ops.dtypes import accumulation_dtype
 from lbpwht_jax.ops.platforms import apart, by_platform
@@ -77,7 +78,7 @@ def _normalize(x: jax.Array) -> jax.Array:
     """
     x = x.astype(accumulation_dtype(x.dtype))
     square = jnp.sum(x * x, axis=-1, keepdims=True)
-    positive = square > attention_biased_gpu.LEAST_SQUARE
+    positive = square > LEAST_SQUARE
     return jnp.where(positive, x * lax.rsqrt(jnp.where(positive, square, 1)), 0)
 
 
@@ -118,6 +119,7 @@ def packed_biased_attention(
     coded = residuals is not None and residuals.attention_bits == BITS and explicit_sharding(qkv) is None
     form = Form(key_dim, qkv.shape[3], scale is not None, offset is not None, mask is not None)
     if coded and attention_biased_gpu.takes(qkv, form):
+        bias, scale = (None if x is None else x.astype(jnp.float32) for x in (bias, scale))
         constant = None if mask is None else jnp.asarray(mask, qkv.dtype)
         leaves, tree = jax.tree.flatten((qkv, Others(bias, scale, offset, constant)))
         return _coded(form, *jax.tree.unflatten(tree, vary_alike(*leaves)))

@@ -12,7 +12,8 @@ from jax.sharding import PartitionSpec as P
 
 from lbpwht_jax import Residuals
 from lbpwht_jax.ops.attention_biased import packed_biased_attention
-from lbpwht_jax.ops.attention_biased_gpu import Form, Others, backward_kernel, forward_kernel
+from lbpwht_jax.ops.attention_biased_gpu import backward_kernel, forward_kernel
+from lbpwht_jax.ops.attention_head_gpu import Form, Others
 from lbpwht_jax.ops.residuals import RESIDUALS
 
 LEAN = RESIDUALS["lean"]
