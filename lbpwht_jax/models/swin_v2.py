@@ -7,6 +7,7 @@ that windows do not divide are padded with zeros at the bottom and right; a map 
 
 import functools
 import math
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
@@ -92,12 +93,12 @@ class Block(ResidualBlock):
         """``x`` of shape ``[batch, height, width, channels]``; the result has the same shape."""
         # Zero norms make every block the identity before training.
         norm = functools.partial(layer_norm, self, scale_init=nn.initializers.zeros_init())
-        y = norm("norm1", self._attend(x))
-        x = x + DropPath(self.drop_path)(y, train)
+        x = x + DropPath(self.drop_path)(self._attend(x, functools.partial(norm, "norm1")), train)
         y = Mlp(_MLP_RATIO * x.shape[-1], grid=None, settings=self.settings, name="mlp")(x)
         return x + DropPath(self.drop_path)(norm("norm2", y), train)
 
-    def _attend(self, x: jax.Array) -> jax.Array:
+    def _attend(self, x: jax.Array, norm: Callable[[jax.Array], jax.Array]) -> jax.Array:
+        """Attention within the windows of a map, and the norm that closes the branch."""
         _, height, width, _ = x.shape
         window = (min(self.window, height), min(self.window, width))
         shift = tuple(self.window // 2 if self.shifted and n > self.window else 0 for n in (height, width))
@@ -107,8 +108,11 @@ class Block(ResidualBlock):
         x = jnp.pad(x, [(0, 0), (0, padding[0]), (0, padding[1]), (0, 0)])
         attention = WindowAttention(self.heads, window, settings=self.settings, name="attn")
         x = attention(to_windows(x, window), shift_mask(size, window, shift) if any(shift) else None)
-        x = from_windows(x, window, size)[:, :height, :width]
-        return jnp.roll(x, shift, axis=(1, 2))
+        # a norm that keeps codes is a pass of its own on accelerators; behind it the way back is one pass with the sum
+        in_windows = self.settings.residuals is not None and not any(padding)
+        x = from_windows(norm(x) if in_windows else x, window, size)[:, :height, :width]
+        x = jnp.roll(x, shift, axis=(1, 2))
+        return x if in_windows else norm(x)
 
 
 class PatchMerging(Part):

@@ -10,6 +10,9 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from lbpwht_jax import create_model, lp_l1
+from lbpwht_jax.models.blocks import Settings
+from lbpwht_jax.models.efficientformer import EfficientFormer
+from lbpwht_jax.models.swin_v2 import SwinTransformerV2
 from lbpwht_jax.ops.attention import packed_attention
 from lbpwht_jax.ops.norms import layer_norm
 from lbpwht_jax.ops.residuals import RESIDUALS
@@ -64,15 +67,56 @@ def test_transformations(setting, transform):
         assert float(jnp.linalg.norm(a - b)) < 0.02 * float(jnp.linalg.norm(b))
 
 
-def test_a_gpu_gets_the_kernels():
-    model = create_model("vit_micro_patch4_28", num_classes=10, spec=lp_l1(4), residuals="lean", dtype=jnp.bfloat16)
-    images = jax.ShapeDtypeStruct((2, 28, 28, 1), jnp.float32)
+def kernels(model, images):
+    """The names of the kernels in a model's gradient, lowered for a GPU."""
     variables = jax.eval_shape(model.init, jax.random.key(0), images)
 
     def loss(variables, images):
         return model.apply(variables, images).astype(jnp.float32).sum()
 
     program = jax.jit(jax.grad(loss)).trace(variables, images).lower(lowering_platforms=("cuda",)).as_text()
-    names = re.findall(r'name = "([a-z_]+)_\d', re.sub(r'\bir = "[^"]*"', "", program))
-    assert {"walsh_gelu_coded", "walsh_slope_projected", "attention_forward", "attention_backward"} <= set(names)
-    assert {"layer_norm_forward", "layer_norm_backward"} <= set(names)
+    return set(re.findall(r'name = "([a-z_]+)_\d', re.sub(r'\bir = "[^"]*"', "", program)))
+
+
+def test_a_gpu_gets_the_kernels():
+    model = create_model("vit_micro_patch4_28", num_classes=10, spec=lp_l1(4), residuals="lean", dtype=jnp.bfloat16)
+    names = kernels(model, jax.ShapeDtypeStruct((2, 28, 28, 1), jnp.float32))
+    assert {"walsh_gelu_coded", "walsh_slope_projected", "attention_forward", "attention_backward"} <= names
+    assert {"layer_norm_forward", "layer_norm_backward"} <= names
+
+
+# padded windows with and without a shift, and one smaller than the others; an attention on a map
+WITH_BIASES = {
+    "cosine": SwinTransformerV2(5, 20, window=4, dim=16, depths=(2, 1), heads=(1, 2)),
+    "biased": EfficientFormer(5, 64, dims=(16, 16, 32, 32), depths=(1, 1, 1, 2), attention=1),
+}
+
+
+@pytest.mark.parametrize("kind", WITH_BIASES)
+def test_attention_with_biases(kind):
+    """A GPU gets its kernels; elsewhere the gradient is near that of the model that keeps everything."""
+    plain, lean = (
+        WITH_BIASES[kind].clone(settings=Settings(jnp.bfloat16, residuals=RESIDUALS[name])) for name in ("plain", "lean")
+    )
+    rng = np.random.default_rng(0)
+    images = jnp.asarray(rng.normal(size=(2, plain.image_size, plain.image_size, 3)), jnp.float32)
+
+    def draw(path, like):
+        around = 1 if path[-1].key in ("scale", "var") else 0
+        return jnp.asarray(around + rng.normal(size=like.shape) * 0.5 / max(np.prod(like.shape[:-1]), 4) ** 0.5, like.dtype)
+
+    with jax.numpy_dtype_promotion("standard"):  # JAX's attention promotes narrow dtypes
+        assert {f"{kind}_attention_forward", f"{kind}_attention_backward"} <= kernels(lean, images)
+        variables = jax.tree_util.tree_map_with_path(draw, jax.eval_shape(plain.init, jax.random.key(0), images))
+        params, others = variables.pop("params"), variables
+
+        def gradient(model):
+            def loss(params):
+                logits = model.apply({"params": params, **others}, images).astype(jnp.float32)
+                return jnp.sum(logits * jnp.arange(10.0).reshape(logits.shape))
+
+            return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(jax.jit(jax.grad(loss))(params))])
+
+        found, wanted = gradient(lean), gradient(plain)
+    # bfloat16's 8 bits, rounded at other places, and 255 levels
+    assert 1 - found @ wanted / np.linalg.norm(found) / np.linalg.norm(wanted) < 1e-3
