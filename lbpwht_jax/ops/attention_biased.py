@@ -119,9 +119,9 @@ def packed_biased_attention(
     coded = residuals is not None and residuals.attention_bits == BITS and explicit_sharding(qkv) is None
     form = Form(key_dim, qkv.shape[3], scale is not None, offset is not None, mask is not None)
     if coded and attention_biased_gpu.takes(qkv, form):
-        bias, scale = (None if x is None else x.astype(jnp.float32) for x in (bias, scale))
+        wide = None if scale is None else scale.astype(jnp.float32)
         constant = None if mask is None else jnp.asarray(mask, qkv.dtype)
-        leaves, tree = jax.tree.flatten((qkv, Others(bias, scale, offset, constant)))
+        leaves, tree = jax.tree.flatten((qkv, Others(bias.astype(jnp.float32), wide, offset, constant)))
         return _coded(form, *jax.tree.unflatten(tree, vary_alike(*leaves)))
     parts = _parts(_with_offset(qkv, offset), key_dim)
     if scale is None:
@@ -167,7 +167,10 @@ def _heads_in_front(bias: jax.Array, mask: Any) -> list[jax.Array]:
 
 
 def _with_offset(qkv: jax.Array, offset: jax.Array | None) -> jax.Array:
-    return qkv if offset is None else qkv + offset.reshape(1, 1, 1, *offset.shape)
+    """Their sum, over all channels as one axis, in which XLA fuses it with the product in front."""
+    if offset is None:
+        return qkv
+    return (qkv.reshape(*qkv.shape[:3], -1) + offset.reshape(1, 1, 1, -1)).reshape(qkv.shape)
 
 
 def _plain(parts: Sequence[jax.Array], others: Others) -> jax.Array:
