@@ -7,6 +7,7 @@ import dataclasses
 import math
 from typing import NamedTuple
 
+from lbpwht_jax.ops.heuristic import Place
 from lbpwht_jax.ops.spec import Grid, LowRankSpec
 
 
@@ -53,6 +54,7 @@ class Layer:
       own_product: the name of the attribute in which the layer holds a product of its own; ``""`` if it has none.
       plain: whether the product takes the kernel as it is stored, perhaps in another dtype or shape. ``False`` where the
         kernel is standardised, normalised or otherwise computed first.
+      place: which of two layers it is that are joined, GELU between them; ``None`` for a layer by itself.
       mixes_tokens: whether the layer is known to contract tokens, as a mixer's does, or to follow such a layer.
     """
 
@@ -71,6 +73,7 @@ class Layer:
     stack: Stack = SINGLE
     own_product: str = ""
     plain: bool = True
+    place: Place | None = None
     mixes_tokens: bool = False
 
     @property

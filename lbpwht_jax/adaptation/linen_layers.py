@@ -17,6 +17,8 @@ from lbpwht_jax.adaptation.lean import LeanModule, lean_module
 from lbpwht_jax.adaptation.matching import Found
 from lbpwht_jax.adaptation.shapes import abstract_call
 from lbpwht_jax.layers.linen import LowRankDense
+from lbpwht_jax.ops.heuristic import Place
+from lbpwht_jax.ops.matmul import Link
 from lbpwht_jax.ops.pointwise import pointwise_lacks
 from lbpwht_jax.ops.spec import Grid
 
@@ -44,7 +46,7 @@ def find_layers(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
         if context.method_name == "__call__" and (found := lean_module(context.module)) is not None:
             lean[found.path] = found
         if is_layer_call(context):
-            layer = _describe(context.module, args[0].shape)
+            layer = dataclasses.replace(_describe(context.module, args[0].shape), place=_place(context.module, args, kwargs))
             layers[layer.path] = called_again(layers[layer.path], layer.input_shape) if layer.path in layers else layer
             _probe(context.module.scope, len(layer.kernel_shape))
         if isinstance(context.module, nn.Conv) and output.ndim > 2:
@@ -193,6 +195,13 @@ def _describe(module: Any, shape: tuple[int, ...]) -> Layer:
     if isinstance(module, LowRankDense):
         return dataclasses.replace(layer, grid=module.grid, prefix_tokens=module.prefix_tokens)
     return layer
+
+
+def _place(module: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Place | None:
+    """Which of two joined layers a call is of."""
+    if not isinstance(module, LowRankDense) or not any(isinstance(value, Link) for value in (*args, *kwargs.values())):
+        return None
+    return "second" if module.activation is not None or kwargs.get("before") is not None else "first"
 
 
 def _refuse_jit(module: nn.Module) -> None:

@@ -215,7 +215,8 @@ def _adaptation(layer: Layer, rule: LowRank | LoRA, maps: Mapping[Grid, str]) ->
         _check_tokens(layer, rule, shape, shown, prefix_tokens)
     if grid is not None and grid == rule.grid:
         _check_order(layer, rule, shown, maps)
-    if chosen(rule.spec, shown, prefix_tokens, layer.inputs, layer.outputs) != rule.spec:
+    place = None if branch else layer.place  # the product beside a branch is not joined
+    if chosen(rule.spec, shown, prefix_tokens, layer.inputs, layer.outputs, place) != rule.spec:
         return Adaptation(layer, None, shown_grid=shown, slower=True, **branch)
     return Adaptation(layer, rule.spec, grid if grid is None else shown, prefix_tokens, shown, **branch)
 

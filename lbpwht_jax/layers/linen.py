@@ -60,7 +60,9 @@ class LowRankDense(nn.Module):
     slope_bits: int | None = None
 
     @nn.compact
-    def __call__(self, inputs: jax.Array, link: Link | None = None, affine: Affine | None = None) -> jax.Array:
+    def __call__(
+        self, inputs: jax.Array, link: Link | None = None, affine: Affine | None = None, before: Affine | None = None
+    ) -> jax.Array:
         """Applies the layer.
 
         Args:
@@ -68,13 +70,15 @@ class LowRankDense(nn.Module):
           link: joins this layer to its neighbour, as for ``low_rank_matmul``.
           affine: a normalisation by constant statistics and an activation, applied to the result as one with the layer, as
             for ``low_rank_matmul``.
+          before: the same, applied to the inputs first, in place of ``activation``.
 
         Returns:
           Array of the inputs' shape with ``features`` channels.
 
         Raises:
-          ValueError, TypeError: for a scalar, for ``slope_bits`` that there are not, for an ``affine`` that does not fit, and
-            whatever ``low_rank_matmul`` raises when tracing; the message names this module's path.
+          ValueError, TypeError: for a scalar, for ``slope_bits`` that there are not, for an ``affine`` or ``before`` that does
+            not fit, for ``before`` beside an activation, and whatever ``low_rank_matmul`` raises when tracing; the message
+            names this module's path.
         """
         if not jnp.ndim(inputs):
             raise ValueError(f"{self._name}: the inputs must be [..., tokens, channels] or maps [..., channels], got a scalar")
@@ -96,13 +100,16 @@ class LowRankDense(nn.Module):
                 slope_bits=self.slope_bits,
                 link=link,
                 affine=affine,
+                before=before,
                 name=self._name,
             )
+        affines.check_affine(affine, self.features, self._name)
+        affines.check_before(before, self.activation, inputs.shape[-1], self._name)
+        inputs = inputs if before is None else affines.apply(inputs, before)
         if self.activation is not None:
             forward_mode = self.slope_bits is None and self.dot_general is not None
             inputs = gelu(inputs) if forward_mode else coded_gelu(inputs, self.slope_bits)
         how = {"precision": self.precision, "preferred_element_type": self.preferred_element_type}
-        affines.check_affine(affine, self.features, self._name)
         if affine is not None and bias is not None:
             affine, bias = affine.after(bias), None
         plain = self.dot_general is None and self.preferred_element_type is None

@@ -4,12 +4,14 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
 
 from lbpwht_jax.ops import affine as affines
 from lbpwht_jax.ops.affine import Affine
 from lbpwht_jax.ops.affine_product import affine_product
 from lbpwht_jax.ops.convolution import Convolution, ConvProduct
+from lbpwht_jax.ops.platforms import is_narrow
 
 
 class AffineConv(nn.Conv):
@@ -22,13 +24,14 @@ class AffineConv(nn.Conv):
         Args:
           inputs: ``[batch, height, width, channels]``.
           affine: a normalisation by constant statistics and an activation, applied to the result as one with the convolution
-            unless the model is adapted here.
+            unless the model is adapted here, or the dtype is narrow, in which the kernel cannot take the factors.
 
         Returns:
           ``[batch, height', width', features]``.
         """
         product = self.conv_general_dilated
-        if affine is None or not isinstance(product, ConvProduct):
+        dtype = jnp.result_type(inputs, self.param_dtype) if self.dtype is None else self.dtype
+        if affine is None or is_narrow(dtype) or not isinstance(product, ConvProduct):
             y = super().__call__(inputs)
             return y if affine is None else affines.apply(y, affine)
         fields: Any = self  # of more types in Flax than here

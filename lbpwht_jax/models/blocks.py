@@ -27,8 +27,8 @@ class Settings:
       frozen_batch_norm: keeps batch normalisation, where the family has any, on its running statistics while training.
       residuals: what is kept for the backward pass besides what dense layers keep; ``None`` for what JAX keeps of itself.
       remat: recomputes each block in the backward pass instead of keeping its activations.
-      joins_norms: computes batch normalisation on running statistics, and layer scale behind it, as one with the layer in
-        front, in float32 and wider; off where each module's work is to be told apart.
+      joins_norms: computes batch normalisation on running statistics, and layer scale behind it, as one with the layer beside
+        it, in float32 and wider, and in all dtypes where ``residuals`` is set; off where each module is to be told apart.
       loops: which blocks run as loops: the paths of the blocks of each step of each loop. Steps are equal but for their
         parameters and rates of drop path.
     """

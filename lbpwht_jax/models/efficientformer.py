@@ -20,8 +20,18 @@ from lbpwht_jax.models.conv_blocks import (
 )
 from lbpwht_jax.models.info import Images, Layers, ModelInfo, TimmFiles
 from lbpwht_jax.models.loops import run_blocks
-from lbpwht_jax.models.norms import batch_norm, joined_norm, joins_norms, layer_norm, layer_scale, scaled_branch
+from lbpwht_jax.models.norms import (
+    batch_norm,
+    joined_norm,
+    joins_behind,
+    joins_norms,
+    layer_norm,
+    layer_scale,
+    running_norm,
+    scaled_branch,
+)
 from lbpwht_jax.ops.attention_biased import packed_biased_attention
+from lbpwht_jax.ops.matmul import Link
 
 
 class Stem(Part):
@@ -72,9 +82,13 @@ class ConvMlp(Part):
         if self.settings.residuals is None and not joins_norms(self, x, train):
             fc2 = dense(self, "fc2", channels, activation="gelu")
             return batch_norm(self, "norm2", fc2(batch_norm(self, "norm1", fc1(x), train)), train)
+        fc2 = dense(self, "fc2", channels)
+        if joins_behind(self, x, train):
+            link, norm1 = Link(), running_norm(self, "norm1", x, self.hidden, "gelu")
+            return joined_norm(self, fc2, "norm2", fc1(x, link), train, scaled_by=scaled_by, link=link, before=norm1)
         # the slope is derived from what the norm keeps
         x = joined_norm(self, fc1, "norm1", x, train, "gelu")
-        return joined_norm(self, dense(self, "fc2", channels), "norm2", x, train, scaled_by=scaled_by)
+        return joined_norm(self, fc2, "norm2", x, train, scaled_by=scaled_by)
 
 
 class Attention(Part):

@@ -14,6 +14,7 @@ from lbpwht_jax.ops.affine import Activation, Affine
 from lbpwht_jax.ops.bilinear import bilinear
 from lbpwht_jax.ops.dtypes import accumulation_dtype
 from lbpwht_jax.ops.gelu import gelu
+from lbpwht_jax.ops.platforms import is_narrow
 
 _ACTIVATIONS = {None: lambda x: x, "gelu": gelu, "relu": nn.relu}
 _MOMENTUM = 0.9
@@ -77,6 +78,7 @@ def joined_norm(
     train: bool,
     activation: Activation = None,
     scaled_by: jax.Array | None = None,
+    **arguments: Any,
 ) -> jax.Array:
     """A layer of ``parent`` and its batch normalisation, as one where ``joins_norms`` says so.
 
@@ -88,23 +90,45 @@ def joined_norm(
       train: whether the model is training.
       activation: after the normalisation, ``"gelu"``, ``"relu"`` or ``None``.
       scaled_by: factors, ``[features]``, by which the normalised result is multiplied; only where ``joins_norms``.
+      **arguments: further ones of the layer's call.
 
     Returns:
       ``[..., features]``.
     """
     if not joins_norms(parent, x, train):
-        return batch_norm(parent, name, layer(x), train, activation)
+        return batch_norm(parent, name, layer(x, **arguments), train, activation)
+    affine = running_norm(parent, name, x, layer.features, activation)
+    return layer(x, affine=affine if scaled_by is None else affine.scaled(scaled_by), **arguments)
+
+
+def running_norm(parent: Part, name: str, x: jax.Array, features: int, activation: Activation = None) -> Affine:
+    """Batch normalisation within ``parent`` on running statistics, for a layer to apply; only where ``joins_norms``.
+
+    Args:
+      parent: the module under construction.
+      name: the normalisation's.
+      x: of the dtype that the result gets unless the settings have one.
+      features: channels of what is normalised.
+      activation: after the normalisation, ``"gelu"``, ``"relu"`` or ``None``.
+    """
     residuals = parent.settings.residuals
     bits = None if residuals is None else residuals.norm_bits
-    affine = RunningNorm(activation, bits, _dtype(parent, x), name=name)(layer.features)
-    return layer(x, affine=affine if scaled_by is None else affine.scaled(scaled_by))
+    return RunningNorm(activation, bits, _dtype(parent, x), name=name)(features)
 
 
 def joins_norms(parent: Part, x: jax.Array, train: bool) -> bool:
-    """Whether batch normalisation is computed as one with the layer in front of it."""
+    """Whether batch normalisation is computed as one with a layer beside it, and with a layer scale behind it."""
     settings = parent.settings
     running = not train or settings.frozen_batch_norm
-    return running and settings.joins_norms and jnp.dtype(_dtype(parent, x)).itemsize >= 4
+    return running and settings.joins_norms and (settings.residuals is not None or not is_narrow(_dtype(parent, x)))
+
+
+def joins_behind(parent: Part, x: jax.Array, train: bool) -> bool:
+    """Whether batch normalisation and GELU between two layers are one with the second: GPUs have kernels for it.
+
+    So it is in narrow dtypes. In wide ones they are one with the first, whose kernel can take the factors.
+    """
+    return joins_norms(parent, x, train) and is_narrow(_dtype(parent, x))
 
 
 def _dtype(parent: Part, x: jax.Array) -> Any:

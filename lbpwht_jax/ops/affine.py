@@ -1,6 +1,7 @@
 """Normalisation by constant statistics and an activation, channel by channel, and what both keep for the backward pass."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax
@@ -8,11 +9,11 @@ import jax.numpy as jnp
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
-from lbpwht_jax.ops.coders import Mask, Rows, Slopes
+from lbpwht_jax.ops.coders import Companded, Mask, Slopes
 from lbpwht_jax.ops.dtypes import accumulation_dtype
 from lbpwht_jax.ops.gelu import gelu, gelu_slope
-from lbpwht_jax.ops.platforms import apart
-from lbpwht_jax.ops.sharding import vary_alike
+from lbpwht_jax.ops.platforms import apart, by_platform
+from lbpwht_jax.ops.sharding import explicit_sharding, vary_alike
 
 Activation = Literal["gelu", "relu"] | None
 
@@ -98,6 +99,15 @@ class Affine:
         products, sums = (a.astype(self.inverse.dtype) for a in (products, sums))
         return (products - self.mean * sums) * self.inverse
 
+    def normalised(self, x: jax.Array) -> jax.Array:
+        """``(x - mean) * inverse``, in at least float32."""
+        x = x.astype(accumulation_dtype(x.dtype))
+        return (x - _along(self.mean, x)) * _along(self.inverse, x)
+
+    def of_normalised(self, normalised: jax.Array) -> jax.Array:
+        """What the activation takes, from what is normalised."""
+        return normalised * _along(self.scale, normalised) + _along(self.bias, normalised)
+
     def before_activation(self, x: jax.Array) -> jax.Array:
         """In Flax's order, so that rounding is the same."""
         x = x.astype(accumulation_dtype(x.dtype))
@@ -139,26 +149,31 @@ def forward(x: jax.Array, affine: Affine, wants_parameters: bool) -> tuple[jax.A
         return y, Kept(None, None)
     if affine.bits is None:
         return y, Kept(x, None)
-    wide = x.astype(accumulation_dtype(x.dtype))
-    normalised = (wide - _along(affine.mean, wide)) * _along(affine.inverse, wide)
+    normalised = affine.normalised(x)
     positive = Mask.of(affine.before_activation(x) > 0) if affine.activation == "relu" else None
-    kept, y = apart((Kept(Rows.of(normalised, affine.bits), positive), y))
+    kept, y = apart((Kept(Companded.of(normalised, affine.bits), positive), y))
     return y, kept
 
 
 def through_activation(g: jax.Array, kept: Kept, affine: Affine) -> jax.Array:
     """The cotangent of what the activation takes, in at least float32, from the result's, ``g``."""
-    g = g.astype(accumulation_dtype(g.dtype))
+    dtype, g = g.dtype, g.astype(accumulation_dtype(g.dtype))
     if affine.activation is None:
         return g
-    if isinstance(kept.x, Rows):
-        normalised = kept.x.decoded()
-        z = normalised * _along(affine.scale, normalised) + _along(affine.bias, normalised)
+    if isinstance(kept.x, Companded):
+        z = affine.of_normalised(kept.x.decoded())
     else:
         z = affine.before_activation(lax.optimization_barrier(kept.x))
     if affine.activation == "gelu":
-        return g * gelu_slope(z)
+        return _made_once(g * gelu_slope(z), dtype)
     return jnp.where(z > 0 if kept.positive is None else kept.positive.decoded(), g, 0)
+
+
+def _made_once(x: jax.Array, dtype: Any) -> jax.Array:
+    """x, on GPUs rounded to a narrow dtype: several passes read it, and XLA, which finds it dear, would store it in float32."""
+    if x.dtype == dtype or explicit_sharding(x) is not None:
+        return x
+    return by_platform(lambda x: x, x, cuda=lambda x: lax.optimization_barrier(x.astype(dtype)).astype(x.dtype))
 
 
 def activated_and_slope(z: jax.Array, affine: Affine) -> tuple[jax.Array, Any]:
@@ -192,23 +207,25 @@ def parameter_cotangents(g: jax.Array, sums: jax.Array, kept: Kept, affine: Affi
     rows = tuple(range(g.ndim - 1))
     if kept.x is None:
         return None
-    if isinstance(kept.x, Rows):
+    if isinstance(kept.x, Companded):
         return affine.cotangents(jnp.sum(g * kept.x.decoded(), rows), sums)
     return affine.cotangents(affine.of_scale(jnp.sum(g * kept.x.astype(g.dtype), rows), sums), sums)
 
 
 def along_channels(x: jax.Array, affine: Affine) -> jax.Array:
-    """``x``, ``[..., channels]``, times the factor."""
-    return x * _along(affine.factor, x)
+    """``x``, ``[..., channels]``, times the factor, in its dtype."""
+    wide = x.astype(accumulation_dtype(x.dtype))
+    return (wide * _along(affine.factor, wide)).astype(x.dtype)
 
 
-def check_affine(affine: Affine | None, channels: int, name: str) -> None:
-    """Checks an affine map of a result with so many channels.
+def check_affine(affine: Affine | None, channels: int, name: str, argument: str = "affine") -> None:
+    """Checks an affine map of so many channels.
 
     Args:
       affine: the map, or ``None``.
-      channels: the result's.
+      channels: those of what it is applied to.
       name: where it is used; it opens the messages.
+      argument: as what it was given.
 
     Raises:
       TypeError: if it is no ``Affine``.
@@ -217,19 +234,26 @@ def check_affine(affine: Affine | None, channels: int, name: str) -> None:
     if affine is None:
         return
     if not isinstance(affine, Affine):
-        raise TypeError(f"{name}: affine must be a lbpwht_jax.ops.Affine, such as Affine.running(...), got {affine!r}")
+        raise TypeError(f"{name}: {argument} must be a lbpwht_jax.ops.Affine, such as Affine.running(...), got {affine!r}")
     arrays = {field: jnp.asarray(getattr(affine, field)) for field in ("mean", "inverse", "scale", "bias")}
     dtype = accumulation_dtype(arrays["mean"].dtype)
     for field, array in arrays.items():
         if array.shape != (channels,) or array.dtype != dtype:
             raise ValueError(
-                f"{name}: affine.{field} must be [{channels}], one number per channel of the result, in {jnp.dtype(dtype)}; "
+                f"{name}: {argument}.{field} must be [{channels}], one number per channel, in {jnp.dtype(dtype)}; "
                 f"got {list(array.shape)} of {array.dtype}. Affine.running(...) brings all four arrays to one dtype"
             )
     if affine.activation not in ("gelu", "relu", None):
-        raise ValueError(f"{name}: affine.activation must be 'gelu', 'relu' or None, got {affine.activation!r}")
+        raise ValueError(f"{name}: {argument}.activation must be 'gelu', 'relu' or None, got {affine.activation!r}")
     if affine.bits not in (None, 4, 8):
-        raise ValueError(f"{name}: affine.bits must be 4, 8 or None, got {affine.bits!r}")
+        raise ValueError(f"{name}: {argument}.bits must be 4, 8 or None, got {affine.bits!r}")
+
+
+def check_before(before: Affine | None, activation: str | None, channels: int, name: str) -> None:
+    """As ``check_affine``, for what is applied to an input of so many channels; also raises if there is an activation too."""
+    check_affine(before, channels, name, "before")
+    if before is not None and activation is not None:
+        raise ValueError(f"{name}: before and activation={activation!r} are both given; let before end in the activation")
 
 
 def split(affine: Affine) -> tuple[bool, Affine]:
@@ -238,16 +262,17 @@ def split(affine: Affine) -> tuple[bool, Affine]:
     return any(perturbed), jax.tree.map(lambda leaf: leaf.value, affine)
 
 
-def vary_with(affine: Affine, *arrays: jax.Array) -> tuple[list[jax.Array], Affine]:
-    """The arrays and the affine map's after ``vary_alike``; its ``inverse`` is not differentiated."""
-    *others, mean, inverse, scale, bias = vary_alike(*arrays, affine.mean, affine.inverse, affine.scale, affine.bias)
-    fields = {"mean": mean, "inverse": lax.stop_gradient(inverse), "scale": scale, "bias": bias}
-    return others, dataclasses.replace(affine, **fields)
+def vary_with(maps: Sequence[Affine | None], *arrays: Any) -> tuple[list[Any], list[Any]]:
+    """The arrays and the affine maps' after ``vary_alike``, ``None`` where there is none; ``inverse`` is not differentiated."""
+    leaves, tree = jax.tree.flatten((list(arrays), list(maps)))
+    others, varying = jax.tree.unflatten(tree, vary_alike(*leaves))
+    constant = [None if a is None else dataclasses.replace(a, inverse=lax.stop_gradient(a.inverse)) for a in varying]
+    return others, constant
 
 
 def apply(x: jax.Array, affine: Affine) -> jax.Array:
     """``affine`` of ``x``, ``[..., channels]``, keeping one array for the backward pass."""
-    (x,), affine = vary_with(affine, x)
+    (x,), (affine,) = vary_with([affine], x)
     return _apply(x, affine)
 
 

@@ -53,7 +53,7 @@ def affine_product(product: Product, x: jax.Array, kernel: jax.Array, affine: Af
     Returns:
       ``[..., out]``.
     """
-    (x, kernel), affine = affines.vary_with(affine, x, kernel)
+    (x, kernel), (affine,) = affines.vary_with([affine], x, kernel)
     y: Any = _affine_product(x, kernel, affine, product, bits)
     return y
 

@@ -16,7 +16,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from lbpwht_jax.ops.coders import coded_rows, row_codes
+from lbpwht_jax.ops.coders import coded_rows, has_row_steps, row_codes
 from lbpwht_jax.ops.distributed import distributed
 from lbpwht_jax.ops.pallas_gpu import call, like
 from lbpwht_jax.ops.platforms import is_narrow
@@ -31,7 +31,7 @@ QUERY, KEY, VALUE = range(3)
 
 def takes(dtype: Any, head_dim: int) -> bool:
     """Whether there are kernels for heads of so many channels in some dtype."""
-    return is_narrow(dtype) and head_dim <= _LARGEST_HEAD
+    return is_narrow(dtype) and has_row_steps(head_dim) and head_dim <= _LARGEST_HEAD
 
 
 @functools.cache

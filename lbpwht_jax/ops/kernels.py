@@ -8,6 +8,12 @@ Their kinds, on ``[..., tokens or coefficients, channels]``:
 - ``gelu_backward_projected``: the same, with ``A (gelu'(h) * E c)`` in the first one's place.
 - ``gelu_coded``: tokens h to ``gelu(h)``, ``A gelu(h)`` and the codes of ``gelu'(h)`` in 8 bits.
 - ``slope_projected``: coefficients c and codes of slopes s to ``A (s * E c)``.
+- ``norm_gelu_coded``: a norm and tokens h, normalised n and ``z = n * scale + bias``, to ``gelu(z)``, ``A gelu(z)`` and the
+  codes of n in 8 bits.
+- ``norm_slope_projected``: a norm, coefficients c and codes of n to ``A (t * scale * inverse)`` with ``t = gelu'(z) * E c``,
+  and the sums of t and of t * n over each cell's tokens.
+
+A norm is float32 ``[4, channels]``: mean, inverse of the standard deviation, scale and bias.
 
 JAX gives no guarantee that a later XLA understands a GPU's kernels: to export a program that has some with ``jax.export``, pass
 ``disabled_checks=[jax.export.DisabledSafetyCheck.custom_call("__gpu$xla.gpu.triton")]``.
@@ -32,7 +38,7 @@ from lbpwht_jax.ops.spec_fields import Grid, SpecFields
 # TPUs have products instead: their compiler does not split kernels over several chips.
 _BACKENDS: dict[str, Any] = {"cuda": kernels_gpu}
 
-# The second axis of operands and of results: n tokens, r coefficients, u the codes of tokens.
+# The second axis of operands and of results: n tokens, r coefficients, u the codes of tokens; or all of it: f a norm, s sums.
 _AXES = {
     "project": ("n", "r"),
     "expand": ("r", "n"),
@@ -40,7 +46,10 @@ _AXES = {
     "gelu_backward_projected": ("rn", "rr"),
     "gelu_coded": ("n", "nru"),
     "slope_projected": ("ru", "r"),
+    "norm_gelu_coded": ("fn", "nru"),
+    "norm_slope_projected": ("fru", "rs"),
 }
+_SHAPES = {"n": "b n c", "r": "b r c", "u": "b n c", "f": "w c", "s": "b s t c"}
 
 
 def kernel_forms(kind: str, x: jax.Array, spec: SpecFields, grid: Grid, prefix_tokens: int) -> dict[str, Callable[..., Any]]:
@@ -54,15 +63,20 @@ def kernel_forms(kind: str, x: jax.Array, spec: SpecFields, grid: Grid, prefix_t
       prefix_tokens: leading tokens outside the grid.
 
     Returns:
-      Functions of arrays ``[..., tokens or coefficients, channels]`` that return one, or several where the kind has several.
+      Functions of the kind's operands, ``[..., tokens or coefficients, channels]`` but for a norm, that return one result, or
+      several where the kind has several; sums are ``[..., cells, 2, channels]``.
     """
     if explicit_sharding(x) is not None:
         return {}
     takers = [name for name, backend in _BACKENDS.items() if backend.takes(x.dtype, spec, grid, prefix_tokens)]
 
     def form(platform: str, *arrays: jax.Array) -> Any:
-        batch = arrays[0].shape[:-2]
-        flat = [array.reshape(math.prod(batch), *array.shape[-2:]) for array in arrays]
+        batch = arrays[-1].shape[:-2]
+        whole = [name == "f" for name in _AXES[kind][0]]
+        flat = [
+            array if is_norm else array.reshape(math.prod(batch), *array.shape[-2:])
+            for array, is_norm in zip(arrays, whole, strict=True)
+        ]
         results = kernel(platform, kind, spec, grid, prefix_tokens)(*flat)
         results = tuple(array.reshape(*batch, *array.shape[1:]) for array in results)
         return results[0] if len(results) == 1 else results
@@ -88,22 +102,29 @@ def kernel(
       interpret: runs it on any platform, slowly, as a test does.
 
     Returns:
-      A function of arrays ``[batch, tokens or coefficients, channels]`` that returns a tuple of such arrays.
+      A function of the kind's operands, ``[batch, tokens or coefficients, channels]`` but for a norm, that returns a tuple of
+      such arrays and sums.
     """
     backend, (inputs, outputs) = _BACKENDS[platform], _AXES[kind]
     tokens = prefix_tokens + math.prod(grid)
     rows = {"n": tokens, "u": tokens, "r": prefix_tokens + coefficient_count(spec, grid)}
+    first = sum(name == "f" for name in inputs)
     letters = iter("defghijklm")
     shapes_of_tables = jax.eval_shape(lambda: backend.tables(spec, grid, prefix_tokens, jnp.float32))
     table_axes = [" ".join(itertools.islice(letters, table.ndim)) for table in shapes_of_tables]
 
     def run(*operands: jax.Array) -> tuple[jax.Array, ...]:
-        x = operands[len(table_axes)]
-        shapes = [like(x, (len(x), rows[n], x.shape[-1]), jnp.uint8 if n == "u" else x.dtype) for n in outputs]
-        return backend.run(kind, shapes, *operands, interpret=interpret)
+        x = operands[len(table_axes) + first]
+
+        def shape(name: str) -> jax.ShapeDtypeStruct:
+            if name == "s":
+                return like(x, (len(x), len(operands[0]), 2, x.shape[-1]), jnp.float32)
+            return like(x, (len(x), rows[name], x.shape[-1]), jnp.uint8 if name == "u" else x.dtype)
+
+        return backend.run(kind, [shape(name) for name in outputs], *operands, interpret=interpret)
 
     def tables(*arrays: jax.Array) -> tuple[jax.Array, ...]:
-        return backend.tables(spec, grid, prefix_tokens, arrays[0].dtype)
+        return backend.tables(spec, grid, prefix_tokens, arrays[first].dtype)
 
-    given, made = ([f"b {n} c".replace("u", "n") for n in axes] for axes in (inputs, outputs))
+    given, made = ([_SHAPES[name] for name in axes] for axes in (inputs, outputs))
     return distributed(run, given, made, "bc", tables, table_axes)

@@ -1,7 +1,7 @@
 """Walsh transforms as kernels for NVIDIA GPUs, in Pallas (Triton).
 
-A program of the kernel reads a cell's tokens for up to 128 channels, wherever in memory they are, and multiplies by the cell's
-small matrix: tokens are read once, and nothing is padded or copied, which cuBLAS would do with every operand of 197 tokens.
+A program of the kernel reads a cell's tokens for some channels, wherever in memory they are, and multiplies by the cell's small
+matrix: tokens are read once, and nothing is padded or copied, which cuBLAS would do with every operand of 197 tokens.
 """
 
 from collections.abc import Callable
@@ -13,13 +13,15 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from lbpwht_jax.ops.cells import MISSING, grid_cells
-from lbpwht_jax.ops.coders import coded_slopes, slope_codes
+from lbpwht_jax.ops.coders import coded_slopes, companded_codes, expanded_codes, slope_codes
 from lbpwht_jax.ops.gelu import kernel_gelu, kernel_gelu_slope
 from lbpwht_jax.ops.pallas_gpu import call
 from lbpwht_jax.ops.platforms import is_narrow
 from lbpwht_jax.ops.spec_fields import Grid, SpecFields
 
-_CHANNELS = 128
+# Channels of a program: of one that computes more between its products, few enough that a cell of 64 tokens fits the registers.
+_WIDE, _NARROW = 128, 64
+_BITS = 8
 
 
 class _Rows:
@@ -29,11 +31,28 @@ class _Rows:
         self.index = image, rows[:, None], channels[None, :]
         self.mask = (rows != MISSING)[:, None] & (channels < channel_count)[None, :]
 
-    def load(self, ref: Any) -> jax.Array:
-        return plgpu.load(ref.at[self.index], mask=self.mask, other=0)
+    def load(self, ref: Any, other: int = 0) -> jax.Array:
+        return plgpu.load(ref.at[self.index], mask=self.mask, other=other)
 
     def store(self, ref: Any, value: jax.Array) -> None:
         plgpu.store(ref.at[self.index], value.astype(ref.dtype), mask=self.mask)
+
+
+class _Channels:
+    """What a program needs of its channels by themselves."""
+
+    def __init__(self, image: Any, cell: Any, channels: jax.Array, channel_count: int):
+        self.image, self.cell, self.channels = image, cell, channels
+        self.mask = channels < channel_count
+
+    def norm(self, ref: Any) -> tuple[jax.Array, ...]:
+        """Mean, inverse, scale and bias, the rows of ``[4, channels]``, each as it broadcasts to tokens."""
+        return tuple(plgpu.load(ref.at[row, self.channels], mask=self.mask, other=0)[None, :] for row in range(4))
+
+    def store_sums(self, ref: Any, *sums: jax.Array) -> None:
+        """Stores this cell's part of ``[batch, cells, sums, channels]``."""
+        for which, total in enumerate(sums):
+            plgpu.store(ref.at[self.image, self.cell, which, self.channels], total, mask=self.mask)
 
 
 def _multiply(matrix: jax.Array, rows: jax.Array) -> jax.Array:
@@ -82,14 +101,58 @@ def _slope_projected(
     coefficients.store(dx, _multiply(analysis, through.astype(g.dtype)))
 
 
-# What a program does, and how many products of the cells' matrices it makes.
-_BODIES: dict[str, tuple[Callable[..., None], int]] = {
-    "project": (_project, 1),
-    "expand": (_expand, 1),
-    "gelu_backward": (_gelu_backward, 2),
-    "gelu_backward_projected": (_gelu_backward_projected, 3),
-    "gelu_coded": (_gelu_coded, 1),
-    "slope_projected": (_slope_projected, 2),
+def _norm_gelu_coded(
+    tokens: _Rows,
+    coefficients: _Rows,
+    analysis: jax.Array,
+    _: jax.Array,
+    channels: _Channels,
+    norm: Any,
+    x: Any,
+    out: Any,
+    projected: Any,
+    codes: Any,
+) -> None:
+    mean, inverse, scale, bias = channels.norm(norm)
+    normalised = (tokens.load(x).astype(jnp.float32) - mean) * inverse
+    after = kernel_gelu(normalised * scale + bias).astype(x.dtype)
+    tokens.store(out, after)
+    tokens.store(codes, companded_codes(normalised, _BITS))
+    coefficients.store(projected, _multiply(analysis, after))
+
+
+def _norm_slope_projected(
+    tokens: _Rows,
+    coefficients: _Rows,
+    analysis: jax.Array,
+    synthesis: jax.Array,
+    channels: _Channels,
+    norm: Any,
+    g: Any,
+    codes: Any,
+    dx: Any,
+    sums: Any,
+) -> None:
+    _, inverse, scale, bias = channels.norm(norm)
+    normalised = expanded_codes(tokens.load(codes, other=2 ** (_BITS - 1)), _BITS)
+    through = _multiply(synthesis, coefficients.load(g)) * kernel_gelu_slope(normalised * scale + bias)
+    channels.store_sums(sums, jnp.sum(through, axis=0), jnp.sum(through * normalised, axis=0))
+    coefficients.store(dx, _multiply(analysis, (through * (inverse * scale)).astype(g.dtype)))
+
+
+# What a program does, on how many channels, and how many products of the cells' matrices it makes.
+_BODIES: dict[str, tuple[Callable[..., None], int, int]] = {
+    "project": (_project, _WIDE, 1),
+    "expand": (_expand, _WIDE, 1),
+    "gelu_backward": (_gelu_backward, _NARROW, 2),
+    "gelu_backward_projected": (_gelu_backward_projected, _NARROW, 3),
+    "gelu_coded": (_gelu_coded, _NARROW, 1),
+    "slope_projected": (_slope_projected, _NARROW, 2),
+}
+# The same of those that read a norm by channel.
+_NORM_BODIES: dict[str, tuple[Callable[..., None], int, int]] = {
+    "norm_gelu_coded": (_norm_gelu_coded, _NARROW, 1),
+    "norm_slope_projected": (_norm_slope_projected, _NARROW, 2),
 }
 
 
@@ -111,15 +174,16 @@ def run(kind: str, shapes: list[jax.ShapeDtypeStruct], *operands: jax.Array, int
     Args:
       kind: which one, as in ``lbpwht_jax.ops.kernels``.
       shapes: of the results.
-      *operands: the ``tables``, then arrays ``[batch, tokens or coefficients, channels]``.
+      *operands: the ``tables``; the norm, ``[4, channels]``, of the kinds that have one; then arrays ``[batch, tokens or
+        coefficients, channels]``.
       interpret: runs it on any platform, slowly, as a test does.
 
     Returns:
       The results.
     """
-    body, products = _BODIES[kind]
+    body, most, products = (_BODIES | _NORM_BODIES)[kind]
     batch, _, channels = operands[-1].shape
-    count, width = len(operands[0]), min(_CHANNELS, max(16, 1 << (channels - 1).bit_length()))
+    count, width = len(operands[0]), min(most, max(16, 1 << (channels - 1).bit_length()))
 
     def program(tokens_ref, coefficients_ref, analysis_ref, synthesis_ref, *refs):
         image, cell = pl.program_id(0) // count, pl.program_id(0) % count
@@ -127,7 +191,8 @@ def run(kind: str, shapes: list[jax.ShapeDtypeStruct], *operands: jax.Array, int
         tokens = _Rows(image, plgpu.load(tokens_ref.at[cell]), columns, channels)
         coefficients = _Rows(image, plgpu.load(coefficients_ref.at[cell]), columns, channels)
         matrices = plgpu.load(analysis_ref.at[cell]), plgpu.load(synthesis_ref.at[cell])
-        body(tokens, coefficients, *matrices, *refs)
+        own = [_Channels(image, cell, columns, channels)] if kind in _NORM_BODIES else []
+        body(tokens, coefficients, *matrices, *own, *refs)
 
     return call(
         program,

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from lbpwht_jax.ops import affine as affines
+from lbpwht_jax.ops import norm_forms
 from lbpwht_jax.ops.affine import Affine
 from lbpwht_jax.ops.affine_product import affine_product, takes_factors
 from lbpwht_jax.ops.basis import holds_token_sum
@@ -24,7 +25,7 @@ from lbpwht_jax.ops.exact import ExactProduct
 from lbpwht_jax.ops.gelu import check_slope_bits, coded_gelu
 from lbpwht_jax.ops.gelu_forms import Transforms
 from lbpwht_jax.ops.heuristic import chosen
-from lbpwht_jax.ops.sharding import is_explicit, vary_alike
+from lbpwht_jax.ops.sharding import is_explicit
 from lbpwht_jax.ops.spec_fields import Grid, SpecFields
 from lbpwht_jax.ops.validate import check_operands
 from lbpwht_jax.ops.vjp import Like, Static, add_bias, matmul
@@ -68,6 +69,7 @@ def low_rank_matmul(
     slope_bits: int | None = None,
     link: Link | None = None,
     affine: Affine | None = None,
+    before: Affine | None = None,
     name: str = "low_rank_matmul",
 ) -> jax.Array:
     """``x @ kernel``, or ``x @ kernel + bias``, exact, with a low-rank backward pass along the token grid (LBP-WHT, section 3).
@@ -92,6 +94,8 @@ def low_rank_matmul(
       link: joins this layer to the one behind it or, with an activation, to the one before it; nothing else changes.
       affine: a normalisation by constant statistics and an activation, ``lbpwht_jax.ops.Affine``, applied to the result as one
         with the product. Its cotangents are exact, and the bias's is part of its mean's.
+      before: the same, applied to ``x`` first, in place of an activation. With GELU and 8 bits, kernels for GPUs do it in
+        passing, and its cotangents are those of the low-rank cotangent of what it returns.
       name: where the operation is used; it opens the error messages.
 
     Returns:
@@ -100,10 +104,11 @@ def low_rank_matmul(
 
     Raises:
       TypeError: when tracing, if ``x``, ``kernel`` or ``bias`` is not floating point, ``spec`` is not a ``LowRankSpec``,
-        ``grid`` is not a tuple of integers, ``prefix_tokens`` is not an integer or ``affine`` is not an ``Affine``.
+        ``grid`` is not a tuple of integers, ``prefix_tokens`` is not an integer, or ``affine`` or ``before`` is not an
+        ``Affine``.
       ValueError: when tracing, if the grid is missing or does not fit ``x`` or the spec, prefix tokens are given without a
-        grid, the shapes of ``x``, ``kernel``, ``bias`` and ``affine`` do not fit, no function of the selection exists on the
-        grid, an activation is unknown, or there is no such number of bits.
+        grid, the shapes of ``x``, ``kernel``, ``bias``, ``affine`` and ``before`` do not fit, no function of the selection
+        exists on the grid, an activation is unknown or given beside ``before``, or there is no such number of bits.
     """
     given_x = x = jnp.asarray(x)
     kernel, bias = jnp.asarray(kernel), None if bias is None else jnp.asarray(bias)
@@ -112,35 +117,37 @@ def low_rank_matmul(
         raise ValueError(f"{name}: activation must be 'gelu' or None, got {activation!r}; apply others to x beforehand")
     check_slope_bits(slope_bits, name)
     affines.check_affine(affine, kernel.shape[1], name)
+    affines.check_before(before, activation, kernel.shape[0], name)
     prefix_tokens = operator.index(prefix_tokens)
     if affine is not None and is_explicit(x):  # XLA shards what is behind the product
         fields = {"out_sharding": out_sharding, "bias": bias, "activation": activation, "slope_bits": slope_bits, "name": name}
-        how = {"precision": precision, "preferred_element_type": preferred_element_type}
+        how = {"precision": precision, "preferred_element_type": preferred_element_type, "before": before}
         return affines.apply(low_rank_matmul(x, kernel, spec, grid, prefix_tokens, **how, **fields), affine)
     if affine is not None and bias is not None:
         affine, bias = affine.after(bias), None
     # Elsewhere the coefficients do not hold the bias's cotangent, or XLA shards it: JAX adds the bias, and differentiates it.
     folded = None if is_explicit(x) or not holds_token_sum(spec, token_grid) else bias
-    if affine is not None:
-        (x, kernel), affine = affines.vary_with(affine, x, kernel)
-    elif folded is None:
-        x, kernel = vary_alike(x, kernel)
-    else:
-        x, kernel, folded = vary_alike(x, kernel, folded)
-    tokens = x if grid is not None else x.reshape(*x.shape[: -1 - spec.ndim], math.prod(token_grid), x.shape[-1])
-    chosen_spec = chosen(spec, token_grid, prefix_tokens, *kernel.shape)
+    (x, kernel, folded), (affine, before) = affines.vary_with([affine, before], x, kernel, folded)
+    in_front = activation is not None or before is not None
+    place = None if link is None else "second" if in_front else "first"
+    chosen_spec = chosen(spec, token_grid, prefix_tokens, *kernel.shape, place=place)
     exact = (chosen_spec.dx, chosen_spec.dw) == ("exact", "exact")
     low_rank = (chosen_spec.dx, chosen_spec.dw) == ("low_rank", "low_rank")
     precision = static_precision(precision)
+    transforms = Transforms(chosen_spec, token_grid, prefix_tokens, precision)
+    tokens_shape = x.shape if grid is not None else (*x.shape[: -1 - spec.ndim], math.prod(token_grid), x.shape[-1])
+    if before is not None and not (low_rank and norm_forms.takes(x.reshape(tokens_shape), before, transforms)):
+        x, before = affines.apply(x, before), None
     plain = exact and activation is None and preferred_element_type is None
     if affine is not None and plain and takes_factors(x, kernel):
         return affine_product(ExactProduct(precision), x, kernel, affine)
-    transforms = Transforms(chosen_spec, token_grid, prefix_tokens, precision)
+    tokens = x.reshape(tokens_shape)
     fuses = low_rank and (slope_bits is not None or transforms.kernels("gelu_backward", tokens) != {})
     if activation is not None and not fuses:
         tokens = coded_gelu(tokens, slope_bits)
-    given = link.take(given_x, transforms) if link is not None and activation is not None and fuses else None
-    links = link is not None and activation is None and affine is None and low_rank
+    takes_stand_in = before is not None or (activation is not None and fuses)
+    given = link.take(given_x, transforms) if link is not None and takes_stand_in else None
+    links = link is not None and not in_front and affine is None and low_rank
     links = links and not is_explicit(x) and (bias is None or folded is not None)
     dtype = jnp.result_type(x, kernel) if preferred_element_type is None else jnp.dtype(preferred_element_type)
     static = Static(
@@ -155,7 +162,7 @@ def low_rank_matmul(
         slope_bits=slope_bits,
         stand_in=links,
     )
-    results: Any = matmul(tokens, kernel, folded, given, affine, static)
+    results: Any = matmul(tokens, kernel, folded, given, affine, before, static)
     y, stand_in = results
     y = y if grid is not None else y.reshape(*x.shape[:-1], kernel.shape[1])
     if link is not None and links:

@@ -18,9 +18,10 @@ from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
 from lbpwht_jax.ops import affine as affines
-from lbpwht_jax.ops import gelu_forms
+from lbpwht_jax.ops import gelu_forms, norm_forms
 from lbpwht_jax.ops.affine import Affine
 from lbpwht_jax.ops.basis import coefficient_count, holds_token_sum, token_sum_weights
+from lbpwht_jax.ops.coders import Companded
 from lbpwht_jax.ops.dtypes import accumulation_dtype
 from lbpwht_jax.ops.gelu import gelu
 from lbpwht_jax.ops.gelu_forms import Transforms
@@ -79,6 +80,7 @@ class _Residuals:
       x: the coefficients of x, or all of x where ``dw`` is exact, for the kernel's cotangent; ``None`` if that is not wanted.
       kernel: for the cotangent of x; ``None`` if that is not wanted.
       gelu: for the cotangent of x: what ``gelu_forms`` keeps; ``None`` if that is not wanted or there is no GELU.
+      before: what ``norm_forms`` keeps for the cotangents of x and of the norm in front, and that norm; ``None`` without one.
       affine: what is kept of the product for the cotangents in front of its affine map, and the map; ``None`` without one.
       wants_dx, wants_dw, wants_db: which operands are differentiated.
       projects_dx: whether the coefficients of x's cotangent are wanted, for the stand-in of x, and not all of it.
@@ -87,6 +89,7 @@ class _Residuals:
     x: Any
     kernel: Any
     gelu: Any
+    before: tuple[Companded, Affine] | None
     affine: tuple[affines.Kept, Affine] | None
     wants_dx: bool = dataclasses.field(metadata={"static": True})
     wants_dw: bool = dataclasses.field(metadata={"static": True})
@@ -119,16 +122,17 @@ def add_bias(y: jax.Array, bias: jax.Array) -> jax.Array:
     return y + bias.reshape((1,) * (y.ndim - 1) + (-1,))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
 def matmul(
     x: jax.Array,
     kernel: jax.Array,
     bias: jax.Array | None,
     stand_in: jax.Array | None,
     affine: Affine | None,
+    before: Affine | None,
     static: Static,
 ) -> tuple:
-    """``affine`` of ``x @ kernel + bias``, of tokens; and its stand-in, or ``None``.
+    """``affine`` of ``before(x) @ kernel + bias``, of tokens; and its stand-in, or ``None``.
 
     Args:
       x: ``[..., prefix_tokens + tokens, in]``.
@@ -136,9 +140,12 @@ def matmul(
       bias: ``[out]`` or ``None``.
       stand_in: that of x, ``[..., prefix_tokens + coefficients, in]``; or ``None``.
       affine: of ``[..., out]``; ``None`` where there is a bias, or the result has a stand-in.
+      before: of x, such as ``norm_forms`` takes; ``None`` with ``static.gelu``.
       static: what is known when tracing.
     """
     del stand_in
+    if before is not None:
+        x = before.activated(before.before_activation(x))
     y, made = _result(gelu(x) if static.gelu else x, kernel, bias, static)
     return y if affine is None else affine.activated(affine.before_activation(y)), made
 
@@ -154,11 +161,18 @@ def _result(x: jax.Array, kernel: jax.Array, bias: jax.Array | None, static: Sta
     return y, jnp.broadcast_to(y[..., :1, :], (*y.shape[:-2], rows, y.shape[-1]))
 
 
-def _forward(x: Any, kernel: Any, bias: Any, stand_in: Any, affine: Affine | None, static: Static) -> tuple[tuple, _Residuals]:
+def _forward(
+    x: Any, kernel: Any, bias: Any, stand_in: Any, affine: Affine | None, before: Affine | None, static: Static
+) -> tuple[tuple, _Residuals]:
     wants_dx, wants_dw = x.perturbed, kernel.perturbed
     wants_db = bias is not None and bias.perturbed
-    x, kept_x, kept_gelu = x.value, None, None
-    if static.gelu:
+    x, kept_x, kept_gelu, kept_before = x.value, None, None, None
+    if before is not None:
+        perturbed, before = affines.split(before)
+        wants_dx = wants_dx or perturbed
+        x, coefficients, codes = norm_forms.forward(x, before, static.transforms)
+        kept_x, kept_before = coefficients if wants_dw else None, (codes, before) if wants_dx else None
+    elif static.gelu:
         x, kept_x, kept_gelu = gelu_forms.forward(x, static.transforms, static.slope_bits, wants_dx, wants_dw)
     elif wants_dw:
         kept_x, x = apart((static.transforms.project(x, stored=True), x)) if static.spec.dw == "low_rank" else (x, x)
@@ -169,29 +183,34 @@ def _forward(x: Any, kernel: Any, bias: Any, stand_in: Any, affine: Affine | Non
         y, kept_y = affines.forward(y, affine, perturbed)
         kept_affine = kept_y, affine
     kept_kernel, projects_dx = kernel.value if wants_dx else None, stand_in is not None
-    return (y, made), _Residuals(kept_x, kept_kernel, kept_gelu, kept_affine, wants_dx, wants_dw, wants_db, projects_dx)
+    wanted = wants_dx, wants_dw, wants_db
+    return (y, made), _Residuals(kept_x, kept_kernel, kept_gelu, kept_before, kept_affine, *wanted, projects_dx)
 
 
 def _backward(static: Static, kept: _Residuals, cotangents: tuple) -> tuple:
     if all(cotangent is None or isinstance(cotangent, SymbolicZero) for cotangent in cotangents):
-        return (None,) * 5
+        return (None,) * 6
     g, of_stand_in = cotangents
+    wide: Any = None
     if kept.affine is not None:
-        g = affines.through_activation(g, *kept.affine)
+        wide = affines.through_activation(g, *kept.affine)
+        g = wide.astype(g.dtype)
     low_dx = kept.wants_dx and static.spec.dx == "low_rank"
     low_dw = kept.wants_dw and static.spec.dw == "low_rank"
     coefficients: Any = None
     if low_dx or low_dw or static.stand_in:
         coefficients = _coefficients(g, of_stand_in, kept.affine is not None, static)
-    dx = dw = db = of_given = of_affine = None
+    dx = dw = db = of_given = of_affine = of_before = None
     kept_x = kept.x
     if kept.affine is not None:
-        of_affine = affines.parameter_cotangents(g, _token_sums(g, coefficients, static), *kept.affine)
+        of_affine = affines.parameter_cotangents(wide, _token_sums(g, coefficients, static), *kept.affine)
         g = affines.along_channels(g, kept.affine[1])
         coefficients = None if coefficients is None else affines.along_channels(coefficients, kept.affine[1])
     if kept.wants_dx:
         dx = _dx(coefficients if low_dx else g, kept.kernel, static)
-        if static.gelu:
+        if kept.before is not None:
+            dx, of_before = norm_forms.backward(dx, *kept.before, static.transforms, kept.projects_dx)
+        elif static.gelu:
             dx, kept_x = gelu_forms.backward(dx, kept.gelu, kept_x, static.transforms, static.slope_bits, kept.projects_dx)
         elif low_dx:
             dx = static.transforms.expand(dx)
@@ -201,7 +220,7 @@ def _backward(static: Static, kept: _Residuals, cotangents: tuple) -> tuple:
         dw = _dw(kept_x, coefficients if low_dw else g, static)
     if kept.wants_db:
         db = _token_sums(g, coefficients, static).astype(static.bias.dtype)
-    return dx, dw, db, of_given, of_affine
+    return dx, dw, db, of_given, of_affine, of_before
 
 
 matmul.defvjp(_forward, _backward, symbolic_zeros=True)

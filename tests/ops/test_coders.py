@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.special import erf
 
-from lbpwht_jax.ops.coders import Mask, Rows, Slopes, slope_levels
+from lbpwht_jax.ops.coders import Companded, Mask, Rows, Slopes, slope_levels
 
 SLOPE_BITS, ROW_BITS = (2, 3, 4, 8), (4, 8)
 LEAST = 0.5 * (1 + math.erf(-1)) - math.exp(-1) / math.sqrt(math.pi)
@@ -35,6 +35,14 @@ def slow_rows(rows, bits):
         step = max(abs(value) for value in row) / most
         result[at] = [round(value / step) * step if step else 0.0 for value in row]
     return result
+
+
+def slow_companded(numbers, bits):
+    """The nearest of the equal steps of ``x / (2 + |x|)`` to each number, on that scale."""
+    half = 2 ** (bits - 1)
+    levels = [k / half for k in range(1 - half, half)]
+    nearest = [min(levels, key=lambda level: abs(level - x / (2 + abs(x)))) for x in numbers.reshape(-1)]
+    return np.array([2 * level / (1 - abs(level)) for level in nearest]).reshape(numbers.shape)
 
 
 @pytest.mark.parametrize("bits", SLOPE_BITS)
@@ -89,6 +97,31 @@ def test_any_row(values, bits):
         assert not np.isfinite(decoded[~np.isfinite(row)]).any()
 
 
+@pytest.mark.parametrize("bits", ROW_BITS)
+def test_companded_numbers_equal_the_slow_coder(bits):
+    numbers = np.concatenate([np.random.default_rng(3).normal(size=60), [0.0, 3e4, -3e38, 1e-30]]).reshape(4, 16)
+    coded = jax.jit(lambda x: Companded.of(x, bits))(jnp.asarray(numbers, jnp.float32))
+    chex.assert_shape(coded.codes, (4, 16 * bits // 8))
+    np.testing.assert_allclose(coded.decoded(), slow_companded(numbers, bits), rtol=2e-5, atol=1e-6)
+    assert coded.decoded()[3, 12] == 0
+
+
+@pytest.mark.parametrize(("bits", "normal", "heavy"), [(8, 0.0102, 0.0168), (4, 0.166, 0.263)])
+def test_companded_numbers_by_their_distribution(bits, normal, heavy):
+    """On normal numbers errors are near those of rows, 0.0068 and 0.124; on Student's t of 4 below them, 0.0172 and 0.309."""
+    rng = np.random.default_rng(0)
+    for numbers, error in ((rng.normal(size=(400, 192)), normal), (rng.standard_t(4, (400, 192)), heavy)):
+        decoded = Companded.of(jnp.asarray(numbers, jnp.float32), bits).decoded()
+        assert np.sqrt(np.mean((decoded - numbers) ** 2)) < error
+
+
+def test_companded_numbers_that_are_no_numbers():
+    values = jnp.asarray([[jnp.nan, jnp.inf, -jnp.inf, 1.0]])
+    for bits in ROW_BITS:
+        decoded = np.asarray(Companded.of(values, bits).decoded())[0]
+        assert np.isnan(decoded[:3]).all() and np.isfinite(decoded[3])
+
+
 def test_slopes_beyond_the_ends_and_what_is_no_number():
     values = jnp.asarray([[-jnp.inf, -5.0, 5.0, jnp.inf, jnp.nan]])
     for bits in SLOPE_BITS:
@@ -101,7 +134,7 @@ def test_slopes_beyond_the_ends_and_what_is_no_number():
 @pytest.mark.parametrize("dtype", (jnp.float32, jnp.bfloat16, jnp.float16))
 def test_dtypes(dtype):
     x = jnp.asarray(np.random.default_rng(2).normal(size=(3, 16)), dtype)
-    for coded in (Rows.of(x, 8), Slopes.of(x, 4)):
+    for coded in (Rows.of(x, 8), Slopes.of(x, 4), Companded.of(x, 8)):
         chex.assert_type(coded.codes, jnp.uint8)
         chex.assert_type(coded.decoded(), dtype)
 

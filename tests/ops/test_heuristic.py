@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lbpwht_jax import LowRank, LowRankDense, adapt, lp_l1
+from lbpwht_jax import LoRA, LowRank, LowRankDense, adapt, lp_l1
 from lbpwht_jax.ops.heuristic import choosing_for, chosen, predicted_speedup
-from lbpwht_jax.ops.matmul import low_rank_matmul
+from lbpwht_jax.ops.matmul import Link, low_rank_matmul
 
 # A narrow layer that keeps nearly every function: its transforms cost more than they save.
 SLOW, GRID = lp_l1(8, when="faster"), (7, 7)
@@ -64,6 +64,44 @@ def test_a_gpu_is_predicted_as_its_compiler_says(layer, compiled):
     predicted = [predicted_speedup(lp_l1(r), (7, 7), 0, *layer, platform="cuda") for r in (2, 4, 6)]
     # the prediction leaves out reading and writing the kernel: 3 % of the bytes
     np.testing.assert_allclose(predicted, compiled, rtol=0.05)
+
+
+def test_joined_layers_gain_more_on_a_gpu():
+    """By hand, in elements moved per token at LP_{L1-4} of whole blocks, whose 10 coefficients count as 10/64 of a token."""
+    share = 10 / 64
+    for edge, inputs in ((56, 96), (16, 384)):
+        for place, layer, transformed in (
+            ("first", (inputs, 4 * inputs), 2 * inputs),
+            ("second", (4 * inputs, inputs), 5 * inputs),
+        ):
+            at = lp_l1(4), (edge, edge), 0, *layer
+            alone, joined = (predicted_speedup(*at, platform="cuda", place=p) for p in (None, place))
+            own = 2 * share * 5 * inputs + (1 + share) * transformed
+            assert joined > alone
+            if edge == 56:  # at few channels nothing is bound by its FLOPs
+                np.testing.assert_allclose(joined, 2 * 5 * inputs / own, rtol=1e-3)
+            assert predicted_speedup(*at, place=place) == predicted_speedup(*at)
+    # a grid that has no kernels
+    large = lp_l1(4, block=16), (16, 16), 0, 384, 1536, "cuda"
+    assert predicted_speedup(*large, "first") == predicted_speedup(*large)
+
+
+def test_rules_see_which_layers_are_joined():
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            link = Link()
+            h = LowRankDense(768, grid=GRID, name="fc1")(x, link)
+            return LowRankDense(192, grid=GRID, activation="gelu", name="fc2")(h, link)
+
+    x, spec = jax.ShapeDtypeStruct((1, 49, 192), jnp.float32), lp_l1(4, when="faster")
+    with choosing_for("cuda"):
+        assert chosen(spec, GRID, 0, 768, 192) != spec
+        adapted = adapt(Model(), [LowRank("", spec, grid=GRID)], x)
+        beside_branches = adapt(Model(), [LoRA("", 2, spec=spec, grid=GRID)], x)
+    assert adapted.spec("fc1") == adapted.spec("fc2") == spec
+    # the product beside a branch is not joined
+    assert beside_branches.spec("fc1") == spec and beside_branches.spec("fc2") is None
 
 
 def test_a_tpu_leaves_maps_exact():

@@ -26,6 +26,7 @@ GRIDS = {
     "everything": (lp_l1(15), (8, 8), 0),
 }
 ALL_KINDS = ("project", "expand", "gelu_backward", "gelu_backward_projected", "gelu_coded", "slope_projected")
+ALL_KINDS += ("norm_gelu_coded", "norm_slope_projected")
 KINDS = [(platform, kind) for platform in ("cuda",) for kind in ALL_KINDS]
 # float32 sums of up to 64 terms, and erf to 1.5e-7
 TOLERANCE = 3e-6
@@ -50,6 +51,17 @@ def decoded(codes):
     return codes / 255 * (largest - least) + least
 
 
+def companded(numbers):
+    """Equal steps of ``x / (2 + |x|)``, counted from 128: written apart from the library's coders."""
+    return (128 + np.rint(128 * numbers / (2 + np.abs(numbers)))).astype(np.uint8)
+
+
+def sums_by_cell(grid, tokens):
+    """``[batch, cells, channels]`` sums over the tokens of each cell."""
+    cells = grid_cells(*grid)
+    return np.stack([tokens[:, own[own < tokens.shape[1]]].sum(1) for own in cells.tokens], axis=1)
+
+
 def case(kind, grid, batch=2, channels=40):
     """Random operands in float32, and what a kernel should return, in float64."""
     analysis, synthesis = projection_matrices(*grid)
@@ -58,6 +70,13 @@ def case(kind, grid, batch=2, channels=40):
     coefficients = rng.normal(size=(batch, len(analysis), channels))
     codes = rng.integers(0, 256, tokens.shape, np.uint8)
     dx = slope(tokens) * (synthesis @ coefficients)
+    norm = rng.normal(size=(4, channels))
+    mean, inverse, scale, bias = norm[:, None]
+    normalised = (tokens - mean) * inverse
+    kept = (codes.clip(1) - 128.0) / 128
+    kept = 2 * kept / (1 - np.abs(kept))
+    through = slope(kept * scale + bias) * (synthesis @ coefficients)
+    sums = np.stack([sums_by_cell(grid, through), sums_by_cell(grid, through * kept)], axis=2)
     operands, expected = {
         "project": ((tokens,), (analysis @ tokens,)),
         "expand": ((coefficients,), (synthesis @ coefficients,)),
@@ -71,6 +90,14 @@ def case(kind, grid, batch=2, channels=40):
             (coefficients, codes),
             (analysis @ (decoded(codes) * (synthesis @ coefficients)),),
         ),
+        "norm_gelu_coded": (
+            (norm, tokens),
+            (gelu(normalised * scale + bias), analysis @ gelu(normalised * scale + bias), companded(normalised)),
+        ),
+        "norm_slope_projected": (
+            (norm, coefficients, codes.clip(1)),
+            (analysis @ (through * inverse * scale), sums),
+        ),
     }[kind]
     return [jnp.asarray(a, a.dtype if a.dtype == np.uint8 else jnp.float32) for a in operands], list(expected)
 
@@ -80,7 +107,7 @@ def assert_close(actual, expected):
         chex.assert_shape(a, e.shape)
         if e.dtype == np.uint8:
             chex.assert_type(a, np.uint8)
-            # a slope halfway between two codes may go to either; erf's approximation decides
+            # what lies halfway between two codes may go to either: rounding and erf's approximation decide
             assert np.abs(np.asarray(a, int) - e).max() <= 1 and np.mean(a != e) < 1e-3
             continue
         np.testing.assert_allclose(a, e, rtol=0, atol=TOLERANCE * np.abs(e).max())
@@ -142,11 +169,14 @@ def test_vmap_of_one_operand_and_of_both():
 def test_sharded_along_batch_or_channels_nothing_is_gathered(platform, kind, spec):
     operands, expected = case(kind, GRIDS["prefix"], batch=4)
     mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:4])
-    operands = [jax.device_put(array, NamedSharding(mesh, spec)) for array in operands]
+    of_norm = P(None, *spec[2:])
+    operands = [jax.device_put(array, NamedSharding(mesh, spec if array.ndim == 3 else of_norm)) for array in operands]
     compiled = jax.jit(kernel(platform, kind, *GRIDS["prefix"], interpret=True)).lower(*operands).compile()
     assert "all-gather" not in compiled.as_text()
     results = compiled(*operands)
-    assert all(array.sharding.is_equivalent_to(NamedSharding(mesh, spec), 3) for array in results)
+    for array in results:
+        expected_spec = spec if array.ndim == 3 else P(*spec[:2], None, *spec[2:])  # sums have one axis more
+        assert array.sharding.is_equivalent_to(NamedSharding(mesh, expected_spec), array.ndim)
     assert_close(results, expected)
 
 

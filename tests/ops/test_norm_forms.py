@@ -1,0 +1,165 @@
+"""A normalisation and GELU in front of a low-rank product: as one with it, against the same in steps; kernels and errors."""
+
+import functools
+import re
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+from lbpwht_jax import LowRankDense, low_rank_matmul, lp_l1
+from lbpwht_jax.ops import Affine
+from lbpwht_jax.ops.affine import apply
+from lbpwht_jax.ops.matmul import Link
+
+SPEC, GRID, HIDDEN = lp_l1(3), (7, 7), 24
+NARROW = jnp.bfloat16
+
+
+def sample(dtype=NARROW, batch=4):
+    """x, two kernels with a bias each, the parameters of two norms, and the result's cotangent."""
+    rng = np.random.default_rng(0)
+    shapes = (batch, *GRID, 8), (8, HIDDEN), (HIDDEN,), (HIDDEN, 8), (8,)
+    arrays = [jnp.asarray(rng.normal(size=shape) / np.sqrt(shape[0] if len(shape) == 2 else 1), dtype) for shape in shapes]
+    norms = [tuple(jnp.asarray(rng.normal(size=size), jnp.float32) for _ in range(2)) for size in (HIDDEN, 8)]
+    return (*arrays, *norms), jnp.asarray(rng.normal(size=shapes[0]), dtype)
+
+
+def running(parameters, bits, dtype, activation=None):
+    size = len(parameters[0])
+    rng = np.random.default_rng(1)
+    statistics = jnp.asarray(rng.normal(size=size), jnp.float32), jnp.asarray(rng.uniform(0.5, 2, size), jnp.float32)
+    return Affine.running(statistics, *parameters, 1e-5, bits, dtype, activation)
+
+
+def mlp(x, kernel1, bias1, kernel2, bias2, norm1, norm2, *, joined=True, bits=8):
+    link = Link() if joined else None
+    h = low_rank_matmul(x, kernel1, SPEC, bias=bias1, link=link)
+    before, behind = running(norm1, bits, h.dtype, "gelu"), running(norm2, bits, h.dtype)
+    if not joined:
+        return apply(low_rank_matmul(apply(h, before), kernel2, SPEC, bias=bias2), behind)
+    return low_rank_matmul(h, kernel2, SPEC, bias=bias2, link=link, before=before, affine=behind)
+
+
+def gradients(of, operands, g):
+    result, pullback = jax.vjp(of, *operands)
+    return [result, *jax.tree.leaves(pullback(g))]
+
+
+def assert_near(own, other, share):
+    """Each array's difference is at most a share of its length."""
+    for a, b in zip(own, other, strict=True):
+        chex.assert_equal_shape((a, b))
+        a, b = (array.astype(jnp.float32) for array in (a, b))
+        assert float(jnp.linalg.norm(a - b)) <= share * float(jnp.linalg.norm(b)), (a.shape, share)
+
+
+@pytest.mark.parametrize("bits", [None, 4, 8])
+def test_wide_dtypes_are_as_in_steps(bits):
+    operands, g = sample(jnp.float32)
+    steps = gradients(functools.partial(mlp, joined=False, bits=bits), operands, g)
+    # the same sums in another order
+    chex.assert_trees_all_close(gradients(functools.partial(mlp, bits=bits), operands, g), steps, rtol=0, atol=5e-5)
+
+
+def test_narrow_dtypes_are_as_exact_steps_in_float32():
+    operands, g = sample()
+    wide, wide_g = jax.tree.map(lambda a: a.astype(jnp.float32), (operands, g))
+    exact = gradients(functools.partial(mlp, joined=False, bits=None), wide, wide_g)
+    own = gradients(jax.jit(mlp), operands, g)
+    # bfloat16's 8 bits, and the 8 of what is kept, whose errors add up over two layers
+    assert_near(own, exact, 0.02)
+
+
+@pytest.mark.parametrize("frozen", range(7))
+def test_frozen_operands(frozen):
+    operands, g = sample()
+
+    def of(joined, *others):
+        given = list(others)
+        given.insert(frozen, operands[frozen])
+        return mlp(*given, joined=joined)
+
+    others = [operand for n, operand in enumerate(operands) if n != frozen]
+    own, steps = (gradients(functools.partial(of, joined), others, g) for joined in (True, False))
+    assert_near(own, steps, 0.02)
+
+
+@pytest.mark.parametrize("differentiated", range(7))
+def test_operands_one_by_one(differentiated):
+    operands, g = sample()
+
+    def of(joined, one):
+        return mlp(*operands[:differentiated], one, *operands[differentiated + 1 :], joined=joined)
+
+    one = [operands[differentiated]]
+    own, steps = (gradients(functools.partial(of, joined), one, g) for joined in (True, False))
+    assert_near(own, steps, 0.02)
+
+
+def _split(x):
+    return x.reshape(2, 2, *x.shape[1:])
+
+
+def _sharded(of, x, *weights):
+    mesh = jax.make_mesh((2,), ("i",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
+    return jax.shard_map(of, mesh=mesh, in_specs=(P("i"), *[P()] * 6), out_specs=P("i"))(x, *weights)
+
+
+def _on_two(of, x, *weights):
+    return jax.pmap(of, in_axes=(0, *[None] * 6), devices=jax.devices()[:2])(_split(x), *weights).reshape(x.shape)
+
+
+TRANSFORMS = {
+    "jit": lambda of, *operands: jax.jit(of)(*operands),
+    "vmap": lambda of, x, *weights: jax.vmap(lambda x: of(x, *weights))(_split(x)).reshape(x.shape),
+    "remat": lambda of, *operands: jax.checkpoint(of)(*operands),
+    "scan": lambda of, x, *weights: jax.lax.scan(lambda c, x: (c, of(x, *weights)), 0, _split(x))[1].reshape(x.shape),
+    "pmap": _on_two,
+    "shard_map": _sharded,
+}
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
+def test_transformations(transform):
+    operands, g = sample()
+    # bfloat16's 8 bits, rounded at other places
+    assert_near(gradients(functools.partial(transform, mlp), operands, g), gradients(mlp, operands, g), 0.02)
+
+
+def test_a_gpu_never_makes_the_cotangent_between():
+    operands, g = sample()
+    step = jax.jit(lambda g, *operands: gradients(mlp, operands, g))
+    program = step.trace(g, *operands).lower(lowering_platforms=("cuda",)).as_text()
+    names = re.findall(r'name = "walsh_([a-z_]+)_\d', re.sub(r'\bir = "[^"]*"', "", program))
+    assert names == ["project", "norm_gelu_coded", "project", "norm_slope_projected", "expand"]
+
+
+def test_what_is_kept_between_the_layers_is_bytes():
+    operands, _ = sample()
+    kept = jax.tree.leaves(jax.eval_shape(lambda *operands: jax.vjp(mlp, *operands)[1], *operands))
+    hidden = [leaf for leaf in kept if leaf.size >= operands[0].size // 8 * HIDDEN]
+    assert [leaf.dtype for leaf in hidden] == [jnp.uint8]
+
+
+ERRORS = {
+    "both": ({"activation": "gelu"}, lambda norm: norm, ValueError, "before and activation='gelu' are both given"),
+    "shape": ({}, lambda norm: jax.tree.map(lambda a: a[1:], norm), ValueError, r"before.mean must be \[24\]"),
+    "type": ({}, lambda norm: norm.scale, TypeError, "before must be a lbpwht_jax.ops.Affine"),
+}
+
+
+@pytest.mark.parametrize(("fields", "change", "kind", "message"), ERRORS.values(), ids=ERRORS)
+@pytest.mark.parametrize("spec", [SPEC, None], ids=["low rank", "exact"])
+def test_errors_name_the_layer(fields, change, kind, message, spec):
+    (x, kernel1, *_, norm1, _), _ = sample()
+    h, before = x @ kernel1, change(running(norm1, 8, NARROW, "gelu"))
+    with pytest.raises(kind, match=rf"LowRankDense \(top level\): {message}"):
+        LowRankDense(8, spec=spec, dtype=NARROW, **fields).init(jax.random.key(0), h, before=before)
+    if spec is not None:
+        with pytest.raises(kind, match=f"here: {message}"):
+            low_rank_matmul(h, jnp.zeros((HIDDEN, 8), NARROW), spec, before=before, name="here", **fields)
