@@ -1,4 +1,4 @@
-"""Kernels for GPUs fit the registers: what spills to memory is read and written there once more, and no count of bytes sees it."""
+"""Kernels for GPUs fit the registers: what spills is read and written in memory once more, and no count of bytes sees it."""
 
 import os
 import re
