@@ -201,7 +201,8 @@ def _place(module: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Place
     """Which of two joined layers a call is of."""
     if not isinstance(module, LowRankDense) or not any(isinstance(value, Link) for value in (*args, *kwargs.values())):
         return None
-    return "second" if module.activation is not None or kwargs.get("before") is not None else "first"
+    before = kwargs.get("before", args[3] if len(args) > 3 else None)
+    return "second" if module.activation is not None or before is not None else "first"
 
 
 def _refuse_jit(module: nn.Module) -> None:

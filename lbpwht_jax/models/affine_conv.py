@@ -30,10 +30,11 @@ class AffineConv(nn.Conv):
           ``[batch, height', width', features]``.
         """
         product = self.conv_general_dilated
+        if affine is None:
+            return super().__call__(inputs)
         dtype = jnp.result_type(inputs, self.param_dtype) if self.dtype is None else self.dtype
-        if affine is None or is_narrow(dtype) or not isinstance(product, ConvProduct):
-            y = super().__call__(inputs)
-            return y if affine is None else affines.apply(y, affine)
+        if is_narrow(dtype) or not isinstance(product, ConvProduct):
+            return affines.apply(super().__call__(inputs), affine)
         fields: Any = self  # of more types in Flax than here
         stride, side = fields.strides, (fields.padding, fields.padding)
         shape = (*fields.kernel_size, inputs.shape[-1] // self.feature_group_count, self.features)

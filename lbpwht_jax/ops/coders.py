@@ -15,6 +15,7 @@ from jax import lax
 _LARGEST_SLOPE = 0.5 * (1 + math.erf(1)) + math.exp(-1) / math.sqrt(math.pi)
 _LEAST_SLOPE = 1 - _LARGEST_SLOPE
 SLOPE_BITS, ROW_BITS = (2, 3, 4, 8), (4, 8)
+KERNEL_BITS = 8  # in which kernels make codes beside the Walsh transforms
 _LEAST_CHANNELS = 16  # of a row with a step of its own
 _KNEE = 2.0  # where companding has used up half of its codes; near the best for normal numbers, and for heavier tails
 

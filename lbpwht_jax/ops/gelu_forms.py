@@ -9,15 +9,12 @@ import jax
 import jax.numpy as jnp
 
 from lbpwht_jax.ops.basis import coefficient_count
-from lbpwht_jax.ops.coders import Slopes
+from lbpwht_jax.ops.coders import KERNEL_BITS, Slopes
 from lbpwht_jax.ops.gelu import decoded_slope, gelu, gelu_and_slope, gelu_slope
 from lbpwht_jax.ops.kernels import kernel_forms
 from lbpwht_jax.ops.platforms import apart, by_platform
 from lbpwht_jax.ops.projection import expand, project
 from lbpwht_jax.ops.spec_fields import Grid, SpecFields
-
-# Slopes that kernels code.
-_KERNEL_BITS = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +94,7 @@ def backward(
         kernels = transforms.kernels("gelu_backward_projected" if projected else "gelu_backward", coefficients)
         forms = {platform: functools.partial(_without_last, form) for platform, form in kernels.items()}
         return by_platform(with_kept, coefficients, slope, kept_x, **forms)
-    if not projected or bits != _KERNEL_BITS:
+    if not projected or bits != KERNEL_BITS:
         return plain(coefficients, slope), kept_x
 
     def by_codes(coefficients: jax.Array, codes: jax.Array) -> jax.Array:
@@ -125,7 +122,7 @@ def _coded_slope(x: jax.Array, transforms: Transforms, bits: int) -> tuple[jax.A
         coefficients, activated = apart((transforms.project(activated, stored=True), activated))
         return activated, coefficients, slope.codes
 
-    kernels = transforms.kernels("gelu_coded", x) if bits == _KERNEL_BITS else {}
+    kernels = transforms.kernels("gelu_coded", x) if bits == KERNEL_BITS else {}
     activated, coefficients, codes = by_platform(plain, x, **kernels)
     return activated, coefficients, Slopes(codes, bits, x.shape[-1], x.dtype)
 

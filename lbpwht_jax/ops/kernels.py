@@ -72,10 +72,9 @@ def kernel_forms(kind: str, x: jax.Array, spec: SpecFields, grid: Grid, prefix_t
 
     def form(platform: str, *arrays: jax.Array) -> Any:
         batch = arrays[-1].shape[:-2]
-        whole = [name == "f" for name in _AXES[kind][0]]
         flat = [
-            array if is_norm else array.reshape(math.prod(batch), *array.shape[-2:])
-            for array, is_norm in zip(arrays, whole, strict=True)
+            array if name == "f" else array.reshape(math.prod(batch), *array.shape[-2:])
+            for name, array in zip(_AXES[kind][0], arrays, strict=True)
         ]
         results = kernel(platform, kind, spec, grid, prefix_tokens)(*flat)
         results = tuple(array.reshape(*batch, *array.shape[1:]) for array in results)

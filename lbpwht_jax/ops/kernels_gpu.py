@@ -13,7 +13,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from lbpwht_jax.ops.cells import MISSING, grid_cells
-from lbpwht_jax.ops.coders import coded_slopes, companded_codes, expanded_codes, slope_codes
+from lbpwht_jax.ops.coders import KERNEL_BITS, coded_slopes, companded_codes, expanded_codes, slope_codes
 from lbpwht_jax.ops.gelu import kernel_gelu, kernel_gelu_slope
 from lbpwht_jax.ops.pallas_gpu import call
 from lbpwht_jax.ops.platforms import is_narrow
@@ -21,7 +21,6 @@ from lbpwht_jax.ops.spec_fields import Grid, SpecFields
 
 # Channels of a program: of one that computes more between its products, few enough that a cell of 64 tokens fits the registers.
 _WIDE, _NARROW = 128, 64
-_BITS = 8
 
 
 class _Rows:
@@ -117,7 +116,7 @@ def _norm_gelu_coded(
     normalised = (tokens.load(x).astype(jnp.float32) - mean) * inverse
     after = kernel_gelu(normalised * scale + bias).astype(x.dtype)
     tokens.store(out, after)
-    tokens.store(codes, companded_codes(normalised, _BITS))
+    tokens.store(codes, companded_codes(normalised, KERNEL_BITS))
     coefficients.store(projected, _multiply(analysis, after))
 
 
@@ -134,7 +133,7 @@ def _norm_slope_projected(
     sums: Any,
 ) -> None:
     _, inverse, scale, bias = channels.norm(norm)
-    normalised = expanded_codes(tokens.load(codes, other=2 ** (_BITS - 1)), _BITS)
+    normalised = expanded_codes(tokens.load(codes, other=2 ** (KERNEL_BITS - 1)), KERNEL_BITS)
     through = _multiply(synthesis, coefficients.load(g)) * kernel_gelu_slope(normalised * scale + bias)
     channels.store_sums(sums, jnp.sum(through, axis=0), jnp.sum(through * normalised, axis=0))
     coefficients.store(dx, _multiply(analysis, (through * (inverse * scale)).astype(g.dtype)))

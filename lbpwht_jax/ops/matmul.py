@@ -135,13 +135,12 @@ def low_rank_matmul(
     low_rank = (chosen_spec.dx, chosen_spec.dw) == ("low_rank", "low_rank")
     precision = static_precision(precision)
     transforms = Transforms(chosen_spec, token_grid, prefix_tokens, precision)
-    tokens_shape = x.shape if grid is not None else (*x.shape[: -1 - spec.ndim], math.prod(token_grid), x.shape[-1])
-    if before is not None and not (low_rank and norm_forms.takes(x.reshape(tokens_shape), before, transforms)):
+    if before is not None and not (low_rank and norm_forms.takes(x, before, transforms)):
         x, before = affines.apply(x, before), None
     plain = exact and activation is None and preferred_element_type is None
     if affine is not None and plain and takes_factors(x, kernel):
         return affine_product(ExactProduct(precision), x, kernel, affine)
-    tokens = x.reshape(tokens_shape)
+    tokens = x if grid is not None else x.reshape(*x.shape[: -1 - spec.ndim], math.prod(token_grid), x.shape[-1])
     fuses = low_rank and (slope_bits is not None or transforms.kernels("gelu_backward", tokens) != {})
     if activation is not None and not fuses:
         tokens = coded_gelu(tokens, slope_bits)

@@ -6,17 +6,17 @@ import jax
 import jax.numpy as jnp
 
 from lbpwht_jax.ops.affine import Affine, along_channels
-from lbpwht_jax.ops.coders import Companded
+from lbpwht_jax.ops.coders import KERNEL_BITS, Companded
 from lbpwht_jax.ops.gelu import gelu_slope
 from lbpwht_jax.ops.gelu_forms import Transforms
 from lbpwht_jax.ops.platforms import apart, by_platform
 
-_KERNEL_BITS = 8
+_Form = Callable[..., tuple[jax.Array, jax.Array]]
 
 
 def takes(x: jax.Array, before: Affine, transforms: Transforms) -> bool:
-    """Whether some platform has kernels for such operands; elsewhere the norm is better left to itself."""
-    coded = before.activation == "gelu" and before.bits == _KERNEL_BITS and before.dtype == x.dtype
+    """Whether some platform has kernels for operands like x; elsewhere the norm is better left to itself."""
+    coded = before.activation == "gelu" and before.bits == KERNEL_BITS and before.dtype == x.dtype
     return coded and "cuda" in transforms.kernels("norm_gelu_coded", x)
 
 
@@ -32,12 +32,12 @@ def forward(x: jax.Array, before: Affine, transforms: Transforms) -> tuple[jax.A
     def plain(norm: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         del norm
         activated = before.activated(before.before_activation(x))
-        codes = Companded.of(before.normalised(x), _KERNEL_BITS).codes
+        codes = Companded.of(before.normalised(x), KERNEL_BITS).codes
         return apart((activated, transforms.project(activated, stored=True), codes))
 
     kernels = transforms.kernels("norm_gelu_coded", x)
     activated, coefficients, codes = by_platform(plain, _table(before), x, **kernels)
-    return activated, coefficients, Companded(codes, _KERNEL_BITS, x.shape[-1], before.mean.dtype)
+    return activated, coefficients, Companded(codes, KERNEL_BITS, x.shape[-1], before.mean.dtype)
 
 
 def backward(
@@ -65,9 +65,6 @@ def backward(
     forms = {platform: _summed(form) for platform, form in kernels.items()}
     dx, sums = by_platform(_summed(plain), _table(before), coefficients, kept.codes, **forms)
     return dx, before.cotangents(sums[1], sums[0])
-
-
-_Form = Callable[..., tuple[jax.Array, jax.Array]]
 
 
 def _summed(form: _Form) -> _Form:

@@ -8,8 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType
-from jax.sharding import PartitionSpec as P
+from transformations import TRANSFORMS
 
 from lbpwht_jax import low_rank_matmul, lp_l1, lp_linf
 from lbpwht_jax.ops.matmul import Link
@@ -69,29 +68,6 @@ def test_frozen_operands(differentiated):
     some = [operands[n] for n in differentiated]
     joined, apart = (gradients(functools.partial(of, joined), some, g) for joined in (True, False))
     chex.assert_trees_all_close(joined, apart, rtol=0, atol=2e-5)
-
-
-def _split(x):
-    return x.reshape(2, 2, *x.shape[1:])
-
-
-def _shard_map(of, x, *weights):
-    mesh = jax.make_mesh((2,), ("i",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
-    return jax.shard_map(of, mesh=mesh, in_specs=(P("i"), *[P()] * 4), out_specs=P("i"))(x, *weights)
-
-
-def _pmap(of, x, *weights):
-    return jax.pmap(of, in_axes=(0, None, None, None, None), devices=jax.devices()[:2])(_split(x), *weights).reshape(x.shape)
-
-
-TRANSFORMS = {
-    "jit": lambda of, *operands: jax.jit(of)(*operands),
-    "vmap": lambda of, x, *weights: jax.vmap(lambda x: of(x, *weights))(_split(x)).reshape(x.shape),
-    "remat": lambda of, *operands: jax.checkpoint(of)(*operands),
-    "scan": lambda of, x, *weights: jax.lax.scan(lambda c, x: (c, of(x, *weights)), 0, _split(x))[1].reshape(x.shape),
-    "pmap": _pmap,
-    "shard_map": _shard_map,
-}
 
 
 @pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)

@@ -8,8 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType
-from jax.sharding import PartitionSpec as P
+from transformations import TRANSFORMS
 
 from lbpwht_jax import LowRankDense, low_rank_matmul, lp_l1
 from lbpwht_jax.ops import Affine
@@ -99,29 +98,6 @@ def test_operands_one_by_one(differentiated):
     one = [operands[differentiated]]
     own, steps = (gradients(functools.partial(of, joined), one, g) for joined in (True, False))
     assert_near(own, steps, 0.02)
-
-
-def _split(x):
-    return x.reshape(2, 2, *x.shape[1:])
-
-
-def _sharded(of, x, *weights):
-    mesh = jax.make_mesh((2,), ("i",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
-    return jax.shard_map(of, mesh=mesh, in_specs=(P("i"), *[P()] * 6), out_specs=P("i"))(x, *weights)
-
-
-def _on_two(of, x, *weights):
-    return jax.pmap(of, in_axes=(0, *[None] * 6), devices=jax.devices()[:2])(_split(x), *weights).reshape(x.shape)
-
-
-TRANSFORMS = {
-    "jit": lambda of, *operands: jax.jit(of)(*operands),
-    "vmap": lambda of, x, *weights: jax.vmap(lambda x: of(x, *weights))(_split(x)).reshape(x.shape),
-    "remat": lambda of, *operands: jax.checkpoint(of)(*operands),
-    "scan": lambda of, x, *weights: jax.lax.scan(lambda c, x: (c, of(x, *weights)), 0, _split(x))[1].reshape(x.shape),
-    "pmap": _on_two,
-    "shard_map": _sharded,
-}
 
 
 @pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)

@@ -1,0 +1,37 @@
+"""Functions of a batch and of weights that all of it shares, under JAX's transformations, which change nothing but rounding."""
+
+import jax
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+
+def _halves(x):
+    return x.reshape(2, len(x) // 2, *x.shape[1:])
+
+
+def _on_each_half(transform, of, x, *weights):
+    return transform(of, (0, *(None for _ in weights)))(_halves(x), *weights).reshape(x.shape)
+
+
+def _pmap(of, in_axes):
+    return jax.pmap(of, in_axes=in_axes, devices=jax.devices()[:2])
+
+
+def _shard_map(of, x, *weights):
+    mesh = jax.make_mesh((2,), ("i",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
+    return jax.shard_map(of, mesh=mesh, in_specs=(P("i"), *(P() for _ in weights)), out_specs=P("i"))(x, *weights)
+
+
+def _scan(of, x, *weights):
+    return jax.lax.scan(lambda carry, half: (carry, of(half, *weights)), 0, _halves(x))[1].reshape(x.shape)
+
+
+# Each takes the function, whose result is like the batch, and its operands.
+TRANSFORMS = {
+    "jit": lambda of, *operands: jax.jit(of)(*operands),
+    "vmap": lambda of, *operands: _on_each_half(jax.vmap, of, *operands),
+    "remat": lambda of, *operands: jax.checkpoint(of)(*operands),
+    "scan": _scan,
+    "pmap": lambda of, *operands: _on_each_half(_pmap, of, *operands),
+    "shard_map": _shard_map,
+}
