@@ -12,6 +12,7 @@ import tempfile
 import hypothesis
 import jax
 import pytest
+from jax.sharding import AbstractDevice, AbstractMesh
 
 DEVICES = 8
 
@@ -61,12 +62,22 @@ LONGEST = (
 
 def pytest_configure(config):
     config.addinivalue_line("filterwarnings", "error")
+    # JAX 0.11 and later warn so of every kernel for GPUs that is lowered
+    config.addinivalue_line("filterwarnings", "ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
 
 
 def pytest_collection_modifyitems(items):
     """Puts the longest files first; pytest-xdist hands files out in this order (``--no-loadscope-reorder``)."""
     places = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: places.get(item.path.stem, len(places)))
+
+
+@pytest.fixture
+def absent_gpu():
+    """A GPU to lower kernels for: JAX 0.11 and later must be told which, where none is there."""
+    device = AbstractDevice("NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
+    with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -16,7 +16,9 @@ Their kinds, on ``[..., tokens or coefficients, channels]``:
 A norm is float32 ``[4, channels]``: mean, inverse of the standard deviation, scale and bias.
 
 JAX gives no guarantee that a later XLA understands a GPU's kernels: to export a program that has some with ``jax.export``, pass
-``disabled_checks=[jax.export.DisabledSafetyCheck.custom_call("__gpu$xla.gpu.triton")]``.
+``disabled_checks=[jax.export.DisabledSafetyCheck.custom_call("__gpu$xla.gpu.triton")]``. Where no GPU is there, JAX 0.11 and
+later must be told which one it is for: export within ``jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=
+AbstractDevice("NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")))``, both of ``jax.sharding``.
 """
 
 import functools

@@ -78,6 +78,7 @@ def kernels(model, images):
     return set(re.findall(r'name = "([a-z_]+)_\d', re.sub(r'\bir = "[^"]*"', "", program)))
 
 
+@pytest.mark.usefixtures("absent_gpu")
 def test_a_gpu_gets_the_kernels():
     model = create_model("vit_micro_patch4_28", num_classes=10, spec=lp_l1(4), residuals="lean", dtype=jnp.bfloat16)
     names = kernels(model, jax.ShapeDtypeStruct((2, 28, 28, 1), jnp.float32))
@@ -92,6 +93,7 @@ WITH_BIASES = {
 }
 
 
+@pytest.mark.usefixtures("absent_gpu")
 @pytest.mark.parametrize("kind", WITH_BIASES)
 def test_attention_with_biases(kind):
     """A GPU gets its kernels; elsewhere the gradient is near that of the model that keeps everything."""

@@ -287,6 +287,7 @@ def test_under_shard_map_gradients_are_summed_over_devices(case):
         assert float(jnp.linalg.norm(found - wanted)) < 0.01 * float(jnp.linalg.norm(wanted))
 
 
+@pytest.mark.usefixtures("absent_gpu")
 @in_narrow_dtypes
 @each_case
 def test_a_gpu_keeps_codes_by_its_kernels(case):

@@ -118,6 +118,7 @@ def test_queries_keys_and_values_in_one_array(residuals, dtype):
     assert 1 - cosine < most
 
 
+@pytest.mark.usefixtures("absent_gpu")
 def test_a_gpu_keeps_codes_by_its_kernels():
     lean = Residuals(slope_bits=8, norm_bits=8, attention_bits=8)
     qkv = jax.ShapeDtypeStruct((2, 5, 3, 2, 16), jnp.bfloat16)

@@ -105,6 +105,7 @@ def test_what_is_made_of_the_result_is_not_joined():
     chex.assert_trees_all_equal(joined, apart)
 
 
+@pytest.mark.usefixtures("absent_gpu")
 @pytest.mark.parametrize(
     ("bits", "expected"),
     [

@@ -107,6 +107,7 @@ def test_transformations(transform):
     assert_near(gradients(functools.partial(transform, mlp), operands, g), gradients(mlp, operands, g), 0.02)
 
 
+@pytest.mark.usefixtures("absent_gpu")
 def test_a_gpu_never_makes_the_cotangent_between():
     operands, g = sample()
     step = jax.jit(lambda g, *operands: gradients(mlp, operands, g))

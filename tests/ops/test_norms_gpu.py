@@ -122,6 +122,7 @@ def test_on_a_cpu_narrow_rows_have_the_gradients_of_wide_ones():
         assert np.abs(narrow - wide).max() < 0.02 * np.abs(wide).max()
 
 
+@pytest.mark.usefixtures("absent_gpu")
 def test_a_gpu_gets_the_kernels():
     def loss(x, scale, bias):
         return layer_norm(x, scale, bias, EPSILON, 8, jnp.bfloat16).astype(jnp.float32).sum()

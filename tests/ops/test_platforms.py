@@ -39,6 +39,7 @@ def kernels(program):
     return re.findall(r'name = "walsh_([a-z_]+)_\d', program)
 
 
+@pytest.mark.usefixtures("absent_gpu")
 def test_a_gpu_gets_kernels_and_narrow_products():
     program = lowered("cuda", backward, *operands(jnp.bfloat16))
     assert kernels(program) == ["project", "project", "expand"]
@@ -49,6 +50,7 @@ def test_a_gpu_gets_kernels_and_narrow_products():
     )
 
 
+@pytest.mark.usefixtures("absent_gpu")
 def test_a_gpu_gets_gelu_inside_the_kernels():
     program = lowered("cuda", lambda *a: backward(*a, activation="gelu"), *operands(jnp.bfloat16))
     assert kernels(program) == ["project", "gelu_backward"]
@@ -75,12 +77,14 @@ def test_a_tpu_keeps_what_gelu_takes():
     assert len(re.findall(r"dot_general .*tensor<(11x50|50x11)xbf16>", program)) == 3
 
 
+@pytest.mark.usefixtures("absent_gpu")
 def test_exported_here_for_a_gpu():
     unchecked = [jax.export.DisabledSafetyCheck.custom_call("__gpu$xla.gpu.triton")]
     exported = jax.export.export(jax.jit(backward), platforms=["cuda"], disabled_checks=unchecked)(*operands(jnp.bfloat16))
     assert exported.platforms == ("cuda",) and "__gpu$xla.gpu.triton" in exported.mlir_module()
 
 
+@pytest.mark.usefixtures("absent_gpu")
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])
 def test_the_product_reads_x_behind_the_projection(platform, dtype):
