@@ -79,8 +79,8 @@ def test_the_screen(tmp_path):
     with terminal(80) as recording:
         assert main(["prepare", "tfds:lbpwht_untested", "--data-dir", str(tmp_path)]) == 0
     end = f"{tmp_path}/lbpwht_untested/1.10.0: 12 train; train on it with --dataset tfds:lbpwht_untested"
-    shown = [line for line in recording.lines if line.strip()]
-    assert any(" ".join("".join(shown[-n:]).split()) == end for n in (1, 2, 3, 4)), shown
+    shown = "".join("".join(recording.lines).split())  # a line that ends loses its last space, and long paths are broken
+    assert shown.endswith("".join(end.split())), recording.lines
 
 
 def test_it_is_read_as_it_was_prepared(folder):
