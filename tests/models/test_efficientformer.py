@@ -76,17 +76,18 @@ def case(request):
     return Case(model_info(name), LOW_RANK[name], module, variables, apply, apply(variables, IMAGES), gradients)
 
 
-def train(module, variables, spec=None, layers="", dtype=None) -> tuple[jax.Array, dict[str, jax.Array]]:
+def train(module, variables, spec=None, layers="", dtype=None, images=IMAGES) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Logits and gradients of a cross-entropy by parameter path, training with frozen batch normalisation."""
     module = module.clone(settings=dataclasses.replace(module.settings, dtype=dtype, frozen_batch_norm=True))
     if spec is not None:
-        module = adapt(module, [LowRank(layers, spec)], IMAGES)
+        module = adapt(module, [LowRank(layers, spec)], images)
 
     @jax.jit
     def grad(params):
         def loss(params):
-            logits = module.apply({**variables, "params": params}, IMAGES, train=True)
-            return -jax.nn.log_softmax(logits.astype(jnp.float32))[:, 0].mean(), logits
+            logits = module.apply({**variables, "params": params}, images, train=True)
+            scores = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+            return -jax.nn.log_softmax(scores)[:, 0].mean(), logits
 
         return jax.grad(loss, has_aux=True)(params)
 
@@ -160,14 +161,19 @@ def test_remat_changes_no_gradient(case):
 
 @pytest.mark.parametrize("spec", [None, lp_l1(2)], ids=["full", "low-rank"])
 def test_norms_joined_to_layers_change_nothing(case, spec):
+    """In float64: in float32, rounding alone comes near to what a wrong sum would be."""
     apart = case.module.clone(settings=Settings(joins_norms=False))
-    own, theirs = (train(module, case.variables, spec, case.info.layers.low_rank) for module in (case.module, apart))
-    assert difference(own[0], theirs[0]) < 1e-5
-    largest = max(float(jnp.max(jnp.abs(gradient))) for gradient in theirs[1].values())
-    for path, gradient in theirs[1].items():
-        # float32 rounding; some gradients are nothing else: of what adds the same to every logit of a query
-        tolerance = 1e-4 * max(float(jnp.max(jnp.abs(gradient))), 1e-2 * largest)
-        chex.assert_trees_all_close(own[1][path], gradient, rtol=0, atol=tolerance)
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):  # Flax promotes in layer norms
+        variables, images = jax.tree.map(lambda array: jnp.asarray(array, jnp.float64), (case.variables, IMAGES))
+        own, theirs = (
+            train(module, variables, spec, case.info.layers.low_rank, jnp.float64, images) for module in (case.module, apart)
+        )
+        assert own[0].dtype == jnp.float64 and difference(own[0], theirs[0]) < 1e-12
+        largest = max(float(jnp.max(jnp.abs(gradient))) for gradient in theirs[1].values())
+        for path, gradient in theirs[1].items():
+            # rounding; some gradients are nothing else: of what adds the same to every logit of a query
+            tolerance = 1e-12 * max(float(jnp.max(jnp.abs(gradient))), 1e-2 * largest)
+            chex.assert_trees_all_close(own[1][path], gradient, rtol=0, atol=tolerance)
 
 
 @pytest.mark.parametrize("frozen", [True, False])
