@@ -20,6 +20,7 @@ from lbpwht_jax.models.conv_blocks import offset_index
 from lbpwht_jax.models.efficientformer import EfficientFormer
 from lbpwht_jax.models.efficientformer_v2 import EfficientFormerV2
 from lbpwht_jax.models.info import ModelInfo
+from lbpwht_jax.ops.dtypes import accumulation_dtype
 
 FIRST = EfficientFormer(num_classes=5, image_size=64, dims=(8, 8, 16, 16), depths=(1, 1, 1, 2), attention=1, mlp_ratio=2)
 SECOND = EfficientFormerV2(num_classes=5, image_size=64, dims=(8, 8, 16, 16), mlp_ratios=((2,), (2,), (2,), (2,)), attention=1)
@@ -86,7 +87,7 @@ def train(module, variables, spec=None, layers="", dtype=None, images=IMAGES) ->
     def grad(params):
         def loss(params):
             logits = module.apply({**variables, "params": params}, images, train=True)
-            scores = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+            scores = logits.astype(accumulation_dtype(logits.dtype))
             return -jax.nn.log_softmax(scores)[:, 0].mean(), logits
 
         return jax.grad(loss, has_aux=True)(params)
