@@ -75,7 +75,7 @@ class TrainingRun:
         with Checkpoints(self.folder, self.config.to_json()) as checkpoints:
             state = self._start(checkpoints)
             done = int(jax.device_get(state.step))
-            self._announce(console, done)
+            self._announce(console, state, done)
             with StopSignals(self.folder, lambda: has_checkpoint(self.folder)) as stop:
                 state = self._follow(state, done, save_every, checkpoints, console, stop)
                 checkpoints.wait()
@@ -117,15 +117,10 @@ class TrainingRun:
                 run_folder.write_json(self.folder / run_folder.CONFIG, values)
         return state
 
-    def _announce(self, console: Console, done: int) -> None:
+    def _announce(self, console: Console, state: TrainState, done: int) -> None:
         config, dataset = self.config, self.trainer.dataset
         validation = 0 if dataset.validation is None else len(dataset.validation)
-        parameters = jax.eval_shape(self.model.init, jax.random.key(0), self.config.images())["params"]
-        trained = [
-            leaf
-            for path, leaf in jax.tree.leaves_with_path(parameters)
-            if self.model.trainable(jax.tree_util.keystr(path, simple=True, separator="/"))
-        ]
+        trained, parameters = _scalars(state.params), _scalars((state.params, state.frozen))
         say(
             console,
             f"{config.method}: {config.model} on {dataset.name} ({len(dataset.train)} training, {validation} validation and "
@@ -135,9 +130,8 @@ class TrainingRun:
         )
         say(
             console,
-            f"Trained ({config.train}): {_scalars(trained):,} of {_scalars(parameters):,} parameters, "
-            f"{_scalars(trained) / _scalars(parameters):.2%}. Layers that low rank can adapt: "
-            f"{layer_counts(config.info, self.model)} (--when {config.when}).",
+            f"Trained ({config.train}): {trained:,} of {parameters:,} parameters, {trained / parameters:.2%}. "
+            f"Layers that low rank can adapt: {layer_counts(config.info, self.model)} (--when {config.when}).",
         )
         say(
             console,

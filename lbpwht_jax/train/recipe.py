@@ -15,8 +15,8 @@ Algorithm = Literal["adamw", "lion", "sgd", "adafactor"]
 ClassWeights = Literal["none", "balanced"]
 _BelowOne = Annotated[float, Field(ge=0, lt=1)]
 
-
 _MOMENTUM = 0.9
+_LARGEST_BOUNDED = 1e6  # a learning rate with which 2 ** 31 of the longest steps stay within float32
 
 
 @pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
@@ -72,6 +72,18 @@ class Recipe:
         smoothing = (f"label smoothing of {self.label_smoothing:g}",) * (self.label_smoothing > 0)
         mixing = (name for name in ("mixup", "cutmix") if getattr(self.augmentation, name) > 0)
         return (*smoothing, *mixing, *("balanced class weights",) * (self.class_weights == "balanced"))
+
+    @property
+    def bounded(self) -> bool:
+        """Whether gradients with a finite norm leave float32 parameters and the optimiser's state finite, if they were so.
+
+        A finite norm makes the gradients' squares finite, and with them the moving averages of both, and the momentum, at most
+        10 times the largest gradient. For a learning rate of 1 AdamW changes a parameter by at most
+        ``(1 - b1) / sqrt((1 - b2) (1 - b1^2 / b2)) = 7.3`` (by the Cauchy-Schwarz inequality), Lion by 1, and momentum by at
+        most ``2e20``; and a decay of no more than the whole parameter does not make it larger. Adafactor's steps grow with the
+        parameters, and nothing is promised for it.
+        """
+        return self.algorithm != "adafactor" and self.lr <= _LARGEST_BOUNDED and self.lr * self.weight_decay <= 1
 
     def schedule(self, steps: int) -> optax.Schedule:
         """The learning rate by step, from 0: linear warm-up, then a cosine.

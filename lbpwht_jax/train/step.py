@@ -110,15 +110,25 @@ def make_train_step(
         )
         loss, accuracy, grads = means
         norm = optax.tree.norm(grads)
-        with jax.numpy_dtype_promotion("standard"):  # optax raises floats to integer powers, which strict promotion forbids
-            updates, opt_state = optimizer.update(grads, state.optimizer, state.params)
-        params = optax.apply_updates(state.params, updates)
-        ema = None if state.ema is None else optax.incremental_update(params, state.ema, 1 - recipe.ema)
-        new = TrainState(params, state.frozen, others, opt_state, ema, state.step + 1, state.diverged)
-        finite = _all_finite((params, others, opt_state, ema))
-        good = jnp.isfinite(loss) & jnp.isfinite(norm) & finite & ~state.diverged
-        kept = jax.tree.map(lambda new, old: jnp.where(good, new, old), new._replace(frozen=None), state._replace(frozen=None))
-        return kept._replace(frozen=state.frozen, diverged=~good), Metrics(loss, accuracy, norm, finite)
+        good = jnp.isfinite(loss) & jnp.isfinite(norm) & _all_finite(others) & ~state.diverged
+
+        def updated(state: TrainState, others: Any, grads: Any) -> tuple[TrainState, jax.Array]:
+            with jax.numpy_dtype_promotion("standard"):  # optax raises floats to integer powers, which strict promotion forbids
+                updates, opt_state = optimizer.update(grads, state.optimizer, state.params)
+            params = optax.apply_updates(state.params, updates)
+            ema = None if state.ema is None else optax.incremental_update(params, state.ema, 1 - recipe.ema)
+            new = state._replace(params=params, others=others, optimizer=opt_state, ema=ema, step=state.step + 1)
+            if recipe.bounded and _has_float32_range(params):
+                return new, jnp.ones((), bool)
+            finite = _all_finite((params, opt_state, ema))
+            return jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, state), finite
+
+        def unchanged(state: TrainState, others: Any, grads: Any) -> tuple[TrainState, jax.Array]:
+            return state, jnp.isfinite(norm) & _all_finite(others)
+
+        # a condition, unlike a choice between finished states, needs no room for both of them
+        new, finite = jax.lax.cond(good, updated, unchanged, state._replace(frozen=None), others, grads)
+        return new._replace(frozen=state.frozen, diverged=~(good & finite)), Metrics(loss, accuracy, norm, finite)
 
     return step
 
@@ -135,7 +145,11 @@ def placed_step(step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]],
 
 def _all_finite(tree: Any) -> jax.Array:
     leaves = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.floating)]
-    return functools.reduce(jnp.logical_and, [jnp.isfinite(leaf).all() for leaf in leaves])
+    return functools.reduce(jnp.logical_and, [jnp.isfinite(leaf).all() for leaf in leaves], jnp.ones((), bool))
+
+
+def _has_float32_range(tree: Any) -> bool:
+    return all(jnp.finfo(leaf.dtype).max >= jnp.finfo(jnp.float32).max for leaf in jax.tree.leaves(tree))
 
 
 def _accumulated(gradients: Callable, parts: int, others: Any, key: jax.Array, *arrays: jax.Array, average_over: str | None):

@@ -53,6 +53,45 @@ def test_every_algorithm_descends(algorithm):
     assert float((params**2).sum()) < 0.9 * before
 
 
+def longest_step(algorithm, gradients):
+    """The largest change of a parameter over the gradients, for a learning rate of 1; the last state as well."""
+    recipe = Recipe(1, lr=1.0, warmup_steps=0, weight_decay=0.0, clip=0.0, min_ratio=0.999, algorithm=algorithm)
+    optimizer = recipe.optimizer(10**6)
+
+    def step(state, gradient):
+        with jax.numpy_dtype_promotion("standard"):
+            updates, state = optimizer.update(gradient, state, jnp.zeros_like(gradient))
+        return state, updates
+
+    state, updates = jax.jit(lambda state, gradients: jax.lax.scan(step, state, gradients))(
+        optimizer.init(jnp.zeros_like(gradients[0])), gradients
+    )
+    return float(jnp.abs(updates).max()), state
+
+
+def test_what_a_finite_norm_bounds():
+    """AdamW's bound is met by gradients that grow as the averages forget; the others' by the same gradient each time."""
+    growing = np.concatenate([np.zeros(10_000), (0.999 / 0.9) ** np.arange(300)])
+    assert 7.2 < longest_step("adamw", jnp.asarray(growing[:, None], jnp.float32))[0] < 7.3
+    largest = np.sqrt(np.finfo(np.float32).max / 4)  # of gradients of four parameters whose norm is finite
+    for sign in (np.ones(100), np.sign(np.sin(np.arange(100)))):
+        gradients = jnp.asarray(sign[:, None] * np.full(4, largest * 0.999), jnp.float32)
+        assert np.isfinite(optax.tree.norm(gradients[0]))
+        for algorithm, most in (("adamw", 1.01), ("lion", 1.0), ("sgd", 2e20)):
+            step, state = longest_step(algorithm, gradients)
+            assert step <= most
+            chex.assert_tree_all_finite(state)
+
+
+@EVERY
+def test_bounded_recipes(algorithm):
+    known = algorithm != "adafactor"
+    assert Recipe(1, algorithm=algorithm).bounded == known
+    assert Recipe(1, algorithm=algorithm, lr=1e6, weight_decay=1e-6).bounded == known
+    assert not Recipe(1, algorithm=algorithm, lr=1.01e6, weight_decay=0.0).bounded
+    assert not Recipe(1, algorithm=algorithm, lr=10.0, weight_decay=0.11).bounded
+
+
 def test_sgd_has_momentum():
     recipe = Recipe(1, lr=0.5, warmup_steps=0, weight_decay=0.0, clip=0.0, min_ratio=0.999, algorithm="sgd")
     optimizer, params = recipe.optimizer(10**6), jnp.zeros(())

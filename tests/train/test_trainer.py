@@ -244,6 +244,36 @@ def test_the_last_good_state_is_finite(lr, step):
     assert int(caught.value.state.step) <= step and not caught.value.state.diverged
 
 
+def update_room(recipe):
+    """Bytes of temporaries of a compiled step over those of the model's parameters; its activations are small."""
+
+    class Deep(nn.Module):
+        @nn.compact
+        def __call__(self, images, train=False):
+            x = images.reshape(images.shape[0], -1)
+            for _ in range(16):
+                x = nn.Dense(256)(x)
+            return nn.Dense(2)(x)
+
+    optimizer = recipe.optimizer(10)
+    state = jax.eval_shape(
+        lambda key: initial_state(Deep().init(key, jnp.zeros((1, 4, 4, 1))), optimizer),
+        jax.random.key(0),
+    )
+    step = make_train_step(Deep(), INFO, optimizer, recipe, 4, 2)
+    images = jax.ShapeDtypeStruct((8, 4, 4, 1), jnp.uint8)
+    batch = Batch(images, *(jax.ShapeDtypeStruct((8,), dtype) for dtype in (jnp.int32, jnp.bool_, jnp.float32)))
+    compiled = jax.jit(step, donate_argnums=0).lower(state, batch).compile()
+    return compiled.memory_analysis().temp_size_in_bytes / sum(4 * leaf.size for leaf in jax.tree.leaves(state.params))
+
+
+def test_an_update_that_cannot_overflow_is_made_in_place():
+    """There are gradients beside the state, and clipped ones; where it can, new parameters and moments to look at as well."""
+    assert update_room(dataclasses.replace(RECIPE, clip=0.0)) < 1.1
+    assert update_room(RECIPE) < 2.1
+    assert update_room(dataclasses.replace(RECIPE, lr=1e7)) > 3.9
+
+
 def test_labels_must_be_indices_of_classes():
     for bad in (-1, 2):
         wrong = ArraySplit(DATA.test.images, np.where(np.arange(21) == 20, bad, DATA.test.labels))
