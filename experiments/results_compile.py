@@ -38,10 +38,9 @@ def families(results: Mapping[str, Any]) -> str:
         said = "no" if "error" in row else "yes"
         cases.setdefault((row["model"], row["method"], row["train"]), {})[row["target"]] = said
     rows = [[*case, *(said.get(target, "not tried") for target in targets)] for case, said in cases.items()]
+    tried = len(results["rows"])
     compiled = sum("error" not in row for row in results["rows"])
-    text = (
-        f"{compiled} of {len(results['rows'])} training steps tried compile for machines that were not there (JAX {results['jax']})."
-    )
+    text = f"{compiled} of {tried} training steps tried compile for machines that were not there (JAX {results['jax']})."
     return f"{text}\n\n{markdown(['model', 'method', 'trained', *targets], rows)}"
 
 
