@@ -6,12 +6,12 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import numpy as np
 
 from lbpwht_jax.runs import folder as run_folder
 from lbpwht_jax.runs.config import RunConfig
 from lbpwht_jax.train import Placement
 from lbpwht_jax.train.checkpoint import Checkpoints
+from lbpwht_jax.train.state import not_finite
 from lbpwht_jax.weights.differences import check_same, describe_arrays
 from lbpwht_jax.weights.files import load_weights
 
@@ -64,12 +64,7 @@ def check_finite(variables: Any, what: str) -> None:
     Raises:
       FloatingPointError: if one is not; names arrays that have such numbers.
     """
-    wrong = [
-        jax.tree_util.keystr(path, simple=True, separator="/")
-        for path, leaf in jax.tree.leaves_with_path(variables)
-        if not np.isfinite(np.asarray(leaf, np.float32)).all()
-    ]
-    if wrong:
+    if wrong := not_finite(variables):
         raise FloatingPointError(
             f"{what} holds numbers that are not finite, in {len(wrong)} arrays such as {wrong[0]}: the run diverged; use an "
             "earlier checkpoint, or train again with a lower learning rate"

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lbpwht_jax.adaptation.partition import join_params, split_params
 
@@ -45,6 +46,15 @@ class TrainState(NamedTuple):
 def everything(path: str) -> bool:
     """Trains every parameter."""
     return True
+
+
+def not_finite(tree: Any) -> list[str]:
+    """The paths of arrays that hold numbers that are not finite; the arrays are copied to the host."""
+    return [
+        jax.tree_util.keystr(path, simple=True, separator="/")
+        for path, leaf in jax.tree.leaves_with_path(tree)
+        if not np.isfinite(np.asarray(jax.device_get(leaf), np.float32)).all()
+    ]
 
 
 def initial_state(

@@ -110,7 +110,8 @@ def make_train_step(
         )
         loss, accuracy, grads = means
         norm = optax.tree.norm(grads)
-        good = jnp.isfinite(loss) & jnp.isfinite(norm) & _all_finite(others) & ~state.diverged
+        sound = jnp.isfinite(norm) & _all_finite(others)
+        good = jnp.isfinite(loss) & sound & ~state.diverged
 
         def updated(state: TrainState, others: Any, grads: Any) -> tuple[TrainState, jax.Array]:
             with jax.numpy_dtype_promotion("standard"):  # optax raises floats to integer powers, which strict promotion forbids
@@ -124,7 +125,7 @@ def make_train_step(
             return jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, state), finite
 
         def unchanged(state: TrainState, others: Any, grads: Any) -> tuple[TrainState, jax.Array]:
-            return state, jnp.isfinite(norm) & _all_finite(others)
+            return state, sound
 
         # a condition, unlike a choice between finished states, needs no room for both of them
         new, finite = jax.lax.cond(good, updated, unchanged, state._replace(frozen=None), others, grads)

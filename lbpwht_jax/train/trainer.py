@@ -15,7 +15,7 @@ from lbpwht_jax.models.info import ModelInfo
 from lbpwht_jax.train.evaluation import Evaluator, loading
 from lbpwht_jax.train.placement import Placement
 from lbpwht_jax.train.recipe import Recipe
-from lbpwht_jax.train.state import TrainState, everything, initial_state
+from lbpwht_jax.train.state import TrainState, everything, initial_state, not_finite
 from lbpwht_jax.train.step import Metrics, make_train_step, placed_step
 
 
@@ -177,9 +177,14 @@ class Trainer:
         """The state before the first step, on the devices; the variables given are copied.
 
         Raises:
-          ValueError: if nothing is trained.
+          ValueError: if nothing is trained, or what is trained is not finite: steps look at little of what they update.
         """
         state = initial_state(variables, self._optimizer, self.trainable, ema=self.recipe.ema > 0)
+        if wrong := not_finite(state.params):
+            raise ValueError(
+                f"training cannot start from numbers that are not finite, in {len(wrong)} arrays such as {wrong[0]}; use other "
+                "weights"
+            )
         return self.placement.put(state, self.placement.of_state(state))
 
     @functools.cached_property

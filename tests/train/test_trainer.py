@@ -244,6 +244,31 @@ def test_the_last_good_state_is_finite(lr, step):
     assert int(caught.value.state.step) <= step and not caught.value.state.diverged
 
 
+def test_narrow_parameters_are_looked_at():
+    """The bound is float32's: in float16 a step within it overflows."""
+
+    class Narrow(nn.Module):
+        @nn.compact
+        def __call__(self, images, train=False):
+            return nn.Dense(2, param_dtype=jnp.float16, dtype=jnp.float32)(images.mean((1, 2)))
+
+    recipe = dataclasses.replace(RECIPE, lr=9e4, warmup_steps=0)
+    assert recipe.bounded
+    training = trainer(recipe, Narrow())
+    with pytest.raises(Diverged, match="the updated parameters are not finite at step 1") as caught:
+        list(training.fit(training.initial_state(Narrow().init(jax.random.key(0), jnp.zeros((1, 4, 4, 1))))))
+    chex.assert_tree_all_finite(caught.value.state.params)
+
+
+def test_a_start_that_is_not_finite_is_refused():
+    """As an infinite bias that no logit shows; steps would not find it."""
+    variables = jax.tree.map(np.array, VARIABLES)
+    variables["params"]["norm"]["bias"][3] = -np.inf
+    wanted = "training cannot start from numbers that are not finite, in 1 arrays such as norm/bias; use other weights"
+    with pytest.raises(ValueError, match=wanted):
+        trainer().initial_state(variables)
+
+
 def update_room(recipe):
     """Bytes of temporaries of a compiled step over those of the model's parameters; its activations are small."""
 
