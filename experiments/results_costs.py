@@ -303,6 +303,22 @@ def inference_speed(results: Mapping[str, Any]) -> str:
     return f"{prose(text)}\n\n{markdown(['model', *columns], rows)}"
 
 
+def lean_convolutions(results: Mapping[str, Any]) -> str:
+    """Other people's convolutional networks, plain and under the rule ``Lean``."""
+    text = f"""
+        Milliseconds of a forward and a backward pass, batch {results["batch"]}, of two small networks in plain Flax that
+        the experiment's source shows, how many times as fast as plain that is, and megabytes kept for each image. Rule:
+        `Lean("conv", ...)`. {_machine(results)}
+    """
+    rows = []
+    for row in results["rows"]:
+        first = next(iter(row["seconds"].values()))
+        for name, seconds in row["seconds"].items():
+            cells = [f"{1e3 * seconds:,.0f} ({first / seconds:.2f})", f"{row['kept_bytes'][name] / 1e6:.1f}"]
+            rows.append([row["model"], name, *cells])
+    return f"{prose(text)}\n\n{markdown(['network', 'convolutions', 'ms', 'MB kept per image'], rows)}"
+
+
 def _times(row: Mapping[str, Any], step: str) -> str:
     seconds = row["seconds"][step]
     return f"{1e3 * seconds:,.0f} ({row['seconds'][row['best']] / seconds:.2f})"

@@ -57,6 +57,7 @@ SECTIONS: tuple[tuple[str, str, str, Section], ...] = (
     ("Projections by grid", "transform_times", "transform_times.py", costs.transform_times),
     ("Steps beside PyTorch's", "step_profile", "step_profile.py", costs.step_profile),
     ("Inference beside PyTorch's", "inference_speed", "inference_speed.py", costs.inference_speed),
+    ("Convolutions of other people's models", "lean_convolutions", "lean_convolutions.py", costs.lean_convolutions),
     ("Steps on machines that are not there", "compile_tables", "compile_tables.py", compiled.tables),
     ("Table 8's layers on one of them", "compile_layers", "compile_layers.py", compiled.layers),
     ("What compiles for them", "compile_families", "compile_families.py", compiled.families),

@@ -1,21 +1,25 @@
-"""Norms and attention of models that are not this library's, keeping few bits for the backward pass: the rule ``Lean``."""
+"""Norms, convolutions and attention of other people's models, keeping few bits for the backward pass: the rule ``Lean``."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.linen.dtypes import canonicalize_dtype
 
+from lbpwht_jax.adaptation.replace import call_in_place
 from lbpwht_jax.ops import norms
+from lbpwht_jax.ops.convolution import ConvProduct
 from lbpwht_jax.ops.recompute import recomputed
 from lbpwht_jax.ops.residuals import Residuals
 
 
 @dataclasses.dataclass(frozen=True)
 class LeanModule:
-    """A norm or an attention that a ``Lean`` rule can reach.
+    """A norm, a convolution or an attention that a ``Lean`` rule can reach.
 
     Attributes:
       path: the module's path.
@@ -28,20 +32,26 @@ class LeanModule:
     refusal: str = ""
 
 
+_KINDS = (nn.LayerNorm, nn.BatchNorm, nn.Conv, nn.MultiHeadDotProductAttention)
+KINDS = f"{', '.join(kind.__name__ for kind in _KINDS[:-1])} or {_KINDS[-1].__name__}"
+
+
 def lean_module(module: Any) -> LeanModule | None:
     """What a module is to ``Lean`` rules; ``None`` for all that they do not know."""
-    if not isinstance(module, nn.LayerNorm | nn.BatchNorm | nn.MultiHeadDotProductAttention):
+    if not isinstance(module, _KINDS):
         return None
     return LeanModule("/".join(module.path), type(module).__name__, _refusal(module))
 
 
 def is_lean(module: Any) -> bool:
     """Whether the module is ``lean_call``'s own."""
+    if isinstance(module, nn.Conv):
+        return isinstance(module.conv_general_dilated, ConvProduct)
     return isinstance(getattr(module, "attention_fn", None), _Attention)
 
 
 def lean_call(module: Any, residuals: Residuals, args: Any, kwargs: Any) -> Any:
-    """Calls a norm or an attention so that it keeps what the setting says.
+    """Calls a norm, a convolution or an attention so that it keeps what the setting says.
 
     Args:
       module: bound, without a ``refusal``, not being initialised.
@@ -55,8 +65,11 @@ def lean_call(module: Any, residuals: Residuals, args: Any, kwargs: Any) -> Any:
         return _layer_norm(module, residuals, *args, **kwargs)
     if isinstance(module, nn.BatchNorm):
         return _batch_norm(module, residuals, *args, **kwargs)
-    attention = _Attention("/".join(module.path), residuals)
-    return module.clone(parent=module.scope, attention_fn=attention)(*args, **kwargs)
+    if isinstance(module, nn.Conv):
+        replaced: dict[str, Any] = {"conv_general_dilated": ConvProduct(residuals.norm_bits)}
+    else:
+        replaced = {"attention_fn": _Attention("/".join(module.path), residuals)}
+    return call_in_place(module.clone(parent=module.scope, **replaced), args, kwargs)
 
 
 def _refusal(module: Any) -> str:
@@ -64,6 +77,8 @@ def _refusal(module: Any) -> str:
         if module.qk_attn_weights_einsum_cls or module.attn_weights_value_einsum_cls:
             return "it has products of its own"
         return "" if module.attention_fn is nn.dot_product_attention else "it has an attention_fn of its own"
+    if isinstance(module, nn.Conv):
+        return _conv_refusal(module)
     if type(module) not in (nn.LayerNorm, nn.BatchNorm):
         return "its class may compute something else"
     if not module.use_fast_variance:
@@ -74,6 +89,18 @@ def _refusal(module: Any) -> str:
         return "its statistics are taken over devices"
     axes = [module.axis] if isinstance(module, nn.BatchNorm) else [module.reduction_axes, module.feature_axes]
     return "" if all(axis in (-1, (-1,)) for axis in axes) else "it normalises other axes than the last"
+
+
+def _conv_refusal(module: nn.Conv) -> str:
+    if type(module).__call__ is not nn.Conv.__call__:
+        return "its class may compute something else"
+    if module.conv_general_dilated or module.conv_general_dilated_cls:
+        return "it has a product of its own"
+    if not isinstance(module.kernel_size, Sequence) or len(module.kernel_size) != 2:
+        return "it is no convolution of maps, which have two axes"
+    dilations: tuple[Any, ...] = (module.input_dilation, module.kernel_dilation)
+    dilated = any(np.any(np.asarray(1 if dilation is None else dilation) != 1) for dilation in dilations)
+    return "it is dilated" if dilated else ""
 
 
 def _layer_norm(module: Any, residuals: Residuals, x: jax.Array, *, mask: Any = None) -> jax.Array:

@@ -15,6 +15,7 @@ from lbpwht_jax.adaptation.layer import Adaptation
 from lbpwht_jax.adaptation.lean import is_lean, lean_call, lean_module
 from lbpwht_jax.adaptation.linen_layers import DROPOUT, is_adapted, is_layer_call, joined, twin
 from lbpwht_jax.adaptation.marker import BRANCHES, with_marker, without_marker
+from lbpwht_jax.adaptation.replace import call_in_place
 from lbpwht_jax.adaptation.resolution import Resolution, TrainableParameters
 from lbpwht_jax.ops.residuals import Residuals
 from lbpwht_jax.ops.spec import LowRankSpec
@@ -168,7 +169,7 @@ class AdaptedModule:
         adaptation = self._by_path.get(path)
         if adaptation is None or not is_layer_call(context) or is_adapted(context.module, adaptation):
             return call(*args, **kwargs)
-        return twin(context.module, adaptation, drops)(*args, **kwargs)
+        return call_in_place(twin(context.module, adaptation, drops), args, kwargs)
 
 
 class LowRankModel(nn.Module):

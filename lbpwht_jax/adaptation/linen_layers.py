@@ -7,7 +7,6 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-from flax.core import Scope
 from jax import lax
 
 from lbpwht_jax.adaptation import lora
@@ -101,8 +100,7 @@ def twin(module: Any, adaptation: Adaptation, drops: bool) -> Any:
     Raises:
       ValueError: if the branch's dropout gets no key.
     """
-    rngs: Any = module.scope
-    scope = _scope(module.scope)
+    scope: Any = module.scope
 
     def branch() -> tuple[jax.Array, jax.Array]:
         shapes = lora.shapes(adaptation)
@@ -112,12 +110,12 @@ def twin(module: Any, adaptation: Adaptation, drops: bool) -> Any:
     def dropped(x: jax.Array) -> jax.Array:
         if not (drops and adaptation.dropout):
             return x
-        if not rngs.has_rng(DROPOUT):
+        if not scope.has_rng(DROPOUT):
             raise ValueError(
                 f"adapt: the rng 'dropout' does not reach {adaptation.layer.shown}, whose branch has dropout; the nn.scan or "
                 "nn.vmap around it must pass it on: split_rngs={'dropout': True}"
             )
-        return lora.drop(rngs.make_rng(DROPOUT), x, adaptation.dropout)
+        return lora.drop(scope.make_rng(DROPOUT), x, adaptation.dropout)
 
     if isinstance(module, LowRankDense) and not _needs_product(adaptation):
         at = {"grid": adaptation.grid, "prefix_tokens": adaptation.prefix_tokens}
@@ -139,13 +137,6 @@ def intercept_marked(paths: Set[str]) -> Callable[..., Any]:
         return module.clone(parent=module.scope, **replaced)(*args, **kwargs)
 
     return mark
-
-
-def _scope(scope: Any) -> Any:
-    """The twin's variables: a copy where intermediate results are captured, since the layer itself captures them too."""
-    if not scope.is_mutable_collection("intermediates"):
-        return scope
-    return Scope(dict(scope.variables()), name=scope.name, path=scope.path)
 
 
 def _needs_product(adaptation: Adaptation) -> bool:

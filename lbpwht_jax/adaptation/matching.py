@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 from lbpwht_jax.adaptation.layer import Adaptation, Layer
-from lbpwht_jax.adaptation.lean import LeanModule
+from lbpwht_jax.adaptation.lean import KINDS, LeanModule
 from lbpwht_jax.adaptation.resolution import Resolution
 from lbpwht_jax.adaptation.rules import ALL_LINEAR, Freeze, Lean, LoRA, LowRank, Rule
 from lbpwht_jax.ops.heuristic import chosen
@@ -27,7 +27,7 @@ class Found(NamedTuple):
       parameters: the number of each module's own parameters by path, for modules that have some.
       maps: the sizes of the maps that convolutions return, each with the path of one such convolution.
       unreached: paths of dense layers that the call does not reach.
-      lean: the norms and attentions that the call reaches; ``None`` where the model is none of Linen's.
+      lean: the norms, convolutions and attentions that the call reaches; ``None`` where the model is none of Linen's.
     """
 
     layers: Sequence[Layer]
@@ -50,8 +50,7 @@ def resolve_rules(found: Found, rules: Sequence[Rule]) -> Resolution:
         cannot be known or do not fit, with all such layers.
     """
     layers = {layer.path: layer for layer in found.layers}
-    lean = _lean([rule for rule in _checked(rules) if isinstance(rule, Lean)], found.lean)
-    others = [rule for rule in rules if not isinstance(rule, Lean)]
+    others = [rule for rule in _checked(rules) if not isinstance(rule, Lean)]
     matches = [_matches(rule, found, _adaptable(rule, layers)) for rule in others]
     held: dict[str, Rule] = {}
     for rule, paths in zip(others, matches, strict=True):
@@ -59,6 +58,7 @@ def resolve_rules(found: Found, rules: Sequence[Rule]) -> Resolution:
         if not left:
             raise ValueError(_nothing_left(rule, paths, held))
         held |= dict.fromkeys(left, rule)
+    lean = _lean([rule for rule in rules if isinstance(rule, Lean)], found.lean, held)
     adaptations, problems = [], {}
     for path in found.parameters:
         rule = held.get(path)
@@ -74,8 +74,10 @@ def resolve_rules(found: Found, rules: Sequence[Rule]) -> Resolution:
     return Resolution(tuple(adaptations), frozen, tuple(ordered), lean)
 
 
-def _lean(rules: Sequence[Lean], modules: Sequence[LeanModule] | None) -> tuple[tuple[str, Residuals], ...]:
-    """The setting of each norm and attention that a rule matches, the first one that does."""
+def _lean(
+    rules: Sequence[Lean], modules: Sequence[LeanModule] | None, held: Mapping[str, Rule]
+) -> tuple[tuple[str, Residuals], ...]:
+    """The setting of each module that a rule matches, the first one that does; ``held`` are the other rules' modules."""
     if rules and modules is None:
         raise ValueError(f"adapt: {_name(rules[0])} is for Linen models alone; leave it out for NNX")
     settings: dict[str, Residuals] = {}
@@ -84,8 +86,7 @@ def _lean(rules: Sequence[Lean], modules: Sequence[LeanModule] | None) -> tuple[
         if not matched:
             nearest = difflib.get_close_matches(rule.pattern, [module.path for module in modules or ()], n=5, cutoff=0.0)
             raise ValueError(
-                f"adapt: {_name(rule)} matches no LayerNorm, BatchNorm or MultiHeadDotProductAttention; the nearest paths: "
-                f"{', '.join(nearest) or 'there are none'}"
+                f"adapt: {_name(rule)} matches no {KINDS}; the nearest paths: {', '.join(nearest) or 'there are none'}"
             )
         refused = [module for module in matched if module.refusal]
         if refused:
@@ -93,6 +94,12 @@ def _lean(rules: Sequence[Lean], modules: Sequence[LeanModule] | None) -> tuple[
             raise ValueError(
                 f"adapt: {_name(rule)} matches {first.path}, a {first.kind} that must stay as it is: {first.refusal}; leave "
                 f"{_some([module.path for module in refused])} out of the pattern"
+            )
+        adapted = [module.path for module in matched if isinstance(held.get(module.path), LowRank | LoRA)]
+        if adapted:
+            raise ValueError(
+                f"adapt: {_name(rule)} matches {adapted[0]}, which {_name(held[adapted[0]])} adapts: that says what it keeps; "
+                f"leave {_some(adapted)} out of one of the patterns"
             )
         for module in matched:
             settings.setdefault(module.path, cast(Residuals, rule.setting))

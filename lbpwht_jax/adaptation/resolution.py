@@ -40,7 +40,7 @@ class Resolution:
       adaptations: the layers that ``LowRank`` and ``LoRA`` adapt.
       frozen: paths of the modules whose own parameters are frozen, those under ``LoRA`` among them.
       parameters: pairs of a module's path and the number of its own parameters, without those of branches.
-      lean: pairs of the path of a norm or attention under ``Lean`` and what it keeps.
+      lean: pairs of the path of a norm, convolution or attention under ``Lean`` and what it keeps.
     """
 
     adaptations: tuple[Adaptation, ...]

@@ -116,14 +116,15 @@ class Freeze:
 
 @dataclasses.dataclass(frozen=True)
 class Lean:
-    """Lets Linen's norms and attention keep few bits for their backward pass; the forward pass and parameters are unchanged.
+    """Lets Linen's norms, convolutions and attention keep few bits; the forward pass and parameters are unchanged.
 
-    It goes beside the other rules: a norm can be frozen and lean, and the layers within an attention adapted. For this
-    library's own models ``create_model(..., residuals=...)`` does it, and reaches activations and convolutions too.
+    It goes beside the other rules: a norm can be frozen and lean, and the layers within an attention adapted; but a convolution
+    that ``LowRank`` or ``LoRA`` adapts keeps what those say. For this library's own models ``create_model(..., residuals=...)``
+    does it, and reaches activations too. On CPUs lean convolutions take this library's forms, depthwise ones as shifted sums.
 
     Attributes:
-      pattern: regular expression searched in the paths of ``nn.LayerNorm``, ``nn.BatchNorm`` and
-        ``nn.MultiHeadDotProductAttention`` (and what is derived from it). Functions such as ``nn.gelu`` have no path.
+      pattern: regular expression searched in the paths of ``nn.LayerNorm``, ``nn.BatchNorm``, ``nn.Conv`` and
+        ``nn.MultiHeadDotProductAttention`` (and what is derived from the last). Functions such as ``nn.gelu`` have no path.
       residuals: what they keep: ``"exact"``, ``"lean"``, ``"tiny"`` or a ``Residuals``.
 
     Raises:

@@ -76,7 +76,6 @@ class ConvProduct:
         dimension_numbers: Any = None,
         feature_group_count: int = 1,
         precision: Any = None,
-        **others: Any,
     ) -> jax.Array:
         """The convolution that ``lax.conv_general_dilated`` returns, of ``[batch, height, width, inputs]``.
 

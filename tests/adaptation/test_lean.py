@@ -1,4 +1,4 @@
-"""The rule Lean on norms and attention that this library did not write."""
+"""The rule Lean on norms, convolutions and attention that this library did not write."""
 
 import chex
 import flax.linen as nn
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from lbpwht_jax import Freeze, Lean, LowRank, Residuals, adapt, lp_l1
+from lbpwht_jax import Freeze, Lean, LoRA, LowRank, Residuals, adapt, lp_l1
 from lbpwht_jax.cost import residual_bytes
 
 TOKENS, CHANNELS = 16, 32
@@ -40,9 +40,20 @@ class Model(nn.Module):
         return nn.Dense(3, name="head")(x.mean(1))
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["unmasked", "masked"])
+class Maps(nn.Module):
+    @nn.compact
+    def __call__(self, images, train=False):
+        x = nn.Conv(CHANNELS, (3, 3), (2, 2), name="conv_stem")(images)
+        x = nn.Conv(CHANNELS, (3, 3), feature_group_count=CHANNELS, use_bias=False, name="conv_depthwise")(x)
+        x = nn.gelu(nn.BatchNorm(use_running_average=not train, name="norm")(x))
+        x = nn.Conv(CHANNELS, (3, 3), padding="CIRCULAR", name="conv_circular")(x)
+        x = nn.Conv(CHANNELS, (2, 2), (2, 2), name="conv_patches")(x)
+        return nn.Dense(3, name="head")(nn.Conv(CHANNELS, (1, 1), name="pointwise")(x).mean((1, 2)))
+
+
+@pytest.fixture(scope="module", params=[Model(), Model(masked=True), Maps()], ids=["unmasked", "masked", "maps"])
 def setting(request):
-    model, images = Model(request.param), jnp.asarray(np.random.default_rng(0).normal(size=(4, 8, 8, 3)), jnp.float32)
+    model, images = request.param, jnp.asarray(np.random.default_rng(0).normal(size=(4, 8, 8, 3)), jnp.float32)
     variables = jax.jit(model.init)(jax.random.key(0), images)
     rng = np.random.default_rng(1)  # scales of ones and biases of zeros would hide mistakes
     return model, jax.tree.map(lambda a: a + jnp.asarray(rng.normal(0, 0.1, a.shape), a.dtype) ** 2, variables), images
@@ -56,7 +67,7 @@ def step(model, variables, images, train):
     return jax.value_and_grad(loss, has_aux=True)(variables["params"])
 
 
-RULE = r"norm|attn$"
+RULE = r"norm|attn$|embed|conv"
 
 
 @pytest.mark.parametrize("train", [False, True])
@@ -74,13 +85,15 @@ def test_lean_changes_gradients_little_and_the_forward_pass_not(setting, train):
     model, variables, images = setting
     (loss, new), gradients = step(adapt(model, [Lean(RULE)], images), variables, images, train)
     (exact_loss, exact_new), exact = step(model, variables, images, train)
-    chex.assert_trees_all_close((loss, new), (exact_loss, exact_new), rtol=1e-5)
+    # activations are about 1, and a convolution's sums are taken in another order
+    chex.assert_trees_all_close((loss, new), (exact_loss, exact_new), rtol=1e-5, atol=1e-7)
     both = jax.tree.map(lambda a, b: (np.ravel(a), np.ravel(b)), gradients, exact)
     for a, b in jax.tree.leaves(both, is_leaf=lambda x: isinstance(x, tuple)):
         if np.linalg.norm(b) > 1e-4:  # a key's bias has no gradient but rounding
             assert a @ b / np.linalg.norm(a) / np.linalg.norm(b) > 0.999
 
 
+@pytest.mark.parametrize("setting", [Model(), Model(masked=True)], ids=["unmasked", "masked"], indirect=True)
 def test_it_keeps_fewer_bytes(setting):
     model, variables, images = setting
 
@@ -96,6 +109,18 @@ def test_it_keeps_fewer_bytes(setting):
     assert kept(Lean(RULE)) < kept(Lean(RULE, "exact")) < kept()
 
 
+@pytest.mark.parametrize("setting", [Maps()], ids=["maps"], indirect=True)
+def test_convolutions_keep_a_byte_for_each_number_and_their_scales(setting):
+    model, variables, images = setting
+
+    def kept(*rules):
+        return residual_bytes(adapt(model, rules, images), variables, (8, 8, 3))
+
+    inputs = (4 * 4 + 6 * 6 + 4 * 4) * CHANNELS  # depthwise, circular and patches, which nothing else keeps
+    assert kept() - kept(Lean("conv_[dcp]")) > 2.5 * inputs
+    assert kept(Lean("conv_[dcp]", Residuals(norm_bits=4))) < kept(Lean("conv_[dcp]")) - 0.4 * inputs
+
+
 @pytest.mark.parametrize("transform", [jax.jit, jax.checkpoint])
 def test_transformed(setting, transform):
     model, variables, images = setting
@@ -106,6 +131,13 @@ def test_transformed(setting, transform):
 
     plain = jax.grad(lambda p: adapted.apply({**variables, "params": p}, images).sum())(variables["params"])
     chex.assert_trees_all_close(gradients(variables["params"]), plain, rtol=1e-3, atol=1e-4)
+
+
+def test_what_is_captured_is_captured_once(setting):
+    model, variables, images = setting
+    models = [model, adapt(model, [Lean(RULE, "exact")], images)]
+    expected, captured = (m.apply(variables, images, capture_intermediates=True, mutable=["intermediates"])[1] for m in models)
+    chex.assert_trees_all_close(captured, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_it_goes_beside_other_rules_and_the_table_says_so():
@@ -135,9 +167,18 @@ class Negated(nn.LayerNorm):
         return -super().__call__(x)
 
 
+class NegatedConv(nn.Conv):
+    @nn.compact
+    def __call__(self, x):
+        return -super().__call__(x)
+
+
 class Odd(nn.Module):
     @nn.compact
     def __call__(self, x):
+        x = nn.Conv(8, (3,), name="line")(nn.Conv(8, (3, 3), kernel_dilation=(1, 2), name="dilated")(x))
+        x = nn.Conv(8, (1, 1), conv_general_dilated_cls=lambda: jax.lax.conv_general_dilated, name="product")(x)
+        x = NegatedConv(8, (1, 1), name="negative")(x)
         x = nn.LayerNorm(use_bias=False, name="no_bias")(x)
         x = nn.LayerNorm(reduction_axes=(-2, -1), feature_axes=(-2, -1), name="two_axes")(x)
         x = nn.BatchNorm(True, axis_name="devices", name="devices")(x)
@@ -156,16 +197,28 @@ class Odd(nn.Module):
         ("two_passes", r"it computes its variance in two passes"),
         ("derived", r"derived, a Negated that must stay as it is: its class may compute something else"),
         ("einsum", r"it has products of its own"),
+        ("dilated", r"dilated, a Conv that must stay as it is: it is dilated"),
+        ("line", r"it is no convolution of maps, which have two axes"),
+        ("product", r"product, a Conv .*: it has a product of its own"),
+        ("negative", r"negative, a NegatedConv .*: its class may compute something else"),
         ("own", r"own, a MultiHeadDotProductAttention .*: it has an attention_fn of its own"),
         (
             "missing",
-            r"Lean\('missing'\) matches no LayerNorm, BatchNorm or MultiHeadDotProductAttention; the nearest paths: ",
+            r"Lean\('missing'\) matches no LayerNorm, BatchNorm, Conv or MultiHeadDotProductAttention; the nearest paths: ",
         ),
     ],
 )
 def test_what_must_stay_as_it_is_is_an_error(pattern, message):
     with pytest.raises(ValueError, match=message):
         adapt(Odd(), [Lean(pattern)], jnp.ones((2, 4, 8)))
+
+
+@pytest.mark.parametrize("rule", [LowRank("pointwise", lp_l1(1)), LoRA("pointwise|conv_stem", 2)])
+def test_a_convolution_that_another_rule_adapts_is_an_error(rule):
+    images = jax.ShapeDtypeStruct((1, 8, 8, 3), jnp.float32)
+    with pytest.raises(ValueError, match=r"Lean\('conv\|pointwise'\) matches \w+, which L.* adapts: .*; leave .*pointwise"):
+        adapt(Maps(), [rule, Lean("conv|pointwise")], images)
+    adapt(Maps(), [Freeze("conv|pointwise"), Lean("conv|pointwise")], images)
 
 
 def test_dropout_is_an_error():
