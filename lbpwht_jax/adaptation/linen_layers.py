@@ -16,6 +16,7 @@ from lbpwht_jax.adaptation.lean import LeanModule, lean_module
 from lbpwht_jax.adaptation.matching import Found
 from lbpwht_jax.adaptation.shapes import abstract_call
 from lbpwht_jax.layers.linen import LowRankDense
+from lbpwht_jax.ops.convolution import ConvProduct
 from lbpwht_jax.ops.heuristic import Place
 from lbpwht_jax.ops.matmul import Link
 from lbpwht_jax.ops.pointwise import pointwise_lacks
@@ -120,7 +121,10 @@ def twin(module: Any, adaptation: Adaptation, drops: bool) -> Any:
     if isinstance(module, LowRankDense) and not _needs_product(adaptation):
         at = {"grid": adaptation.grid, "prefix_tokens": adaptation.prefix_tokens}
         return module.clone(parent=scope, dot_general=None, spec=adaptation.spec, **at)
-    dense = lora.convolution(adaptation) if isinstance(module, nn.Conv) else lora.dense_product(adaptation)
+    if not isinstance(module, nn.Conv):
+        dense = lora.dense_product(adaptation)
+    else:
+        dense = _product(module) if adaptation.spec is None else lora.convolution(adaptation)
     replaced: dict[str, Any] = {product_field(module): lora.AdaptedProduct(adaptation, dense, branch, dropped)}
     return module.clone(parent=scope, **replaced)
 
@@ -130,13 +134,23 @@ def intercept_marked(paths: Set[str]) -> Callable[..., Any]:
 
     def mark(call, args, kwargs, context):
         module, path = context.module, "/".join(context.module.path)
-        if path not in paths or not is_layer_call(context) or getattr(module, product_field(module)) is not None:
+        if path not in paths or not is_layer_call(context) or _has_own_product(module):
             return call(*args, **kwargs)
-        product = lax.conv_general_dilated if isinstance(module, nn.Conv) else lax.dot_general
-        replaced: dict[str, Any] = {product_field(module): marked(product, path)}
+        replaced: dict[str, Any] = {product_field(module): marked(_product(module), path)}
         return module.clone(parent=module.scope, **replaced)(*args, **kwargs)
 
     return mark
+
+
+def _has_own_product(module: Any) -> bool:
+    """Whether the layer's product is neither Flax's nor this library's for convolutions."""
+    product = getattr(module, product_field(module))
+    return product is not None and not isinstance(product, ConvProduct)
+
+
+def _product(module: Any) -> Callable[..., Any]:
+    product = getattr(module, product_field(module))
+    return product or (lax.conv_general_dilated if isinstance(module, nn.Conv) else lax.dot_general)
 
 
 def _needs_product(adaptation: Adaptation) -> bool:
@@ -171,7 +185,7 @@ def _describe(module: Any, shape: tuple[int, ...]) -> Layer:
     kernel = module.get_variable("params", "kernel")
     kernel = jax.tree.leaves(kernel)[0].shape
     path, kind, field = "/".join(module.path), type(module).__name__, product_field(module)
-    has_own = not isinstance(module, LowRankDense) and (getattr(module, field) or getattr(module, f"{field}_cls"))
+    has_own = not isinstance(module, LowRankDense) and (_has_own_product(module) or getattr(module, f"{field}_cls"))
     own = field if has_own else ""
     if isinstance(module, nn.Conv):
         spatial = len(kernel) - 2

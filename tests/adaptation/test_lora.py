@@ -14,7 +14,10 @@ from foreign import ViT
 from lbpwht_jax import Freeze, LoRA, LowRank, LowRankDense, adapt, lp_l1, lp_linf
 from lbpwht_jax.adaptation.lora import init_a
 from lbpwht_jax.models import model_info
+from lbpwht_jax.models.blocks import Part
+from lbpwht_jax.models.conv_blocks import convolution
 from lbpwht_jax.models.info import Images, ModelInfo, TimmFiles
+from lbpwht_jax.models.norms import joined_norm
 from lbpwht_jax.models.vit import VisionTransformer
 from lbpwht_jax.ops.projection import projection_matrices
 from lbpwht_jax.weights.peft import load_adapter, save_adapter
@@ -38,12 +41,21 @@ def filled(variables, seed=5):
     return jax.tree.map_with_path(drawn, variables)
 
 
+class Convolutions(Part):
+    @nn.compact
+    def __call__(self, x, train=False):
+        x = joined_norm(self, convolution(self, "conv1", 8, 3, 2), "norm1", x, train, "gelu")
+        x = joined_norm(self, convolution(self, "conv2", 8, 5, depthwise=True), "norm2", x, train, "gelu")
+        return nn.Dense(5, name="head")(joined_norm(self, convolution(self, "conv3", 6, 3), "norm3", x, train).mean((1, 2)))
+
+
 VIT_INFO = model_info("vit_micro_patch4_28")
 OURS = VisionTransformer(num_classes=5, image_size=20, patch_size=4, dim=12, depth=2, heads=2)
 FOREIGN = ViT()
 # a fused qkv, a Dense; a 1x1 Conv, the DenseGeneral layers of Flax's attention
 MODELS = {
     "ours": (OURS, [LoRA("attn/(qkv|proj)|fc1", rank=3, spec=LOW, fused="qkv"), LowRank("fc2", LOW)], (2, 20, 20, 1)),
+    "convolutions": (Convolutions(), [LoRA("conv[13]", rank=3)], (2, 12, 12, 3)),
     "foreign": (FOREIGN, [LoRA("attn|fc1", rank=2, alpha=5, spec=LOW, **TOKENS), LoRA("mix|fc2", rank=3)], (2, 16, 20, 3)),
 }
 
