@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from lbpwht_jax.layers.linen import LowRankDense
 from lbpwht_jax.models.quick_gelu import quick_gelu
+from lbpwht_jax.ops.convolution import ConvProduct
 from lbpwht_jax.ops.matmul import Link
 from lbpwht_jax.ops.residuals import Residuals
 from lbpwht_jax.ops.spec import Grid
@@ -82,6 +83,20 @@ def dense(
     tokens = {"grid": grid, "prefix_tokens": prefix_tokens}
     settings = {"dtype": parent.settings.dtype, "slope_bits": parent.settings.slope_bits}
     return LowRankDense(features, spec=None, **tokens, **settings, name=name, **arguments)
+
+
+def patches(parent: Part, name: str, features: int, size: int, *, use_bias: bool = True) -> nn.Conv:
+    """A convolution within ``parent`` that cuts images into patches and maps each to one token.
+
+    Args:
+      parent: the module under construction.
+      name: the new layer's name.
+      features: channels of a token.
+      size: edge of a patch.
+      use_bias: whether to add a bias.
+    """
+    fields = {"use_bias": use_bias, "dtype": parent.settings.dtype, "name": name}
+    return nn.Conv(features, (size, size), (size, size), "VALID", conv_general_dilated=ConvProduct(), **fields)
 
 
 def check_images(module: Any, images: jax.Array, multiple: int) -> None:

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lbpwht_jax.models.blocks import DropPath, Mlp, Part, ResidualBlock, check_images, dense, drop_path_rates
+from lbpwht_jax.models.blocks import DropPath, Mlp, Part, ResidualBlock, check_images, dense, drop_path_rates, patches
 from lbpwht_jax.models.info import Images, Layers, ModelInfo, TimmFiles
 from lbpwht_jax.models.loops import run_blocks
 from lbpwht_jax.models.norms import layer_norm
@@ -166,9 +166,7 @@ class PatchEmbed(Part):
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
         """``[batch, height, width, channels]`` to ``[batch, height / 4, width / 4, dim]``."""
-        size = (_PATCH_SIZE, _PATCH_SIZE)
-        x = nn.Conv(self.dim, size, size, "VALID", dtype=self.settings.dtype, name="proj")(images)
-        return layer_norm(self, "norm", x)
+        return layer_norm(self, "norm", patches(self, "proj", self.dim, _PATCH_SIZE)(images))
 
 
 class Head(Part):

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lbpwht_jax.models.blocks import DropPath, Mlp, Part, ResidualBlock, check_images, dense, drop_path_rates
+from lbpwht_jax.models.blocks import DropPath, Mlp, Part, ResidualBlock, check_images, dense, drop_path_rates, patches
 from lbpwht_jax.models.loops import run_blocks
 from lbpwht_jax.models.norms import layer_norm, layer_scale
 from lbpwht_jax.models.vit_options import AttentionPool, Options
@@ -34,9 +34,7 @@ class PatchEmbed(Part):
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
         """``[batch, height, width, channels]`` to ``[batch, height / patch_size, width / patch_size, dim]``."""
-        size = (self.patch_size, self.patch_size)
-        fields = {"use_bias": self.use_bias, "dtype": self.settings.dtype, "name": "proj"}
-        return nn.Conv(self.dim, size, size, "VALID", **fields)(images)
+        return patches(self, "proj", self.dim, self.patch_size, use_bias=self.use_bias)(images)
 
 
 class Attention(Part):
