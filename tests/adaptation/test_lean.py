@@ -133,6 +133,30 @@ def test_transformed(setting, transform):
     chex.assert_trees_all_close(gradients(variables["params"]), plain, rtol=1e-3, atol=1e-4)
 
 
+class Step(nn.Module):
+    @nn.compact
+    def __call__(self, x, _):
+        return x + nn.Conv(CHANNELS, (3, 3), name="conv")(nn.LayerNorm(name="norm")(x)), None
+
+
+class Loop(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        axes = {"params": 0, "intermediates": 0}
+        scanned = nn.scan(nn.remat(Step), variable_axes=axes, split_rngs={"params": True}, length=3)
+        return scanned(name="steps")(x, None)[0]
+
+
+def test_in_a_loop():
+    model, x = Loop(), jnp.asarray(np.random.default_rng(0).normal(size=(2, 4, 4, CHANNELS)), jnp.float32)
+    variables = model.init(jax.random.key(0), x)
+    models = [model, *(adapt(model, [Lean("conv|norm", setting)], x) for setting in ("exact", "lean"))]
+    plain, exact, lean = (jax.jit(jax.grad(lambda v, m=m: jnp.sum(jnp.sin(m.apply(v, x)))))(variables) for m in models)
+    chex.assert_trees_all_close(exact, plain, rtol=1e-4, atol=1e-4)  # the same sums in other orders
+    for a, b in zip(jax.tree.leaves(lean), jax.tree.leaves(plain), strict=True):
+        assert np.vdot(a, b) / np.linalg.norm(a) / np.linalg.norm(b) > 0.999
+
+
 def test_what_is_captured_is_captured_once(setting):
     model, variables, images = setting
     models = [model, adapt(model, [Lean(RULE, "exact")], images)]
