@@ -11,6 +11,7 @@ import optax
 
 from lbpwht_jax.data import Batch, make_augmentation
 from lbpwht_jax.models.info import ModelInfo
+from lbpwht_jax.ops.platforms import by_platform
 from lbpwht_jax.train.placement import Placement
 from lbpwht_jax.train.recipe import Recipe
 from lbpwht_jax.train.state import TrainState
@@ -127,8 +128,15 @@ def make_train_step(
         def unchanged(state: TrainState, others: Any, grads: Any) -> tuple[TrainState, jax.Array]:
             return state, sound
 
-        # a condition, unlike a choice between finished states, needs no room for both of them
-        new, finite = jax.lax.cond(good, updated, unchanged, state._replace(frozen=None), others, grads)
+        def condition(good: jax.Array, *given: Any) -> tuple[TrainState, jax.Array]:
+            return jax.lax.cond(good, updated, unchanged, *given)
+
+        def choice(good: jax.Array, *given: Any) -> tuple[TrainState, jax.Array]:
+            return jax.tree.map(lambda new, old: jnp.where(good, new, old), updated(*given), unchanged(*given))
+
+        # XLA updates in place under a condition on CPUs and TPUs. On GPUs it would copy the condition's results, and
+        # updates in place, an array at a time, where the choice is part of the update.
+        new, finite = by_platform(condition, good, state._replace(frozen=None), others, grads, cuda=choice)
         return new._replace(frozen=state.frozen, diverged=~(good & finite)), Metrics(loss, accuracy, norm, finite)
 
     return step

@@ -269,8 +269,8 @@ def test_a_start_that_is_not_finite_is_refused():
         trainer().initial_state(variables)
 
 
-def update_room(recipe):
-    """Bytes of temporaries of a compiled step over those of the model's parameters; its activations are small."""
+def traced_step(recipe):
+    """A step of a model whose activations are small, and the bytes of its parameters."""
 
     class Deep(nn.Module):
         @nn.compact
@@ -288,8 +288,13 @@ def update_room(recipe):
     step = make_train_step(Deep(), INFO, optimizer, recipe, 4, 2)
     images = jax.ShapeDtypeStruct((8, 4, 4, 1), jnp.uint8)
     batch = Batch(images, *(jax.ShapeDtypeStruct((8,), dtype) for dtype in (jnp.int32, jnp.bool_, jnp.float32)))
-    compiled = jax.jit(step, donate_argnums=0).lower(state, batch).compile()
-    return compiled.memory_analysis().temp_size_in_bytes / sum(4 * leaf.size for leaf in jax.tree.leaves(state.params))
+    return jax.jit(step, donate_argnums=0).trace(state, batch), sum(4 * leaf.size for leaf in jax.tree.leaves(state.params))
+
+
+def update_room(recipe):
+    """Bytes of temporaries of a compiled step over those of the model's parameters."""
+    traced, parameters = traced_step(recipe)
+    return traced.lower().compile().memory_analysis().temp_size_in_bytes / parameters
 
 
 def test_an_update_that_cannot_overflow_is_made_in_place():
@@ -297,6 +302,30 @@ def test_an_update_that_cannot_overflow_is_made_in_place():
     assert update_room(dataclasses.replace(RECIPE, clip=0.0)) < 1.1
     assert update_room(RECIPE) < 2.1
     assert update_room(dataclasses.replace(RECIPE, lr=1e7)) > 3.9
+
+
+def test_gpus_choose_within_the_update():
+    traced, _ = traced_step(RECIPE)
+    gpu, cpu = (traced.lower(lowering_platforms=(platform,)).as_text() for platform in ("cuda", "cpu"))
+    assert cpu.count("stablehlo.case") == gpu.count("stablehlo.case") + 1  # the others tell the platforms apart
+
+
+@pytest.mark.parametrize("weight", [1, np.nan])
+def test_the_choice_and_the_condition_are_the_same(monkeypatch, weight):
+    optimizer = RECIPE.optimizer(10)
+    state, images = initial_state(VARIABLES, optimizer), DATA.train.images[:8]
+    batch = Batch(images, DATA.train.labels[:8], np.ones(8, bool), np.ones(8, np.float32))
+    weights = np.full(2, weight, np.float32)
+
+    def taken():
+        step = make_train_step(MODEL, INFO, optimizer, RECIPE, 4, 2, class_weights=weights)
+        return jax.jit(step)(state, batch)
+
+    condition = taken()
+    monkeypatch.setattr("lbpwht_jax.train.step.by_platform", lambda plain, *given, cuda: cuda(*given))
+    choice = taken()
+    assert bool(choice[0].diverged) == np.isnan(weight) and int(choice[0].step) == 1 - np.isnan(weight)
+    chex.assert_trees_all_close(choice, condition, rtol=1e-6)
 
 
 def test_labels_must_be_indices_of_classes():
