@@ -41,9 +41,10 @@ def kind_of(kept: Any, equation: Any) -> str:
     A dense layer multiplies by the slopes of the activation before it, decodes them, or computes them behind a barrier; it
     contracts what is its own. The norm of a layer that it is joined to has a scope of its own there.
     """
-    if equation is None or equation.primitive.name == "conv_general_dilated":
+    scope = "" if equation is None else str(equation.source_info.name_stack)
+    if equation is None or equation.primitive.name == "conv_general_dilated" or "patch_embed" in scope:
         return "rest"
-    kind = next(kind for kind, pattern in KINDS.items() if re.search(pattern, str(equation.source_info.name_stack)))
+    kind = next(kind for kind, pattern in KINDS.items() if re.search(pattern, scope))
     slopes = equation.primitive.name in ("mul", "optimization_barrier") or jnp.issubdtype(kept.aval.dtype, jnp.unsignedinteger)
     return "activations" if kind == "dense layers" and slopes else kind
 

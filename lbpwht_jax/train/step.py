@@ -134,8 +134,8 @@ def make_train_step(
         def choice(good: jax.Array, *given: Any) -> tuple[TrainState, jax.Array]:
             return jax.tree.map(lambda new, old: jnp.where(good, new, old), updated(*given), unchanged(*given))
 
-        # XLA updates in place under a condition on CPUs and TPUs. On GPUs it would copy the condition's results, and
-        # updates in place, an array at a time, where the choice is part of the update.
+        # XLA updates in place under a condition on CPUs and TPUs. On GPUs it may copy the condition's results (for an
+        # EfficientFormer it does), and updates in place, an array at a time, where the choice is part of the update.
         new, finite = by_platform(condition, good, state._replace(frozen=None), others, grads, cuda=choice)
         return new._replace(frozen=state.frozen, diverged=~(good & finite)), Metrics(loss, accuracy, norm, finite)
 
