@@ -80,8 +80,14 @@ class ConvProduct:
         """The convolution that ``lax.conv_general_dilated`` returns, of ``[batch, height, width, inputs]``.
 
         Raises:
+          TypeError: when tracing, if the operands are not floating point.
           ValueError: when tracing, if there is dilation.
         """
+        if not all(jnp.issubdtype(operand.dtype, jnp.floating) for operand in (lhs, rhs)):
+            raise TypeError(
+                f"ConvProduct: maps and kernel must be floating point, got {lhs.dtype} and {rhs.dtype}; give the layer "
+                "lax.conv_general_dilated, and leave it out of Lean's pattern"
+            )
         if any(step != 1 for step in (*(lhs_dilation or ()), *(rhs_dilation or ()))):
             raise ValueError("ConvProduct: dilated convolutions have no form here; give the layer lax.conv_general_dilated")
         if isinstance(padding, str):

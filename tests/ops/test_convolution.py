@@ -126,6 +126,12 @@ def test_keeps_no_more_than_its_operands():
     assert x.size not in kept((0,))  # nothing trains the kernel
 
 
+def test_refuses_complex_numbers():
+    x, kernel = jnp.zeros((1, 4, 4, 2), jnp.complex64), jnp.zeros((3, 3, 2, 2), jnp.complex64)
+    with pytest.raises(TypeError, match="must be floating point, got complex64 and complex64; give the layer lax"):
+        ConvProduct(8)(x, kernel, (1, 1), ((1, 1), (1, 1)))
+
+
 def test_refuses_dilation():
     x, kernel = jnp.zeros((1, 4, 4, 2)), jnp.zeros((3, 3, 2, 2))
     with pytest.raises(ValueError, match="dilated"):
