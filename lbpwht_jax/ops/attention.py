@@ -11,7 +11,7 @@ from jax import lax
 from lbpwht_jax.ops import attention_gpu
 from lbpwht_jax.ops.coders import Rows
 from lbpwht_jax.ops.dtypes import accumulation_dtype
-from lbpwht_jax.ops.platforms import apart, by_platform, is_narrow
+from lbpwht_jax.ops.platforms import apart, by_platform, is_narrow, row_major
 from lbpwht_jax.ops.recompute import recomputed
 from lbpwht_jax.ops.residuals import Residuals
 from lbpwht_jax.ops.sharding import explicit_sharding
@@ -161,33 +161,50 @@ def _parts(qkv: jax.Array) -> tuple[jax.Array, ...]:
     return tuple(jnp.moveaxis(qkv, 2, 0))
 
 
+_Kept = tuple[list[jax.Array], list[jax.Array]]  # codes and steps of queries, keys and values
+
+
 @jax.custom_vjp
 def _coded(qkv: jax.Array) -> jax.Array:
     return attention(*_parts(qkv))
 
 
-def _coded_forward(qkv: jax.Array) -> tuple[jax.Array, list[Rows]]:
-    def plain(qkv: jax.Array) -> tuple[jax.Array, list[Rows]]:
-        kept, parts = apart(([Rows.of(part, attention_gpu.BITS) for part in _parts(qkv)], _parts(qkv)))
+def _coded_forward(qkv: jax.Array) -> tuple[jax.Array, _Kept]:
+    def plain(qkv: jax.Array) -> tuple[jax.Array, _Kept]:
+        rows, parts = apart(([Rows.of(part, attention_gpu.BITS) for part in _parts(qkv)], _parts(qkv)))
+        kept, parts = apart((_in_rows([r.codes for r in rows], [r.steps for r in rows]), parts))
         return attention(*parts), kept
 
-    def with_kernel(qkv: jax.Array) -> tuple[jax.Array, list[Rows]]:
+    def with_kernel(qkv: jax.Array) -> tuple[jax.Array, _Kept]:
         result, *kept = attention_gpu.forward_kernel()(qkv)
-        pairs = zip(kept[:3], kept[3:], strict=True)
-        return result, [Rows(codes, steps, attention_gpu.BITS, qkv.shape[-1], qkv.dtype) for codes, steps in pairs]
+        return result, _in_rows(kept[:3], kept[3:])
 
     return by_platform(plain, qkv, cuda=with_kernel)
 
 
-def _coded_backward(kept: list[Rows], g: jax.Array) -> tuple[jax.Array]:
-    def plain(kept: list[Rows], g: jax.Array) -> tuple[jax.Array]:
-        kept, g = apart((kept, g))
-        return (jnp.stack(jax.vjp(attention, *(rows.decoded() for rows in kept))[1](g), axis=2),)
+def _coded_backward(kept: _Kept, g: jax.Array) -> tuple[jax.Array]:
+    def by_heads(codes: list[jax.Array], steps: list[jax.Array]) -> _Kept:
+        return [c.reshape(g.shape) for c in codes], [s.reshape(*g.shape[:3], 1) for s in steps]
 
-    def with_kernel(kept: list[Rows], g: jax.Array) -> tuple[jax.Array, ...]:
-        return attention_gpu.backward_kernel()(*(rows.codes for rows in kept), *(rows.steps for rows in kept), g)
+    def plain(codes: list[jax.Array], steps: list[jax.Array], g: jax.Array) -> tuple[jax.Array]:
+        kept, g = apart((_in_rows(codes, steps), g))
+        kept, g = apart((by_heads(*kept), g))
+        rows = [Rows(c, s, attention_gpu.BITS, g.shape[-1], g.dtype) for c, s in zip(*kept, strict=True)]
+        return (jnp.stack(jax.vjp(attention, *(r.decoded() for r in rows))[1](g), axis=2),)
 
-    return by_platform(plain, kept, g, cuda=with_kernel)
+    def with_kernel(codes: list[jax.Array], steps: list[jax.Array], g: jax.Array) -> tuple[jax.Array, ...]:
+        codes, steps = by_heads(codes, steps)
+        return attention_gpu.backward_kernel()(*codes, *steps, g)
+
+    return by_platform(plain, *kept, g, cuda=with_kernel)
+
+
+def _in_rows(codes: list[jax.Array], steps: list[jax.Array]) -> _Kept:
+    """Codes and steps as they are kept: the heads' channels, and the steps of an image, as one axis.
+
+    TPUs are told so. Attention has tokens along the lanes there, where 197 of them lie as 256.
+    """
+    return [row_major(c.reshape(*c.shape[:2], -1)) for c in codes], [row_major(s.reshape(len(s), -1)) for s in steps]
 
 
 _coded.defvjp(_coded_forward, _coded_backward)

@@ -16,7 +16,8 @@ from jax import lax
 
 from lbpwht_jax.ops.bilinear import bilinear
 from lbpwht_jax.ops.dtypes import accumulation_dtype
-from lbpwht_jax.ops.platforms import by_platform
+from lbpwht_jax.ops.exact import exact_matmul
+from lbpwht_jax.ops.platforms import by_platform, row_major
 from lbpwht_jax.ops.sharding import explicit_sharding, vary_alike
 
 Pair = tuple[int, int]
@@ -52,7 +53,18 @@ def convolution(
       ``[batch, height', width', outputs]``, of the dtype of x.
     """
     product = Convolution(strides, padding, groups, precision)
+    if product.cuts_patches(x, kernel) and explicit_sharding(x) is None:
+        return _of_patches(x, kernel, precision, bits)
     return bilinear(product, x, kernel, bits=bits, transposes=(product.of_x, product.of_kernel))
+
+
+def _of_patches(x: jax.Array, kernel: jax.Array, precision: Any, bits: int | None) -> jax.Array:
+    """A dense layer on patches, which are rows to keep. Left alone, XLA lays all that follows out as images are, batch last."""
+    (rows, columns, inputs, outputs), (batch, height, width, _) = kernel.shape, x.shape
+    x = x.reshape(batch, height // rows, rows, width // columns, columns, inputs).swapaxes(2, 3)
+    x = row_major(x.reshape(batch, -1, rows * columns * inputs))
+    y = exact_matmul(x, kernel.reshape(-1, outputs), precision, bits=bits)
+    return row_major(y.reshape(batch, height // rows, width // columns, outputs))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +123,7 @@ class Convolution:
 
         XLA's CPU backend convolves four channels 4 to 5 times faster than three, and GPUs want a multiple of four too.
         """
-        if kernel.shape[2] == 3 and not self._is_patches(x, kernel):
+        if kernel.shape[2] == 3 and not self.cuts_patches(x, kernel):
             x, kernel = (jnp.pad(a, [(0, 1) if axis == at else (0, 0) for axis in range(4)]) for a, at in ((x, 3), (kernel, 2)))
         return self._as_it_is(x, kernel)
 
@@ -121,8 +133,6 @@ class Convolution:
             return self.plain(x, kernel)
         if self._is_depthwise(x, kernel):
             return by_platform(self.plain, x, kernel, cpu=self._shifted)
-        if self._is_patches(x, kernel):
-            return by_platform(self.plain, x, kernel, cpu=self._patches)
         return self.plain(x, kernel)
 
     def of_x(self, like: Any, kernel: jax.Array, g: jax.Array) -> jax.Array:
@@ -136,8 +146,6 @@ class Convolution:
         form = None
         if self._is_depthwise(like, kernel):
             form = self._shifted_back if self.strides == (1, 1) else transposed(self._shifted)
-        elif self._is_patches(like, kernel):
-            form = transposed(self._patches)
         elif self._has_parities(like, kernel):
             form = transposed(self._by_parity)
         plain, operands = transposed(self.plain), vary_alike(kernel, g)
@@ -154,8 +162,6 @@ class Convolution:
         form = transposed(self._as_it_is)
         if self._is_depthwise(x, like):
             form = self._by_rows
-        elif self._is_patches(x, like):
-            form = transposed(self._patches)
         return by_platform(transposed(self.plain), *vary_alike(x, like, g), cpu=form)
 
     def _as_it_is(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -172,7 +178,7 @@ class Convolution:
     def _is_depthwise(self, x: Any, kernel: Any) -> bool:
         return 1 < self.groups == x.shape[3] == kernel.shape[3] and max(kernel.shape[:2]) <= _LARGEST_WINDOW
 
-    def _is_patches(self, x: Any, kernel: Any) -> bool:
+    def cuts_patches(self, x: Any, kernel: Any) -> bool:
         """Whether windows lie side by side and fill the map, so that the convolution is a dense layer on patches."""
         sizes = zip(x.shape[1:3], kernel.shape[:2], strict=True)
         side_by_side = self.strides == kernel.shape[:2] and self.padding == ((0, 0), (0, 0)) and self.groups == 1
@@ -182,12 +188,6 @@ class Convolution:
         even = all(size % 2 == 0 for size in x.shape[1:3])
         window = kernel.shape[:2] == (3, 3) and self.strides == (2, 2) and self.padding == ((1, 1), (1, 1))
         return even and window and self.groups == 1 and x.shape[3] <= _PARITY_INPUTS
-
-    def _patches(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
-        (rows, columns), (batch, height, width, inputs) = self.strides, x.shape
-        x = x.reshape(batch, height // rows, rows, width // columns, columns, inputs).swapaxes(2, 3)
-        x = x.reshape(-1, rows * columns * inputs) @ kernel.reshape(rows * columns * inputs, -1)
-        return x.reshape(batch, height // rows, width // columns, -1)
 
     def _by_parity(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
         """A 3x3 convolution of stride 2 as a 2x2 one of stride 1 on a quarter of the map, with four times the channels."""

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from lbpwht_jax.ops.sharding import explicit_sharding
 
@@ -30,6 +31,13 @@ def apart(arrays: Any) -> Any:
         return lax.optimization_barrier(arrays)
     barrier: Callable[..., Any] = lambda *leaves: lax.optimization_barrier(leaves)  # noqa: E731
     return jax.tree.unflatten(tree, by_platform(lambda *leaves: leaves, *leaves, cuda=barrier, tpu=barrier))
+
+
+def row_major(x: jax.Array) -> jax.Array:
+    """x, laid out row by row; GPUs and TPUs would otherwise lay it out as suits what it is made of, or what it goes to."""
+    layout = Layout(tuple(range(x.ndim)))
+    laid_out: Callable[[jax.Array], jax.Array] = lambda x: with_layout_constraint(x, layout)  # noqa: E731
+    return by_platform(lambda x: x, x, cuda=laid_out, tpu=laid_out)
 
 
 def is_narrow(*dtypes: Any) -> bool:
