@@ -39,13 +39,16 @@ def kind_of(kept: Any, equation: Any) -> str:
     """What an array belongs to that an equation of the backward pass is the first to use.
 
     A dense layer multiplies by the slopes of the activation before it, decodes them, or computes them behind a barrier; it
-    contracts what is its own. The norm of a layer that it is joined to has a scope of its own there.
+    contracts what is its own, or decodes it by a step for each row. The norm of a layer that it is joined to has a scope of its
+    own there.
     """
     scope = "" if equation is None else str(equation.source_info.name_stack)
-    if equation is None or equation.primitive.name == "conv_general_dilated" or "patch_embed" in scope:
+    if equation is None or equation.primitive.name == "conv_general_dilated" or "patch_embed/proj" in scope:
         return "rest"
     kind = next(kind for kind, pattern in KINDS.items() if re.search(pattern, scope))
-    slopes = equation.primitive.name in ("mul", "optimization_barrier") or jnp.issubdtype(kept.aval.dtype, jnp.unsignedinteger)
+    steps = (*kept.aval.shape[:-1], 1)
+    codes = jnp.issubdtype(kept.aval.dtype, jnp.unsignedinteger) and all(x.aval.shape != steps for x in equation.invars)
+    slopes = equation.primitive.name in ("mul", "optimization_barrier") or codes
     return "activations" if kind == "dense layers" and slopes else kind
 
 

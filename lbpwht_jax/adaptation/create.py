@@ -44,8 +44,8 @@ def create_model(
       drop_path: probability of dropping the last block's residual branches while training, rising linearly to it.
       remat: recomputes each block in the backward pass instead of keeping its activations.
       frozen_batch_norm: keeps batch normalisation on its running statistics while training.
-      residuals: what norms, activations, attention and convolutions keep for the backward pass: ``"plain"``, what JAX keeps
-        of itself; ``"exact"``, less, without rounding; ``"lean"``, 8 bits; ``"tiny"``, 2 to 8 bits; or a ``Residuals``.
+      residuals: what is kept for the backward pass: ``"plain"``, what JAX keeps of itself; ``"exact"``, less, without rounding;
+        ``"lean"``, 8 bits; ``"tiny"``, 2 to 8 bits; or a ``Residuals``.
       scan_blocks: runs equal blocks in a row as one loop over their stacked parameters (``jax.lax.scan``): what is kept for
         the backward pass is then what the blocks keep and nothing else, whatever the compiler, and one block is compiled
         instead of many. Variables are as without. Within another module, blocks run one by one. The model is traced once, on

@@ -50,8 +50,8 @@ class Step:
     when: Literal["always", "faster"] = "faster"
     """Which of a method's layers are low-rank: faster (those that it is predicted to speed up) or always (all of them)."""
     residuals: ResidualsName = "plain"
-    """What is kept for the backward pass besides what dense layers keep: plain (what JAX keeps of itself), exact (less, without
-    rounding), lean (8 bits) or tiny (2 to 8 bits); norms, activations, attention and convolutions then keep so much."""
+    """What is kept for the backward pass: plain (what JAX keeps of itself), exact (less, without rounding), lean (8 bits) or
+    tiny (2 to 8 bits)."""
     rounds: int = 7
     """Number of samples of each time; the median counts."""
     output: Path = Path("bench")

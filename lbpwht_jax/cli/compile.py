@@ -45,8 +45,8 @@ class Compile:
     when: When = "faster"
     """Which of a method's layers are low-rank: faster (those that it is predicted to speed up) or always (all of them)."""
     residuals: ResidualsName = "plain"
-    """What is kept for the backward pass besides what dense layers keep: plain (what JAX keeps of itself), exact (less, without
-    rounding), lean (8 bits) or tiny (2 to 8 bits); norms, activations, attention and convolutions then keep so much."""
+    """What is kept for the backward pass: plain (what JAX keeps of itself), exact (less, without rounding), lean (8 bits) or
+    tiny (2 to 8 bits)."""
     shard: Shard = "data"
     """What the chips share: data (the batch; the state is on each) or params (parameters and optimiser state too)."""
     fit: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False

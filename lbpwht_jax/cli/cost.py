@@ -33,8 +33,8 @@ class Cost:
     when: Literal["always", "faster"] = "faster"
     """Which of the method's layers are low-rank: faster (those that it is predicted to speed up) or always (all of them)."""
     residuals: ResidualsName = "plain"
-    """What is kept for the backward pass besides what dense layers keep: plain (what JAX keeps of itself), exact (less, without
-    rounding), lean (8 bits) or tiny (2 to 8 bits); norms, activations, attention and convolutions then keep so much."""
+    """What is kept for the backward pass: plain (what JAX keeps of itself), exact (less, without rounding), lean (8 bits) or
+    tiny (2 to 8 bits)."""
     num_classes: int = 1000
     """Outputs of the head."""
     image_size: Annotated[int | None, flag("INT", "the model's")] = None

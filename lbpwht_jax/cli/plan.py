@@ -46,7 +46,7 @@ class Plan:
     train: Annotated[Train | None, flag("{all,last_stage}", "all")] = None
     """What will be trained: all, or last_stage with the head."""
     residuals: Annotated[ResidualsName | None, flag("{plain,exact,lean,tiny}", "plain")] = None
-    """What will be kept besides what dense layers keep; it counts in bytes."""
+    """What will be kept; it counts in bytes."""
     image_size: Annotated[int | None, flag("INT", "the model's")] = None
     """Height and width of the images, in pixels."""
     batches: int = 2

@@ -234,8 +234,8 @@ class RunFlags:
     """Runs equal blocks as one loop: a CPU's memory then falls to what is kept, for a few per cent of its time."""
 
     residuals: Annotated[ResidualsName | None, flag("{plain,exact,lean,tiny}", "plain")] = None
-    """What is kept for the backward pass besides what dense layers keep: plain (what JAX keeps of itself), exact (less, without
-    rounding), lean (8 bits) or tiny (2 to 8 bits); norms, activations, attention and convolutions then keep so much."""
+    """What is kept for the backward pass: plain (what JAX keeps of itself), exact (less, without rounding), lean (8 bits) or
+    tiny (2 to 8 bits)."""
 
     numbers: tyro.conf.OmitArgPrefixes[Annotated[RecipeFlags, _titled("training")]] = dataclasses.field(
         default_factory=RecipeFlags

@@ -4,8 +4,11 @@ import math
 
 from lbpwht_jax.cost.trace import Product
 from lbpwht_jax.ops.basis import coefficient_count
+from lbpwht_jax.ops.coders import has_row_steps
 from lbpwht_jax.ops.layer_flops import backward_flops
 from lbpwht_jax.ops.spec import Grid, LowRankSpec
+
+_FLOAT32 = 4
 
 
 def matmul_flops(product: Product, spec: LowRankSpec | None) -> int:
@@ -27,8 +30,8 @@ def matmul_flops(product: Product, spec: LowRankSpec | None) -> int:
     return repeats * backward_flops(spec, grid, product.prefix_tokens, *product.channels, **needs)
 
 
-def saved_elements(product: Product, spec: LowRankSpec | None) -> int:
-    """How many numbers per image the kernel's gradient needs from the forward pass: the input, or its coefficients.
+def saved_bytes(product: Product, spec: LowRankSpec | None) -> int:
+    """Bytes per image that the kernel's gradient needs of the forward pass: the input or its coefficients, in float32 or codes.
 
     Args:
       product: a layer's product in the forward pass.
@@ -39,10 +42,16 @@ def saved_elements(product: Product, spec: LowRankSpec | None) -> int:
     """
     if not product.needs_dw:
         return 0
+    channels = product.channels[0]
     if spec is None or spec.dw == "exact":
-        return product.input_elements
-    grid, repeats = _grid(product)
-    return repeats * (product.prefix_tokens + coefficient_count(spec, grid)) * product.channels[0]
+        elements = product.input_elements
+    else:
+        grid, repeats = _grid(product)
+        elements = repeats * (product.prefix_tokens + coefficient_count(spec, grid)) * channels
+    if product.input_bits is None:
+        return _FLOAT32 * elements
+    rows = elements // channels
+    return rows * math.ceil(channels * product.input_bits / 8) + _FLOAT32 * (rows if has_row_steps(channels) else 1)
 
 
 def _grid(product: Product) -> tuple[Grid, int]:

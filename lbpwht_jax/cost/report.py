@@ -10,7 +10,7 @@ from flax.traverse_util import flatten_dict
 from lbpwht_jax.adaptation.linen import AdaptedModule
 from lbpwht_jax.adaptation.presets import Train, adapted_model, layer_counts
 from lbpwht_jax.cost.backward import abstract_variables, residual_bytes
-from lbpwht_jax.cost.layers import matmul_flops, saved_elements
+from lbpwht_jax.cost.layers import matmul_flops, saved_bytes
 from lbpwht_jax.cost.paper import paper_flops
 from lbpwht_jax.cost.trace import Product, Record, layer_records
 from lbpwht_jax.models import model_info
@@ -30,7 +30,7 @@ class LayerCost:
       backward_flops_paper: FLOPs as the authors count.
       backward_flops_matmul: FLOPs of products and Walsh transforms, as computed here.
       saved_activation_bytes: for layers, what the gradients of kernel and branch need: inputs or their coefficients, in
-        float32. Attention and element-wise work keep more, which the whole model's bytes include.
+        float32 or in codes. Attention and element-wise work keep more, which the whole model's bytes include.
       trainable_parameters: numbers trained in the module itself.
     """
 
@@ -102,7 +102,7 @@ def model_cost(
       image_size: height and width of the images, in pixels; by default the model's.
       when: ``"always"`` makes every layer that the method names low-rank, as the paper does; ``"faster"`` those that low rank
         is predicted to speed up, which is the commands' default.
-      residuals: what is kept for the backward pass besides what dense layers keep, as in ``create_model``. FLOPs do not tell
+      residuals: what is kept for the backward pass, as in ``create_model``. FLOPs do not tell
         what is computed again for it.
 
     Raises:
@@ -177,7 +177,7 @@ def _record_cost(adapted: AdaptedModule, record: Record) -> LayerCost:
         (" + ".join(parts) or ("full" if trained else "frozen")) if record.parameter else "",
         paper_flops(record, spec),
         matmul_flops(record, spec),
-        _FLOAT32 * saved_elements(record, spec),
+        saved_bytes(record, spec),
     )
 
 

@@ -18,6 +18,7 @@ from jax.extend.core import Jaxpr, Literal
 
 from lbpwht_jax.adaptation.loops import told_apart
 from lbpwht_jax.layers.linen import LowRankDense
+from lbpwht_jax.ops.convolution import ConvProduct
 from lbpwht_jax.ops.flops import equation_macs, inner_program, plain_branch
 from lbpwht_jax.ops.spec import Grid
 
@@ -52,6 +53,7 @@ class Product:
       input_elements: elements of the left operand.
       grid: tokens along each axis, known for this library's dense layers; else ``None``.
       prefix_tokens: leading tokens outside the grid.
+      input_bits: in how many bits the input or its coefficients are kept, where ``residuals`` rounds them; else ``None``.
       needs_dx: how many of the operands besides the kernel need a cotangent: up to 1, for attention up to 2.
       needs_dw: whether the kernel is trained.
       needs_db: whether the module has a trained bias.
@@ -67,6 +69,7 @@ class Product:
     input_elements: int
     grid: Grid | None
     prefix_tokens: int
+    input_bits: int | None
     needs_dx: int
     needs_dw: bool
     needs_db: bool
@@ -129,17 +132,18 @@ def layer_records(
     names = sorted(params)  # JAX flattens dictionaries in this order
     values = [_Value(name, trained(name)) for name in names]
     sizes = {name: math.prod(params[name].shape) for name in names}
-    walk = _Walk(modules.kinds(), modules.grids, {name for name in names if trained(name)}, sizes)
+    walk = _Walk(modules.kinds(), modules.grids, modules.input_bits, {name for name in names if trained(name)}, sizes)
     walk(program, values + [_Value()] * (len(program.invars) - len(values)), "")
     return walk.records
 
 
 class _Modules:
-    """An interceptor that notes the modules' classes and grids, and opens a named scope around each call."""
+    """An interceptor that notes the modules' classes, grids and bits, and opens a named scope around each call."""
 
     def __init__(self):
         self.classes: dict[str, type] = {}
         self.grids: dict[str, tuple[Grid, int]] = {}
+        self.input_bits: dict[str, int | None] = {}
 
     def __call__(self, call: Callable, arguments: tuple, keywords: dict, context: Any) -> Any:
         if context.method_name != "__call__":
@@ -149,6 +153,10 @@ class _Modules:
         if isinstance(module, LowRankDense):
             grid = tuple(jnp.shape(arguments[0])[1:-1]) if module.grid is None else module.grid
             self.grids[path] = grid, module.prefix_tokens
+            self.input_bits[path] = module.input_bits if module.dot_general is None else None
+        if isinstance(module, nn.Conv):
+            product = module.conv_general_dilated
+            self.input_bits[path] = product.bits if isinstance(product, ConvProduct) else None
         with jax.named_scope(f"<module {path}>"):
             return call(*arguments, **keywords)
 
@@ -180,8 +188,15 @@ class _Value:
 class _Walk:
     """Goes through a program in order and collects the records."""
 
-    def __init__(self, kinds: Mapping[str, str], grids: Mapping[str, Any], trained: set[str], sizes: Mapping[str, int]):
-        self.kinds, self.grids, self.trained, self.sizes = kinds, grids, trained, sizes
+    def __init__(
+        self,
+        kinds: Mapping[str, str],
+        grids: Mapping[str, Any],
+        input_bits: Mapping[str, int | None],
+        trained: set[str],
+        sizes: Mapping[str, int],
+    ):
+        self.kinds, self.grids, self.input_bits, self.trained, self.sizes = kinds, grids, input_bits, trained, sizes
         self.records: list[Record] = []
 
     def __call__(self, program: Jaxpr, inputs: list[_Value], path: str) -> list[_Value]:
@@ -246,6 +261,7 @@ class _Walk:
             input_elements=math.prod(shapes[0]),
             grid=grid,
             prefix_tokens=prefix_tokens,
+            input_bits=self.input_bits.get(path) if layer and len(shapes[0]) > 2 else None,
             needs_dx=sum(operand.active for operand in (operands[:1] if layer else operands)),
             needs_dw=layer and kernel.active,
             needs_db=parameter == "kernel" and f"{module}/bias" in self.trained,

@@ -10,6 +10,7 @@ from flax.linen.dtypes import promote_dtype
 from lbpwht_jax.ops import affine as affines
 from lbpwht_jax.ops.affine import Affine
 from lbpwht_jax.ops.affine_product import affine_product, takes_factors
+from lbpwht_jax.ops.coders import check_row_bits
 from lbpwht_jax.ops.dtypes import static_precision
 from lbpwht_jax.ops.exact import ExactProduct, exact_matmul
 from lbpwht_jax.ops.gelu import check_slope_bits, coded_gelu, gelu
@@ -41,6 +42,8 @@ class LowRankDense(nn.Module):
         ``jax.lax.dot_general`` itself can be differentiated in forward mode as well.
       activation: ``"gelu"`` applies the exact GELU to the inputs first, as for ``low_rank_matmul``.
       slope_bits: in how many bits its slope is kept, 2, 3, 4 or 8; ``None`` keeps it as it is.
+      input_bits: in how many bits the coefficients of the inputs are kept, or all of them where the layer is backpropagated
+        exactly, 4 or 8; ``None`` keeps them as they are. ``dot_general`` keeps what it does by itself.
     """
 
     features: int
@@ -58,6 +61,7 @@ class LowRankDense(nn.Module):
     dot_general: Any = None
     activation: Literal["gelu"] | None = None
     slope_bits: int | None = None
+    input_bits: int | None = None
 
     @nn.compact
     def __call__(
@@ -76,13 +80,14 @@ class LowRankDense(nn.Module):
           Array of the inputs' shape with ``features`` channels.
 
         Raises:
-          ValueError, TypeError: for a scalar, for ``slope_bits`` that there are not, for an ``affine`` or ``before`` that does
-            not fit, for ``before`` beside an activation, and whatever ``low_rank_matmul`` raises when tracing; the message
+          ValueError, TypeError: for a scalar, for bits that there are not, for an ``affine`` or ``before`` that does not fit,
+            for ``before`` beside an activation, and whatever ``low_rank_matmul`` raises when tracing; the message
             names this module's path.
         """
         if not jnp.ndim(inputs):
             raise ValueError(f"{self._name}: the inputs must be [..., tokens, channels] or maps [..., channels], got a scalar")
         check_slope_bits(self.slope_bits, self._name)
+        check_row_bits(self.input_bits, self._name)
         kernel = self.param("kernel", self.kernel_init, (jnp.shape(inputs)[-1], self.features), self.param_dtype)
         bias = self.param("bias", self.bias_init, (self.features,), self.param_dtype) if self.use_bias else None
         inputs, kernel, bias = self.promote_dtype(inputs, kernel, bias, dtype=self.dtype)
@@ -98,6 +103,7 @@ class LowRankDense(nn.Module):
                 bias=bias,
                 activation=self.activation,
                 slope_bits=self.slope_bits,
+                input_bits=self.input_bits,
                 link=link,
                 affine=affine,
                 before=before,
@@ -114,9 +120,9 @@ class LowRankDense(nn.Module):
             affine, bias = affine.after(bias), None
         plain = self.dot_general is None and self.preferred_element_type is None
         if affine is not None and plain and takes_factors(inputs, kernel):
-            return affine_product(ExactProduct(static_precision(self.precision)), inputs, kernel, affine)
+            return affine_product(ExactProduct(static_precision(self.precision)), inputs, kernel, affine, self.input_bits)
         if self.dot_general is None:
-            y = exact_matmul(inputs, kernel, **how)
+            y = exact_matmul(inputs, kernel, **how, bits=self.input_bits)
         else:
             y = self.dot_general(inputs, kernel, (((inputs.ndim - 1,), (0,)), ((), ())), **how)
         if affine is not None:

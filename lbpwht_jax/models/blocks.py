@@ -26,7 +26,7 @@ class Settings:
       dtype: dtype of the computation; ``None`` for that of the images. Parameters are float32; norms and softmax compute in
         at least float32.
       frozen_batch_norm: keeps batch normalisation, where the family has any, on its running statistics while training.
-      residuals: what is kept for the backward pass besides what dense layers keep; ``None`` for what JAX keeps of itself.
+      residuals: what is kept for the backward pass; ``None`` for what JAX keeps of itself.
       remat: recomputes each block in the backward pass instead of keeping its activations.
       joins_norms: computes batch normalisation on running statistics, and layer scale behind it, as one with the layer beside
         it, in float32 and wider, and in all dtypes where ``residuals`` is set; off where each module is to be told apart.
@@ -81,8 +81,9 @@ def dense(
       **arguments: further fields of ``LowRankDense``.
     """
     tokens = {"grid": grid, "prefix_tokens": prefix_tokens}
-    settings = {"dtype": parent.settings.dtype, "slope_bits": parent.settings.slope_bits}
-    return LowRankDense(features, spec=None, **tokens, **settings, name=name, **arguments)
+    residuals = parent.settings.residuals or Residuals()
+    kept = {"slope_bits": residuals.slope_bits, "input_bits": residuals.dense_bits}
+    return LowRankDense(features, spec=None, **tokens, **kept, dtype=parent.settings.dtype, name=name, **arguments)
 
 
 def patches(parent: Part, name: str, features: int, size: int, *, use_bias: bool = True) -> nn.Conv:
@@ -95,8 +96,10 @@ def patches(parent: Part, name: str, features: int, size: int, *, use_bias: bool
       size: edge of a patch.
       use_bias: whether to add a bias.
     """
+    residuals = parent.settings.residuals or Residuals()
     fields = {"use_bias": use_bias, "dtype": parent.settings.dtype, "name": name}
-    return nn.Conv(features, (size, size), (size, size), "VALID", conv_general_dilated=ConvProduct(), **fields)
+    product = ConvProduct(residuals.dense_bits)
+    return nn.Conv(features, (size, size), (size, size), "VALID", conv_general_dilated=product, **fields)
 
 
 def check_images(module: Any, images: jax.Array, multiple: int) -> None:

@@ -64,6 +64,12 @@ def slope_levels(bits: int) -> tuple[float, ...]:
     return tuple(levels.tolist())
 
 
+def check_row_bits(bits: int | None, name: str) -> None:
+    """Raises ``ValueError``, opened by ``name``, unless rows can be kept in so many bits."""
+    if bits not in (None, *ROW_BITS):
+        raise ValueError(f"{name}: input_bits must be {', '.join(map(str, ROW_BITS))} or None, got {bits!r}")
+
+
 def has_row_steps(channels: int) -> bool:
     """Whether rows of so many channels have a step each."""
     return channels >= _LEAST_CHANNELS

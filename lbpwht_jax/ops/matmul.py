@@ -20,6 +20,7 @@ from lbpwht_jax.ops import norm_forms
 from lbpwht_jax.ops.affine import Affine
 from lbpwht_jax.ops.affine_product import affine_product, takes_factors
 from lbpwht_jax.ops.basis import holds_token_sum
+from lbpwht_jax.ops.coders import check_row_bits
 from lbpwht_jax.ops.dtypes import accumulation_dtype, static_precision
 from lbpwht_jax.ops.exact import ExactProduct
 from lbpwht_jax.ops.gelu import check_slope_bits, coded_gelu
@@ -67,6 +68,7 @@ def low_rank_matmul(
     bias: jax.Array | None = None,
     activation: Literal["gelu"] | None = None,
     slope_bits: int | None = None,
+    input_bits: int | None = None,
     link: Link | None = None,
     affine: Affine | None = None,
     before: Affine | None = None,
@@ -91,6 +93,8 @@ def low_rank_matmul(
       bias: ``[out]``, of the result's dtype. Its cotangent is exact, and taken from the coefficients where they hold it.
       activation: ``"gelu"`` applies the exact GELU to ``x`` first, which kernels for GPUs do in passing.
       slope_bits: keeps the activation's slope in 2, 3, 4 or 8 bits; ``None`` keeps it as it is.
+      input_bits: keeps the coefficients of ``x``, or all of it, in 4 or 8 bits, with a scale for each row of channels; ``None``
+        keeps them as they are.
       link: joins this layer to the one behind it or, with an activation, to the one before it; nothing else changes.
       affine: a normalisation by constant statistics and an activation, ``lbpwht_jax.ops.Affine``, applied to the result as one
         with the product. Its cotangents are exact, and the bias's is part of its mean's.
@@ -116,12 +120,14 @@ def low_rank_matmul(
     if activation not in (None, "gelu"):
         raise ValueError(f"{name}: activation must be 'gelu' or None, got {activation!r}; apply others to x beforehand")
     check_slope_bits(slope_bits, name)
+    check_row_bits(input_bits, name)
     affines.check_affine(affine, kernel.shape[1], name)
     affines.check_before(before, activation, kernel.shape[0], name)
     prefix_tokens = operator.index(prefix_tokens)
     if affine is not None and is_explicit(x):  # XLA shards what is behind the product
-        fields = {"out_sharding": out_sharding, "bias": bias, "activation": activation, "slope_bits": slope_bits, "name": name}
-        how = {"precision": precision, "preferred_element_type": preferred_element_type, "before": before}
+        fields = {"out_sharding": out_sharding, "bias": bias, "activation": activation, "before": before, "name": name}
+        how = {"precision": precision, "preferred_element_type": preferred_element_type}
+        how |= {"slope_bits": slope_bits, "input_bits": input_bits}
         return affines.apply(low_rank_matmul(x, kernel, spec, grid, prefix_tokens, **how, **fields), affine)
     if affine is not None and bias is not None:
         affine, bias = affine.after(bias), None
@@ -139,7 +145,7 @@ def low_rank_matmul(
         x, before = affines.apply(x, before), None
     plain = exact and activation is None and preferred_element_type is None
     if affine is not None and plain and takes_factors(x, kernel):
-        return affine_product(ExactProduct(precision), x, kernel, affine)
+        return affine_product(ExactProduct(precision), x, kernel, affine, input_bits)
     tokens = x if grid is not None else x.reshape(*x.shape[: -1 - spec.ndim], math.prod(token_grid), x.shape[-1])
     fuses = low_rank and (slope_bits is not None or transforms.kernels("gelu_backward", tokens) != {})
     if activation is not None and not fuses:
@@ -159,6 +165,7 @@ def low_rank_matmul(
         bias=Like(dtype if folded is None else folded.dtype),
         gelu=activation is not None and fuses,
         slope_bits=slope_bits,
+        input_bits=input_bits,
         stand_in=links,
     )
     results: Any = matmul(tokens, kernel, folded, given, affine, before, static)

@@ -1,4 +1,4 @@
-"""What the backward pass keeps of a model besides its dense layers' coefficients: a setting beside ``LowRankSpec``."""
+"""What the backward pass keeps of a model, and in how many bits: a setting beside ``LowRankSpec``."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ from lbpwht_jax.ops.coders import ROW_BITS, SLOPE_BITS
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Residuals:
-    """What norms, activations, attention and convolutions keep for the backward pass, and in how many bits.
+    """What norms, activations, attention, convolutions and dense layers keep for the backward pass, and in how many bits.
 
     Without bits nothing is rounded: gradients are those of plain JAX, to rounding, but arrays are kept once, are derived from
     others, or are computed again.
@@ -21,6 +21,9 @@ class Residuals:
         ``None`` for all of it.
       attention_bits: bits of attention's queries, keys and values, 4 or 8, with one scale per token and head; ``None`` for
         all of them.
+      dense_bits: bits of what a dense layer keeps of its input, 4 or 8: its coefficients, with one scale for each, or all of it
+        where the layer is backpropagated exactly, with one scale per token; ``None`` for numbers as they are. A layer that
+        ``LoRA`` adapts keeps its input as it is.
       recompute_scores: computes attention's scores again from queries, keys and values, instead of keeping scores.
 
     Raises:
@@ -31,10 +34,12 @@ class Residuals:
     slope_bits: int | None = None
     norm_bits: int | None = None
     attention_bits: int | None = None
+    dense_bits: int | None = None
     recompute_scores: bool = True
 
     def __post_init__(self):
-        for field, allowed in (("slope_bits", SLOPE_BITS), ("norm_bits", ROW_BITS), ("attention_bits", ROW_BITS)):
+        rows = ("norm_bits", "attention_bits", "dense_bits")
+        for field, allowed in (("slope_bits", SLOPE_BITS), *((field, ROW_BITS) for field in rows)):
             bits = getattr(self, field)
             if bits is not None and (isinstance(bits, bool) or bits not in allowed):
                 raise ValueError(f"Residuals: {field} must be one of {', '.join(map(str, allowed))} or None, got {bits!r}")
@@ -51,8 +56,8 @@ ResidualsName = Literal["plain", "exact", "lean", "tiny"]
 RESIDUALS: Mapping[str, Residuals | None] = {
     "plain": None,
     "exact": Residuals(),
-    "lean": Residuals(slope_bits=8, norm_bits=8, attention_bits=8),
-    "tiny": Residuals(slope_bits=2, norm_bits=4, attention_bits=8),
+    "lean": Residuals(slope_bits=8, norm_bits=8, attention_bits=8, dense_bits=8),
+    "tiny": Residuals(slope_bits=2, norm_bits=4, attention_bits=8, dense_bits=8),
 }
 
 

@@ -21,7 +21,7 @@ from lbpwht_jax.ops import affine as affines
 from lbpwht_jax.ops import gelu_forms, norm_forms
 from lbpwht_jax.ops.affine import Affine
 from lbpwht_jax.ops.basis import coefficient_count, holds_token_sum, token_sum_weights
-from lbpwht_jax.ops.coders import Companded
+from lbpwht_jax.ops.coders import Companded, Rows
 from lbpwht_jax.ops.dtypes import accumulation_dtype
 from lbpwht_jax.ops.gelu import gelu
 from lbpwht_jax.ops.gelu_forms import Transforms
@@ -52,6 +52,7 @@ class Static:
       y, x, kernel, bias: what the result and the operands' cotangents must be like.
       gelu: whether x goes through GELU first.
       slope_bits: in how many bits GELU's slope is kept; ``None`` for all of it.
+      input_bits: in how many bits what is kept of x is kept; ``None`` for numbers as they are.
       stand_in: whether the result has a stand-in, for the layer behind.
     """
 
@@ -64,6 +65,7 @@ class Static:
     bias: Like
     gelu: bool
     slope_bits: int | None
+    input_bits: int | None
     stand_in: bool
 
     @property
@@ -77,7 +79,8 @@ class _Residuals:
     """What the forward pass keeps for the backward pass.
 
     Attributes:
-      x: the coefficients of x, or all of x where ``dw`` is exact, for the kernel's cotangent; ``None`` if that is not wanted.
+      x: the coefficients of x, or all of x where ``dw`` is exact, for the kernel's cotangent, as they are or in few bits;
+        ``None`` if that is not wanted.
       kernel: for the cotangent of x; ``None`` if that is not wanted.
       gelu: for the cotangent of x: what ``gelu_forms`` keeps; ``None`` if that is not wanted or there is no GELU.
       before: what ``norm_forms`` keeps for the cotangents of x and of the norm in front, and that norm; ``None`` without one.
@@ -176,6 +179,8 @@ def _forward(
         x, kept_x, kept_gelu = gelu_forms.forward(x, static.transforms, static.slope_bits, wants_dx, wants_dw)
     elif wants_dw:
         kept_x, x = apart((static.transforms.project(x, stored=True), x)) if static.spec.dw == "low_rank" else (x, x)
+    if static.input_bits is not None and kept_x is not None:
+        kept_x, x = apart((Rows.of(kept_x, static.input_bits), x))
     y, made = _result(x, kernel.value, None if bias is None else bias.value, static)
     kept_affine = None
     if affine is not None:
@@ -202,6 +207,8 @@ def _backward(static: Static, kept: _Residuals, cotangents: tuple) -> tuple:
         coefficients = _coefficients(g, of_stand_in, kept.affine is not None, static)
     dx = dw = db = of_given = of_affine = of_before = None
     kept_x = kept.x
+    if isinstance(kept_x, Rows):
+        kept_x, g, coefficients = _decoded(kept_x, g, coefficients)
     if kept.affine is not None:
         of_affine = affines.parameter_cotangents(wide, _token_sums(g, coefficients, static), *kept.affine)
         g = affines.along_channels(g, kept.affine[1])
@@ -224,6 +231,15 @@ def _backward(static: Static, kept: _Residuals, cotangents: tuple) -> tuple:
 
 
 matmul.defvjp(_forward, _backward, symbolic_zeros=True)
+
+
+def _decoded(rows: Rows, g: Any, coefficients: Any) -> tuple[Any, Any, Any]:
+    """What was kept of x, decoded once the result's cotangent or its coefficients are there; and these two."""
+    if coefficients is None:
+        rows, g = apart((rows, g))
+    else:
+        rows, coefficients = apart((rows, coefficients))
+    return rows.decoded(), g, coefficients
 
 
 def _coefficients(g: Any, of_stand_in: Any, stored: bool, static: Static) -> jax.Array:

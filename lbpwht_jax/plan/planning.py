@@ -14,7 +14,7 @@ import optax
 from lbpwht_jax.adaptation import AdaptedModule, unrolled
 from lbpwht_jax.adaptation.plan import Plan, PlannedLayer, Unit
 from lbpwht_jax.cost import residual_bytes
-from lbpwht_jax.cost.layers import matmul_flops, saved_elements
+from lbpwht_jax.cost.layers import matmul_flops, saved_bytes
 from lbpwht_jax.cost.trace import Product, layer_records
 from lbpwht_jax.ops.spec import Basis, LowRankSpec
 from lbpwht_jax.plan import timing
@@ -26,7 +26,6 @@ from lbpwht_jax.plan.timing import Clock, LayerTimes
 Loss = Callable[[AdaptedModule, Mapping[str, Any], Any], jax.Array]
 
 _UNITS: tuple[Unit, ...] = ("flops", "bytes", "seconds")
-_FLOAT32 = 4
 _TRIALS = 8
 
 
@@ -264,7 +263,7 @@ class _Menu:
             return self.times.seconds(path, spec)
         if self.unit == "flops":
             return sum(matmul_flops(product, spec) for product in self.products[path])
-        return _FLOAT32 * sum(saved_elements(product, spec) for product in self.products[path])
+        return sum(saved_bytes(product, spec) for product in self.products[path])
 
     def _cost(self, chosen: Mapping[str, Candidate]) -> float:
         """What the model costs, FLOPs and bytes counted as ``lbpwht cost`` does."""

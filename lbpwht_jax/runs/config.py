@@ -61,7 +61,7 @@ class RunConfig:
       dtype: dtype of the computation; parameters are float32.
       remat: whether blocks are computed again in the backward pass.
       recipe: how to train.
-      residuals: what is kept for the backward pass besides what dense layers keep, as in ``create_model``.
+      residuals: what is kept for the backward pass, as in ``create_model``.
       scan_blocks: whether equal blocks run as loops, as in ``create_model``.
       validation: the share of the training images that is held out to choose the best epoch by; 0 for none. A data set that has
         validation images of its own needs none.

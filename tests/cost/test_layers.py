@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import pytest
 
 from lbpwht_jax import LoRA, LowRankDense, adapt, lp_l1
-from lbpwht_jax.cost.layers import matmul_flops, saved_elements
+from lbpwht_jax.cost.layers import matmul_flops, saved_bytes
 from lbpwht_jax.cost.paper import paper_flops
 from lbpwht_jax.cost.trace import Elementwise, Product, layer_records
+from lbpwht_jax.ops.convolution import ConvProduct
 from lbpwht_jax.ops.gelu import gelu
 
 
@@ -105,16 +106,17 @@ def test_matmul_flops_of_attention_equal_xla_s_count():
 
 
 def kept(module: Any, shape: tuple[int, int, int]) -> int:
-    """Numbers an image that JAX keeps for the backward pass: of its residuals, those that grow with the batch."""
+    """Bytes an image that JAX keeps for the backward pass: of its residuals, those that grow with the batch."""
     sizes = []
     for batch in (2, 3):
         x = jax.ShapeDtypeStruct((batch, *shape), jnp.float32)
         variables = variables_of(module, shape, batch)
         residuals = jax.eval_shape(lambda v, x: jax.vjp(module.apply, v, x)[1], variables, x)
-        sizes.append(sum(leaf.size for leaf in jax.tree.leaves(residuals)))
+        sizes.append(sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(residuals)))
     return sizes[1] - sizes[0]
 
 
+@pytest.mark.parametrize("bits", [None, 8])
 @pytest.mark.parametrize("rank", [None, 2, 4, 8])
 @pytest.mark.parametrize(
     ("grid", "tokens", "prefix_tokens", "shape"),
@@ -122,27 +124,34 @@ def kept(module: Any, shape: tuple[int, int, int]) -> int:
         (None, (), 0, (7, 7, 12)),
         (None, (), 0, (56, 56, 12)),
         ((8, 8), (4, 64), 0, (16, 16, 12)),
-        ((14, 14), (198,), 2, (1, 198, 12)),
+        ((14, 14), (198,), 2, (1, 198, 20)),
     ],
     ids=["7x7", "56x56", "windows", "prefix"],
 )
-def test_saved_elements_equal_jax_s_residuals(grid, tokens, prefix_tokens, shape, rank):
-    module = Single(dense(grid, rank, prefix_tokens=prefix_tokens), tokens)
-    saved = saved_elements(only_product(module, shape), rank and lp_l1(rank))
+def test_saved_bytes_equal_jax_s_residuals(grid, tokens, prefix_tokens, shape, rank, bits):
+    module = Single(dense(grid, rank, prefix_tokens=prefix_tokens, input_bits=bits), tokens)
+    saved = saved_bytes(only_product(module, shape), rank and lp_l1(rank))
     assert saved == kept(module, shape)
-    whole = shape[0] * shape[1] * shape[2]
-    assert saved == whole if rank is None else saved <= whole
+    whole = 4 * shape[0] * shape[1] * shape[2]
+    assert saved == whole if rank is bits is None else saved <= whole
+
+
+@pytest.mark.parametrize("bits", [None, 4, 8])
+@pytest.mark.parametrize("size", [3, 4])  # of the second, patches fill the map
+def test_saved_bytes_of_convolutions_equal_jax_s_residuals(size, bits):
+    layer = nn.Conv(8, (size, size), size, padding="VALID", use_bias=False, conv_general_dilated=ConvProduct(bits))
+    assert saved_bytes(only_product(Single(layer), (16, 16, 5)), None) == kept(Single(layer), (16, 16, 5))
 
 
 @pytest.mark.parametrize("rank", [None, 4])
-def test_saved_elements_of_a_branch_equal_jax_s_residuals(rank):
+def test_saved_bytes_of_a_branch_equal_jax_s_residuals(rank):
     spec = rank and lp_l1(rank)
     example = jax.ShapeDtypeStruct((1, 7, 7, 12), jnp.float32)
     model = adapt(Single(dense(None, rank)), [LoRA("layer", rank=8, spec=spec)], example)
     records = [r for r in records_of(model, (7, 7, 12), model.trainable) if isinstance(r, Product)]
     assert [(r.parameter, r.needs_dw) for r in records] == [("kernel", False), ("lora_a", True), ("lora_b", True)]
     tokens = 10 if rank else 49
-    assert sum(saved_elements(record, spec) for record in records) == kept(model, (7, 7, 12)) == tokens * (12 + 8)
+    assert sum(saved_bytes(record, spec) for record in records) == kept(model, (7, 7, 12)) == 4 * tokens * (12 + 8)
 
 
 class Block(nn.Module):

@@ -16,6 +16,7 @@ from lbpwht_jax.cost.backward import abstract_variables, backward_flops, residua
 from lbpwht_jax.cost.report import layer_costs, model_cost
 from lbpwht_jax.models import model_info
 from lbpwht_jax.models.vit import VisionTransformer
+from lbpwht_jax.ops.residuals import RESIDUALS
 
 MICRO = "vit_micro_patch4_28"
 # the same with two blocks, the second of which is the last stage
@@ -37,20 +38,25 @@ METHODS = [
 
 
 @functools.cache
-def two_blocks(method="full", train="all"):
+def two_blocks(method="full", train="all", residuals="plain"):
     """The adapted model and the shapes of its variables."""
-    adapted = adapt(TWO_BLOCKS, parse_method(method).rules(INFO, train), jax.ShapeDtypeStruct((1, *SHAPE), jnp.float32))
+    settings = dataclasses.replace(TWO_BLOCKS.settings, residuals=RESIDUALS[residuals])
+    adapted = adapt(
+        TWO_BLOCKS.clone(settings=settings),
+        parse_method(method).rules(INFO, train),
+        jax.ShapeDtypeStruct((1, *SHAPE), jnp.float32),
+    )
     return adapted, abstract_variables(adapted, SHAPE)
 
 
 @functools.cache
-def two_blocks_costs(method="full", train="all"):
-    return layer_costs(*two_blocks(method, train), SHAPE)
+def two_blocks_costs(method="full", train="all", residuals="plain"):
+    return layer_costs(*two_blocks(method, train, residuals), SHAPE)
 
 
 @functools.cache
-def two_blocks_residual_bytes(method):
-    return residual_bytes(*two_blocks(method), SHAPE)
+def two_blocks_residual_bytes(method, residuals):
+    return residual_bytes(*two_blocks(method, residuals=residuals), SHAPE)
 
 
 def costs(adapted, shape):
@@ -101,11 +107,12 @@ def test_matmul_flops_of_a_model_equal_xla_s_count(rank):
 
 
 @pytest.mark.parametrize("method", ["lp_l1-2", "lp_l1-4", "lp_l1-8", "lora_all-8", "lp_l1-4+lora_all-8"])
-def test_residual_bytes_by_layer_explain_the_whole_model_s(method):
+@pytest.mark.parametrize("residuals", ["plain", "lean"])
+def test_residual_bytes_by_layer_explain_the_whole_model_s(method, residuals):
     total, by_layer = [], []
     for each in ("full", method):
-        total.append(two_blocks_residual_bytes(each))
-        by_layer.append(sum(layer.saved_activation_bytes for layer in two_blocks_costs(each)))
+        total.append(two_blocks_residual_bytes(each, residuals))
+        by_layer.append(sum(layer.saved_activation_bytes for layer in two_blocks_costs(each, residuals=residuals)))
     # all that differs between the methods is what the layers keep
     assert total[0] - total[1] == by_layer[0] - by_layer[1]
     # a branch besides its layer's input keeps its own

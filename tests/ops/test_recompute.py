@@ -83,9 +83,10 @@ def test_coded_gelu(bits):
 
 @pytest.mark.parametrize("spec", [None, lp_l1(2, block=4)])
 def test_bits_that_there_are_not(spec):
-    layer = LowRankDense(16, spec=spec, grid=(4, 4), activation="gelu", slope_bits=5)
-    with pytest.raises(ValueError, match=r"LowRankDense .top level.: slope_bits must be 2, 3, 4, 8 or None, got 5"):
-        layer.init(jax.random.key(0), sample(2, 16, 24))
+    for field, there_are in (("slope_bits", "2, 3, 4, 8"), ("input_bits", "4, 8")):
+        layer = LowRankDense(16, spec=spec, grid=(4, 4), activation="gelu", **{field: 5})
+        with pytest.raises(ValueError, match=rf"LowRankDense .top level.: {field} must be {there_are} or None, got 5"):
+            layer.init(jax.random.key(0), sample(2, 16, 24))
 
 
 @pytest.mark.parametrize("bits", [2, 8])

@@ -1,9 +1,11 @@
 """The operation under JAX's transformations, each against the slow reference."""
 
 import functools
+import math
 
 import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from absl.testing import parameterized
@@ -13,6 +15,7 @@ from operation import VARIANTS, assert_close, jitted, sample, slow_result, value
 
 from lbpwht_jax import low_rank_matmul, lp_l1
 from lbpwht_jax.ops.exact import exact_matmul
+from lbpwht_jax.ops.projection import projection_matrices
 
 # float32 sums of up to 8 x 672 terms, in any order
 TOLERANCE = 2e-6
@@ -114,6 +117,37 @@ def test_transforms_equal_the_slow_reference(transform, variant):
 def test_the_exact_product_does_too(transform):
     _, *operands = sample("both-exact")
     assert_close(TRANSFORMS[transform](exact_matmul, *operands), slow_result("both-exact"), TOLERANCE)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_rounded_inputs_err_by_half_a_step_at_most(variant, bits):
+    """So does the kernel's cotangent, which is linear in what is kept; result and dx do not change."""
+    spec, grid, prefix, _ = VARIANTS[variant]
+    operation, *operands = sample(variant, channels=(24, 16))
+    rounded = functools.partial(operation, input_bits=bits)
+    y, dx, dw = jitted(rounded, *operands)
+    plain_y, plain_dx, plain_dw = jitted(operation, *operands)
+    assert_close((y, dx), (plain_y, plain_dx), 1e-6)
+    analysis = projection_matrices(spec, grid, prefix)[0] if spec.dw == "low_rank" else np.eye(prefix + math.prod(grid))
+    x, _, g = (np.asarray(a, np.float64).reshape(len(a), -1, a.shape[-1]) for a in operands)
+    kept, of_result = (np.einsum("rt,btc->brc", analysis, a) for a in (x, g))
+    steps = np.abs(kept).max(-1) / (2 ** (bits - 1) - 1)
+    most = np.einsum("br,brc->c", steps / 2, np.abs(of_result))
+    error = np.abs(np.asarray(dw - plain_dw))
+    assert (error <= 1.001 * most + 1e-5 * np.abs(plain_dw).max()).all()
+    assert error.max() > 1e-3 * most.max()
+    sizes = [leaf.size for leaf in jax.tree.leaves(jax.vjp(rounded, *operands[:2])[1]) if leaf.dtype == jnp.float32]
+    assert max(sizes) < kept.size
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("variant", ["prefix", "both-exact"])
+def test_rounded_inputs_under_transformations(transform, variant):
+    """Coefficients summed in another order may round to the neighbouring code: a few in thousands do."""
+    operation, *operands = sample(variant, channels=(24, 16))
+    rounded = functools.partial(operation, input_bits=8)
+    assert_close(TRANSFORMS[transform](rounded, *operands), jitted(rounded, *operands), 1e-3)
 
 
 @pytest.mark.parametrize("batch", [(), (1,), (2, 3), (2, 1, 2, 2)], ids=str)
