@@ -1,4 +1,4 @@
-"""That a compiled program keeps coefficients instead of x: needs the extra [compile], so not among the other tests."""
+"""That a compiled program keeps coefficients or codes instead of x: needs the extra [compile], so not among the other tests."""
 
 import os
 
@@ -10,6 +10,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lbpwht_jax import low_rank_matmul, lp_l1
 from lbpwht_jax.compile.targets import parse_target
+from lbpwht_jax.ops.exact import exact_matmul
 
 LAYERS, BATCH, CHANNELS = 12, 128, 1024
 SPEC, GRID = lp_l1(2), (14, 14)
@@ -49,3 +50,11 @@ def test_coefficients_replace_x(name, dtype):
     assert exact > LAYERS / 3 * x
     # coefficients are 12 of 196; a few arrays of x's size pass through, and 32 MiB are cuBLAS's own
     assert low_rank < exact / 2
+
+
+@pytest.mark.parametrize("name", ["h100", "v5e:1x1"])
+def test_codes_replace_x(name):
+    target = parse_target(name)
+    exact = temporaries(target, jnp.matmul, jnp.bfloat16)
+    coded = temporaries(target, lambda x, kernel: exact_matmul(x, kernel, bits=8), jnp.bfloat16)
+    assert coded < 0.75 * exact  # codes are half of x, and a few arrays of x's size pass through

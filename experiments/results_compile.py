@@ -23,8 +23,7 @@ def tables(results: Mapping[str, Any]) -> str:
         A training step of {size} images in bfloat16, all layers trained, on one chip. These are the counts of compilers for
         machines that were not there, and no clock's: temporaries as the compiler lays them out, the bytes that its program
         moves and, for the GPU, the sum over its kernels of the time that their products or their bytes take at least. JAX
-        {results["jax"]}. The rows of EfficientFormer-L7 and EfficientFormerV2-S0 for the v6e are older than the optimiser's
-        update in place, which takes 12 to 17 bytes a trained parameter from what each method moves.
+        {results["jax"]}. SwinV2-S's rows of `full` and `lp_l1-4` for TPUs are older than the present form of its patch embedding.
     """
     header = ["model", "machine", "method", "temporaries, MiB", "of full", "moved, GB", "of full", "roofline, ms", "of full"]
     return f"{prose(text)}\n\n{markdown([*header, 'attention'], rows)}"
