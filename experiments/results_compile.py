@@ -23,9 +23,8 @@ def tables(results: Mapping[str, Any]) -> str:
         A training step of {size} images in bfloat16, all layers trained, on one chip. These are the counts of compilers for
         machines that were not there, and no clock's: temporaries as the compiler lays them out, the bytes that its program
         moves and, for the GPU, the sum over its kernels of the time that their products or their bytes take at least. JAX
-        {results["jax"]}. Older than the present form of patch embeddings are ViT-B's rows with `lp_l1-2` and, for the H100,
-        `full+remat` and `lora_all-8`, and SwinV2-S's but `full` and `lp_l1-4+lean` for the H100; ViT-B's `lora_all-8+lean` and
-        SwinV2-S's `lp_l1-4+lean` for the v5e are older than dense layers in 8 bits.
+        {results["jax"]}. SwinV2-S's rows of `full` and `lp_l1-4` for TPUs are older than the present form of its patch
+        embedding.
     """
     header = ["model", "machine", "method", "temporaries, MiB", "of full", "moved, GB", "of full", "roofline, ms", "of full"]
     return f"{prose(text)}\n\n{markdown([*header, 'attention'], rows)}"
