@@ -102,8 +102,7 @@ def model_cost(
       image_size: height and width of the images, in pixels; by default the model's.
       when: ``"always"`` makes every layer that the method names low-rank, as the paper does; ``"faster"`` those that low rank
         is predicted to speed up, which is the commands' default.
-      residuals: what is kept for the backward pass, as in ``create_model``. FLOPs do not tell
-        what is computed again for it.
+      residuals: what is kept for the backward pass, as in ``create_model``. FLOPs do not tell what is computed again for it.
 
     Raises:
       ValueError: if a name is unknown, or the image size does not suit the model.

@@ -187,7 +187,7 @@ def _coded_backward(kept: _Kept, g: jax.Array) -> tuple[jax.Array]:
         return [c.reshape(g.shape) for c in codes], [s.reshape(*g.shape[:3], 1) for s in steps]
 
     def plain(codes: list[jax.Array], steps: list[jax.Array], g: jax.Array) -> tuple[jax.Array]:
-        kept, g = apart((_in_rows(codes, steps), g))
+        kept, g = apart(((codes, steps), g))
         kept, g = apart((by_heads(*kept), g))
         rows = [Rows(c, s, attention_gpu.BITS, g.shape[-1], g.dtype) for c, s in zip(*kept, strict=True)]
         return (jnp.stack(jax.vjp(attention, *(r.decoded() for r in rows))[1](g), axis=2),)
@@ -204,7 +204,9 @@ def _in_rows(codes: list[jax.Array], steps: list[jax.Array]) -> _Kept:
 
     TPUs are told so. Attention has tokens along the lanes there, where 197 of them lie as 256.
     """
-    return [row_major(c.reshape(*c.shape[:2], -1)) for c in codes], [row_major(s.reshape(len(s), -1)) for s in steps]
+    batch, tokens, heads, head_dim = codes[0].shape
+    in_rows = [row_major(c.reshape(batch, tokens, heads * head_dim)) for c in codes]
+    return in_rows, [row_major(s.reshape(batch, tokens * heads)) for s in steps]
 
 
 _coded.defvjp(_coded_forward, _coded_backward)

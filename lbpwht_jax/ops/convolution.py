@@ -7,6 +7,7 @@ get forms of their own, chosen from the shape, apart for the result and both gra
 import dataclasses
 import functools
 import itertools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -62,9 +63,10 @@ def _of_patches(x: jax.Array, kernel: jax.Array, precision: Any, bits: int | Non
     """A dense layer on patches, which are rows to keep. Left alone, XLA lays all that follows out as images are, batch last."""
     (rows, columns, inputs, outputs), (batch, height, width, _) = kernel.shape, x.shape
     x = x.reshape(batch, height // rows, rows, width // columns, columns, inputs).swapaxes(2, 3)
-    x = row_major(x.reshape(batch, -1, rows * columns * inputs))
-    y = exact_matmul(x, kernel.reshape(-1, outputs), precision, bits=bits)
-    return row_major(y.reshape(batch, height // rows, width // columns, outputs))
+    grid, pixels = (height // rows, width // columns), rows * columns * inputs
+    x = row_major(x.reshape(batch, math.prod(grid), pixels))
+    y = exact_matmul(x, kernel.reshape(pixels, outputs), precision, bits=bits)
+    return row_major(y.reshape(batch, *grid, outputs))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,8 +22,8 @@ class Residuals:
       attention_bits: bits of attention's queries, keys and values, 4 or 8, with one scale per token and head; ``None`` for
         all of them.
       dense_bits: bits of what a dense layer keeps of its input, 4 or 8: its coefficients, with one scale for each, or all of it
-        where the layer is backpropagated exactly, with one scale per token; ``None`` for numbers as they are. A layer that
-        ``LoRA`` adapts keeps its input as it is.
+        where the layer is backpropagated exactly, with one scale per token; ``None`` for numbers as they are. The embedding of
+        ViT's and SwinV2's patches is one too. A layer that ``LoRA`` adapts keeps its input as it is.
       recompute_scores: computes attention's scores again from queries, keys and values, instead of keeping scores.
 
     Raises:

@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 from operation import VARIANTS, assert_close, jitted, sample, slow_result, value_and_gradients
 
 from lbpwht_jax import low_rank_matmul, lp_l1
+from lbpwht_jax.ops.coders import Rows
 from lbpwht_jax.ops.exact import exact_matmul
 from lbpwht_jax.ops.projection import projection_matrices
 
@@ -148,6 +149,23 @@ def test_rounded_inputs_under_transformations(transform, variant):
     operation, *operands = sample(variant, channels=(24, 16))
     rounded = functools.partial(operation, input_bits=8)
     assert_close(TRANSFORMS[transform](rounded, *operands), jitted(rounded, *operands), 1e-3)
+
+
+@pytest.mark.parametrize("dtypes", [("float32", "float32"), ("bfloat16", "float32"), ("bfloat16", "bfloat16")])
+@pytest.mark.parametrize("preferred", [None, "float32"])
+def test_the_exact_product_of_a_rounded_input(dtypes, preferred):
+    """The kernel's cotangent is that of the input as it is kept, whatever the dtypes; the others do not change."""
+    _, x, kernel, g = sample("both-exact", channels=(24, 16))
+    x, kernel = x.astype(dtypes[0]), kernel.astype(dtypes[1])
+    product = functools.partial(exact_matmul, preferred_element_type=preferred)
+    y, pullback = jax.vjp(functools.partial(product, bits=8), x, kernel)
+    kept = Rows.of(x, 8).decoded()
+    plain_y, plain = jax.vjp(product, x, kernel)
+    dx, dw = pullback(g.astype(y.dtype))
+    chex.assert_trees_all_equal_dtypes((y, dx, dw), (plain_y, x, kernel))
+    assert_close(
+        (y, dx, dw), (plain_y, plain(g.astype(y.dtype))[0], jax.vjp(product, kept, kernel)[1](g.astype(y.dtype))[1]), 1e-6
+    )
 
 
 @pytest.mark.parametrize("batch", [(), (1,), (2, 3), (2, 1, 2, 2)], ids=str)
