@@ -1,12 +1,14 @@
 """Attention for NVIDIA GPUs as Pallas kernels that keep queries, keys and values in 8 bits, and read tokens unpadded.
 
 The forward pass is FlashAttention (Dao et al., 2022, algorithm 1): blocks of keys with a running maximum and sum, so that
-scores are never stored. It writes the codes in passing. The backward pass is one program per image and head, which decodes
-queries, keys and values. It goes over the keys twice for each block of queries, for the softmax's sums and then for the
-queries' cotangent, and once over the queries for each block of keys.
+scores are never stored. It writes the codes in passing. The backward pass is one program per image and head. It decodes keys
+and values once, into the place of their cotangents, and goes over them twice for each block of queries, for the softmax's sums
+and then for the queries' cotangent; at last once over the queries for each block of keys. Scores are in bits, not nats, because
+a power of two takes a GPU half as long as ``exp``.
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -16,9 +18,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from lbpwht_jax.ops.coders import coded_rows, has_row_steps, row_codes
+from lbpwht_jax.ops.coders import coded_rows, has_row_steps, middle, row_factor
 from lbpwht_jax.ops.distributed import distributed
-from lbpwht_jax.ops.pallas_gpu import call, like
+from lbpwht_jax.ops.pallas_gpu import as_bytes, call, like
 from lbpwht_jax.ops.platforms import is_narrow
 
 BITS = 8
@@ -100,7 +102,7 @@ class _Head:
 
 def _forward(qkv: jax.Array, interpret: bool) -> tuple[jax.Array, ...]:
     batch, tokens, _, heads, channels = qkv.shape
-    blocks, scale = pl.cdiv(tokens, _BLOCK), channels**-0.5
+    blocks, scale = pl.cdiv(tokens, _BLOCK), channels**-0.5 / math.log(2)
 
     def program(qkv_ref, out_ref, *kept_refs):
         head, block = _Head(pl.program_id(0), tokens, heads, channels), pl.program_id(1)
@@ -111,7 +113,7 @@ def _forward(qkv: jax.Array, interpret: bool) -> tuple[jax.Array, ...]:
             scores = plgpu.dot(query, head.load(qkv_ref, j, KEY), trans_b=True) * scale
             scores = jnp.where(head.present(j).reshape(1, _BLOCK), scores, _LEAST)
             new = jnp.maximum(most, jnp.max(scores, axis=1))
-            weights, before = jnp.exp(scores - new[:, None]), jnp.exp(most - new)
+            weights, before = jnp.exp2(scores - new[:, None]), jnp.exp2(most - new)
             part = plgpu.dot(weights.astype(query.dtype), head.load(qkv_ref, j, VALUE))
             return new, total * before + jnp.sum(weights, axis=1), result * before[:, None] + part
 
@@ -119,8 +121,9 @@ def _forward(qkv: jax.Array, interpret: bool) -> tuple[jax.Array, ...]:
         _, total, result = lax.fori_loop(0, blocks, add, start)
         head.store(out_ref, result / total[:, None], block)
         for part in (QUERY, KEY, VALUE):
-            codes, steps = row_codes(head.load(qkv_ref, block, part).astype(jnp.float32), BITS, 1)
-            head.store(kept_refs[part], codes, block)
+            rows = head.load(qkv_ref, block, part).astype(jnp.float32)
+            factor, steps = row_factor(jnp.max(jnp.abs(rows), axis=1, keepdims=True), BITS)
+            head.store(kept_refs[part], as_bytes(rows * factor + middle(BITS)), block)
             where, mask = head.steps(kept_refs[3 + part], block)
             plgpu.store(where, steps, mask=mask)
 
@@ -133,60 +136,64 @@ def _forward(qkv: jax.Array, interpret: bool) -> tuple[jax.Array, ...]:
 def _backward(operands: tuple[jax.Array, ...], interpret: bool) -> tuple[jax.Array, ...]:
     g = operands[-1]
     batch, tokens, heads, channels = g.shape
-    blocks, scale = pl.cdiv(tokens, _BLOCK), channels**-0.5
+    blocks, scale, bits = pl.cdiv(tokens, _BLOCK), channels**-0.5, channels**-0.5 / math.log(2)
 
     def program(*refs):
         *kept_refs, g_ref, dx_ref, sums_ref = refs
         index = pl.program_id(0)
         head = _Head(index, tokens, heads, channels)
 
-        def load(j, part):
+        def decoded(j, part):
             where, mask = head.steps(kept_refs[3 + part], j)
-            codes = head.load(kept_refs[part], j, other=2 ** (BITS - 1) - 1)  # which stands for zero
+            codes = head.load(kept_refs[part], j, other=middle(BITS))
             rows = coded_rows(codes, plgpu.load(where, mask=mask, other=0), BITS)
             return rows.astype(g_ref.dtype)
+
+        def decode(j, _):
+            for part in (KEY, VALUE):
+                head.store(dx_ref, decoded(j, part), j, part)
 
         def sums(which, i):
             return sums_ref.at[index, which, head.rows(i)]
 
         def queries(i, _):
-            query, of_result = load(i, QUERY), head.load(g_ref, i)
+            query, of_result = decoded(i, QUERY), head.load(g_ref, i)
 
             def score(j):
-                scores = plgpu.dot(query, load(j, KEY), trans_b=True) * scale
-                of_weights = plgpu.dot(of_result, load(j, VALUE), trans_b=True)
+                scores = plgpu.dot(query, head.load(dx_ref, j, KEY), trans_b=True) * bits
+                of_weights = plgpu.dot(of_result, head.load(dx_ref, j, VALUE), trans_b=True)
                 return jnp.where(head.present(j).reshape(1, _BLOCK), scores, _LEAST), of_weights
 
             def add(j, carry):
                 most, total, delta = carry
                 scores, of_weights = score(j)
                 new = jnp.maximum(most, jnp.max(scores, axis=1))
-                weights, before = jnp.exp(scores - new[:, None]), jnp.exp(most - new)
+                weights, before = jnp.exp2(scores - new[:, None]), jnp.exp2(most - new)
                 delta = delta * before + jnp.sum(weights * of_weights, axis=1)
                 return new, total * before + jnp.sum(weights, axis=1), delta
 
             start = jnp.full(_BLOCK, _LEAST), jnp.zeros(_BLOCK), jnp.zeros(_BLOCK)
             most, total, delta = lax.fori_loop(0, blocks, add, start)
-            normaliser, delta = most + jnp.log(total), delta / total
+            normaliser, delta = most + jnp.log2(total), delta / total
             plgpu.store(sums(0, i), normaliser)
             plgpu.store(sums(1, i), delta)
 
             def of_query(j, dx):
                 scores, of_weights = score(j)
-                of_scores = jnp.exp(scores - normaliser[:, None]) * (of_weights - delta[:, None])
-                return dx + plgpu.dot(of_scores.astype(g_ref.dtype), load(j, KEY))
+                of_scores = jnp.exp2(scores - normaliser[:, None]) * (of_weights - delta[:, None])
+                return dx + plgpu.dot(of_scores.astype(g_ref.dtype), head.load(dx_ref, j, KEY))
 
             dx = lax.fori_loop(0, blocks, of_query, jnp.zeros((_BLOCK, len(head.columns))))
             head.store(dx_ref, dx * scale, i, QUERY)
 
         def keys(j, _):
-            key, value = load(j, KEY), load(j, VALUE)
+            key, value = head.load(dx_ref, j, KEY), head.load(dx_ref, j, VALUE)
 
             def add(i, carry):
                 of_key, of_value = carry
-                query, of_result = load(i, QUERY), head.load(g_ref, i)
-                scores = plgpu.dot(key, query, trans_b=True) * scale
-                weights = jnp.exp(scores - plgpu.load(sums(0, i))[None, :])
+                query, of_result = decoded(i, QUERY), head.load(g_ref, i)
+                scores = plgpu.dot(key, query, trans_b=True) * bits
+                weights = jnp.exp2(scores - plgpu.load(sums(0, i))[None, :])
                 of_value += plgpu.dot(weights.astype(g_ref.dtype), of_result)
                 of_scores = weights * (plgpu.dot(value, of_result, trans_b=True) - plgpu.load(sums(1, i))[None, :])
                 return of_key + plgpu.dot(of_scores.astype(g_ref.dtype), query), of_value
@@ -196,10 +203,10 @@ def _backward(operands: tuple[jax.Array, ...], interpret: bool) -> tuple[jax.Arr
             head.store(dx_ref, of_key * scale, j, KEY)
             head.store(dx_ref, of_value, j, VALUE)
 
-        lax.fori_loop(0, blocks, queries, None)
-        if not interpret:
-            plgpu.debug_barrier()  # the program's threads read sums that others wrote
-        lax.fori_loop(0, blocks, keys, None)
+        for stage in (decode, queries, keys):
+            lax.fori_loop(0, blocks, stage, None)
+            if not interpret:
+                plgpu.debug_barrier()  # the program's threads read what others of them wrote
 
     dx = like(g, (batch, tokens, 3, heads, channels), g.dtype)
     shapes = [dx, like(g, (batch * heads, 2, blocks * _BLOCK), jnp.float32)]

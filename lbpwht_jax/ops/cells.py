@@ -16,7 +16,7 @@ MISSING = np.iinfo(np.int32).max
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Cells:
-    """The cells of a token grid; prefix tokens, where there are any, are the first cell.
+    """The cells of a token grid; prefix tokens, where there are any, are in the first one, or a cell of their own before it.
 
     Attributes:
       tokens: int32 ``[cells, T]``, the tokens of each cell, filled up with ``MISSING``. ``T`` is a power of two.
@@ -31,9 +31,14 @@ class Cells:
     synthesis: np.ndarray
 
 
+def _width(groups: list[np.ndarray]) -> int:
+    """A power of two that holds each group, of at least 16: the least that tensor cores multiply."""
+    return max(16, 1 << (max(map(len, groups)) - 1).bit_length())
+
+
 def _filled(groups: list[np.ndarray]) -> np.ndarray:
-    """The groups side by side, in rows of a power of two of at least 16 entries: the least that tensor cores multiply."""
-    width = max(16, 1 << (max(map(len, groups)) - 1).bit_length())
+    """The groups side by side, in rows of equal width."""
+    width = _width(groups)
     return np.stack([np.pad(group, (0, width - len(group)), constant_values=MISSING) for group in groups]).astype(np.int32)
 
 
@@ -52,9 +57,15 @@ def grid_cells(spec: SpecFields, grid: Grid, prefix_tokens: int = 0) -> Cells | 
     of_coefficient = np.ravel_multi_index(tuple(coefficient_indices(spec, grid)[:, :, 0].T), blocks)
     cells = range(math.prod(blocks))
     tokens, coefficients = (
-        [np.arange(prefix_tokens)] * bool(prefix_tokens) + [prefix_tokens + np.flatnonzero(owner == cell) for cell in cells]
-        for owner in (of_token, of_coefficient)
+        [prefix_tokens + np.flatnonzero(owner == cell) for cell in cells] for owner in (of_token, of_coefficient)
     )
+    prefix = np.arange(prefix_tokens)
+    shared = all(_width([*groups, np.concatenate([prefix, groups[0]])]) == _width(groups) for groups in (tokens, coefficients))
+    for groups in (tokens, coefficients):
+        if shared:
+            groups[0] = np.concatenate([prefix, groups[0]])
+        else:
+            groups.insert(0, prefix)
     analysis, synthesis = projection_matrices(spec, grid, prefix_tokens)
     tokens, coefficients = _filled(tokens), _filled(coefficients)
     if max(tokens.shape[1], coefficients.shape[1]) > _LARGEST:

@@ -80,20 +80,34 @@ def row_codes(rows: jax.Array, bits: int, axes: Any) -> tuple[jax.Array, jax.Arr
 
     Made of operations that kernels have too, as ``coded_rows``, ``slope_codes`` and ``coded_slopes`` are.
     """
-    most = 2 ** (bits - 1) - 1
-    largest = jnp.max(jnp.abs(rows), axis=axes, keepdims=True)
-    inverse = jnp.where(largest > 0, most / largest, 0.0)
-    return jnp.clip(_rounded(rows * inverse), -most, most) + most, largest / most
+    factor, steps = row_factor(jnp.max(jnp.abs(rows), axis=axes, keepdims=True), bits)
+    most = middle(bits)
+    return jnp.clip(_rounded(rows * factor), -most, most) + most, steps
+
+
+def row_factor(largest: jax.Array, bits: int) -> tuple[jax.Array, jax.Array]:
+    """The inverse of the step of rows with these largest magnitudes, zero for rows of zeros, and the step."""
+    return jnp.where(largest > 0, middle(bits) / largest, 0.0), largest / middle(bits)
+
+
+def middle(bits: int) -> int:
+    """The code of zero in a row."""
+    return 2 ** (bits - 1) - 1
 
 
 def coded_rows(codes: jax.Array, steps: jax.Array, bits: int) -> jax.Array:
     """The float32 rows that codes stand for."""
-    return (codes.astype(jnp.float32) - (2 ** (bits - 1) - 1)) * steps
+    return (codes.astype(jnp.float32) - middle(bits)) * steps
 
 
 def slope_codes(slopes: jax.Array) -> jax.Array:
     """What ``Slopes`` keeps of float32 slopes in 8 bits: whole numbers in float32."""
-    return jnp.clip(_rounded((slopes - _LEAST_SLOPE) * (255 / (_LARGEST_SLOPE - _LEAST_SLOPE))), 0.0, 255.0)
+    return jnp.clip(_rounded(slope_steps(slopes)), 0.0, 255.0)
+
+
+def slope_steps(slopes: jax.Array) -> jax.Array:
+    """How many steps of the codes in 8 bits float32 slopes lie above the least one, not yet rounded."""
+    return (slopes - _LEAST_SLOPE) * (255 / (_LARGEST_SLOPE - _LEAST_SLOPE))
 
 
 def coded_slopes(codes: jax.Array) -> jax.Array:
@@ -102,7 +116,7 @@ def coded_slopes(codes: jax.Array) -> jax.Array:
 
 
 def _rounded(x: jax.Array) -> jax.Array:
-    return jnp.floor(x + 0.5)
+    return lax.round(x, lax.RoundingMethod.TO_NEAREST_EVEN)
 
 
 @jax.tree_util.register_dataclass
@@ -141,8 +155,13 @@ class Rows:
 
 def companded_codes(normalised: jax.Array, bits: int) -> jax.Array:
     """What ``Companded`` keeps of float32 numbers: whole numbers from 0, float32 and unpacked."""
+    return _rounded(companded_steps(normalised, bits))
+
+
+def companded_steps(normalised: jax.Array, bits: int) -> jax.Array:
+    """The same, not yet rounded."""
     half = 2 ** (bits - 1)
-    code = jnp.clip(_rounded(normalised / (_KNEE + jnp.abs(normalised)) * half), 1 - half, half - 1) + half
+    code = jnp.clip(normalised / (_KNEE + jnp.abs(normalised)) * half, 1 - half, half - 1) + half
     return jnp.where(jnp.abs(normalised) < jnp.inf, code, 0.0)
 
 

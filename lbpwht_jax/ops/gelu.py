@@ -106,20 +106,19 @@ def decoded_slope(slope: Any) -> jax.Array:
     return slope.decoded() if isinstance(slope, Slopes) else slope
 
 
-def kernel_gelu(x: jax.Array) -> jax.Array:
-    """``gelu`` of a float32 array by additions, products and ``exp`` alone, which every kind of kernel has; within 4e-7 |x|."""
-    return x * _kernel_cdf(x)
+def kernel_gelu(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """``gelu`` of a float32 array, within 4e-7 |x|, and its slope, within 4e-7: in as few operations as a kernel can.
+
+    The standard normal distribution function is erf's approximation 7.1.26 of Abramowitz and Stegun, within 1.5e-7, whose
+    exponential is the slope's too. A GPU's time goes into these operations, not into reading x.
+    """
+    bell = jnp.exp2(x * x * (-0.5 / math.log(2)))
+    t = 1 / (1 + (0.3275911 * math.sqrt(0.5)) * jnp.abs(x))
+    tail = bell * t * _polynomial(t, *(0.5 * a for a in (0.254829592, -0.284496736, 1.421413741, -1.453152027, 1.061405429)))
+    cdf = jnp.where(x < 0, tail, 1 - tail)
+    return x * cdf, cdf + x * bell * (1 / math.sqrt(2 * math.pi))
 
 
-def kernel_gelu_slope(x: jax.Array) -> jax.Array:
-    """``gelu_slope`` of a float32 array, as for ``kernel_gelu``; within 4e-7."""
-    return _kernel_cdf(x) + x * jnp.exp(-0.5 * x * x) * (1 / math.sqrt(2 * math.pi))
-
-
-def _kernel_cdf(x: jax.Array) -> jax.Array:
-    """Standard normal distribution function by erf's approximation 7.1.26 of Abramowitz and Stegun, within 1.5e-7."""
-    z = jnp.abs(x) * math.sqrt(0.5)
-    t = 1 / (1 + 0.3275911 * z)
-    series = t * (0.254829592 + t * (-0.284496736 + t * (1.421413741 + t * (-1.453152027 + t * 1.061405429))))
-    tail = 0.5 * series * jnp.exp(-z * z)
-    return jnp.where(x < 0, tail, 1 - tail)
+def _polynomial(t: jax.Array, *coefficients: float) -> jax.Array:
+    """By Horner's rule; the coefficients begin with the constant."""
+    return functools.reduce(lambda total, a: a + t * total, reversed(coefficients[:-1]), jnp.float32(coefficients[-1]))

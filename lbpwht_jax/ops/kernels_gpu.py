@@ -9,13 +9,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from lbpwht_jax.ops.cells import MISSING, grid_cells
-from lbpwht_jax.ops.coders import KERNEL_BITS, coded_slopes, companded_codes, expanded_codes, slope_codes
-from lbpwht_jax.ops.gelu import kernel_gelu, kernel_gelu_slope
-from lbpwht_jax.ops.pallas_gpu import call
+from lbpwht_jax.ops.coders import KERNEL_BITS, coded_slopes, companded_steps, expanded_codes, slope_steps
+from lbpwht_jax.ops.gelu import kernel_gelu
+from lbpwht_jax.ops.pallas_gpu import as_bytes, call
 from lbpwht_jax.ops.platforms import is_narrow
 from lbpwht_jax.ops.spec_fields import Grid, SpecFields
 
@@ -54,6 +55,16 @@ class _Channels:
             plgpu.store(ref.at[self.image, self.cell, which, self.channels], total, mask=self.mask)
 
 
+def _once(function: Callable[[], tuple[jax.Array, ...]]) -> tuple[jax.Array, ...]:
+    """``function()``, computed once: Triton would compute it anew for each layout that its results are needed in.
+
+    It does not look through a loop, which this is, of one pass.
+    """
+    shapes = jax.eval_shape(function)
+    start = jnp.int32(0), *(jnp.zeros(shape.shape, shape.dtype) for shape in shapes)
+    return lax.while_loop(lambda carry: carry[0] < 1, lambda carry: (carry[0] + 1, *function()), start)[1:]
+
+
 def _multiply(matrix: jax.Array, rows: jax.Array) -> jax.Array:
     return jnp.dot(matrix, rows, preferred_element_type=jnp.float32)
 
@@ -70,27 +81,30 @@ def _gelu_backward(
     tokens: _Rows, coefficients: _Rows, analysis: jax.Array, synthesis: jax.Array, g: Any, x: Any, dx: Any, projected: Any
 ) -> None:
     before = tokens.load(x).astype(jnp.float32)
-    tokens.store(dx, _multiply(synthesis, coefficients.load(g)) * kernel_gelu_slope(before))
-    coefficients.store(projected, _multiply(analysis, kernel_gelu(before).astype(x.dtype)))
+    after, slope = _once(lambda: kernel_gelu(before))
+    tokens.store(dx, _multiply(synthesis, coefficients.load(g)) * slope)
+    coefficients.store(projected, _multiply(analysis, after.astype(x.dtype)))
 
 
 def _gelu_backward_projected(
     tokens: _Rows, coefficients: _Rows, analysis: jax.Array, synthesis: jax.Array, g: Any, x: Any, dx: Any, projected: Any
 ) -> None:
     before = tokens.load(x).astype(jnp.float32)
-    through = _multiply(synthesis, coefficients.load(g)) * kernel_gelu_slope(before)
+    after, slope = _once(lambda: kernel_gelu(before))
+    through = _multiply(synthesis, coefficients.load(g)) * slope
     coefficients.store(dx, _multiply(analysis, through.astype(x.dtype)))
-    coefficients.store(projected, _multiply(analysis, kernel_gelu(before).astype(x.dtype)))
+    coefficients.store(projected, _multiply(analysis, after.astype(x.dtype)))
 
 
 def _gelu_coded(
     tokens: _Rows, coefficients: _Rows, analysis: jax.Array, _: jax.Array, x: Any, out: Any, projected: Any, codes: Any
 ) -> None:
     before = tokens.load(x).astype(jnp.float32)
-    after = kernel_gelu(before).astype(x.dtype)
-    tokens.store(out, after)
-    tokens.store(codes, slope_codes(kernel_gelu_slope(before)))
-    coefficients.store(projected, _multiply(analysis, after))
+    after, slope = _once(lambda: kernel_gelu(before))
+    narrow = after.astype(x.dtype)
+    tokens.store(out, narrow)
+    tokens.store(codes, as_bytes(slope_steps(slope)))
+    coefficients.store(projected, _multiply(analysis, narrow))
 
 
 def _slope_projected(
@@ -113,11 +127,17 @@ def _norm_gelu_coded(
     codes: Any,
 ) -> None:
     mean, inverse, scale, bias = channels.norm(norm)
-    normalised = (tokens.load(x).astype(jnp.float32) - mean) * inverse
-    after = kernel_gelu(normalised * scale + bias).astype(x.dtype)
-    tokens.store(out, after)
-    tokens.store(codes, companded_codes(normalised, KERNEL_BITS))
-    coefficients.store(projected, _multiply(analysis, after))
+    before = tokens.load(x).astype(jnp.float32)
+
+    def outcomes():
+        normalised = (before - mean) * inverse
+        return kernel_gelu(normalised * scale + bias)[0], companded_steps(normalised, KERNEL_BITS)
+
+    after, steps = _once(outcomes)
+    narrow = after.astype(x.dtype)
+    tokens.store(out, narrow)
+    tokens.store(codes, as_bytes(steps))
+    coefficients.store(projected, _multiply(analysis, narrow))
 
 
 def _norm_slope_projected(
@@ -133,8 +153,14 @@ def _norm_slope_projected(
     sums: Any,
 ) -> None:
     _, inverse, scale, bias = channels.norm(norm)
-    normalised = expanded_codes(tokens.load(codes, other=2 ** (KERNEL_BITS - 1)), KERNEL_BITS)
-    through = _multiply(synthesis, coefficients.load(g)) * kernel_gelu_slope(normalised * scale + bias)
+    kept = tokens.load(codes, other=2 ** (KERNEL_BITS - 1))
+
+    def outcomes():
+        normalised = expanded_codes(kept, KERNEL_BITS)
+        return normalised, kernel_gelu(normalised * scale + bias)[1]
+
+    normalised, slope = _once(outcomes)
+    through = _multiply(synthesis, coefficients.load(g)) * slope
     channels.store_sums(sums, jnp.sum(through, axis=0), jnp.sum(through * normalised, axis=0))
     coefficients.store(dx, _multiply(analysis, (through * (inverse * scale)).astype(g.dtype)))
 

@@ -14,14 +14,16 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from lbpwht_jax.ops.coders import coded_rows, has_row_steps, row_codes
+from lbpwht_jax.ops.coders import has_row_steps, middle, row_factor
 from lbpwht_jax.ops.distributed import distributed
-from lbpwht_jax.ops.pallas_gpu import call, like
+from lbpwht_jax.ops.pallas_gpu import as_bytes, call, like
 from lbpwht_jax.ops.platforms import is_narrow
 
 BITS = 8
+MIDDLE = middle(BITS)
 _ROWS = 4  # at a time
-_CHUNK = 64  # rows of a program
+_CHUNK = 32  # rows of a program
+_PIECE = 256  # channels
 _MOST_CHANNELS = 2048
 
 
@@ -65,35 +67,56 @@ def backward_kernel(interpret: bool = False) -> Callable[..., tuple[jax.Array, .
 
 
 class _Part:
-    """Those rows of an image that a program works on, a few at a time."""
+    """Those rows of an image that a program works on, a few at a time, each as pieces of its channels.
+
+    A piece is as wide as a warp reads at once, so that a warp holds whole rows and sums them up by itself.
+    """
 
     def __init__(self, rows: int, channels: int):
-        self.image, self.chunk, self.count = pl.program_id(0), pl.program_id(1), rows
-        self.columns = jnp.arange(1 << (channels - 1).bit_length())
-        self.inside = self.columns < channels
+        self.image, self.chunk, self.count, self.channel_count = pl.program_id(0), pl.program_id(1), rows, channels
+        whole, rest = divmod(channels, _PIECE)
+        widths = [_PIECE] * whole + [1 << (rest - 1).bit_length()] * bool(rest)
+        self.columns = [n * _PIECE + jnp.arange(width) for n, width in enumerate(widths)]
 
-    def _at(self, ref: Any, step: Any, columns: jax.Array) -> tuple[Any, jax.Array]:
+    def _at(self, ref: Any, step: Any, columns: jax.Array, most: int) -> tuple[Any, jax.Array]:
         rows = self.chunk * _CHUNK + step * _ROWS + jnp.arange(_ROWS)
-        return ref.at[self.image, rows[:, None], columns[None, :]], (rows < self.count)[:, None]
+        return ref.at[self.image, rows[:, None], columns[None, :]], (rows < self.count)[:, None] & (columns < most)[None, :]
 
-    def load(self, ref: Any, step: Any) -> jax.Array:
-        where, present = self._at(ref, step, self.columns)
-        return plgpu.load(where, mask=present & self.inside[None, :], other=0)
+    def load(self, ref: Any, step: Any) -> list[jax.Array]:
+        places = [self._at(ref, step, columns, self.channel_count) for columns in self.columns]
+        return [plgpu.load(where, mask=mask, other=0).astype(jnp.float32) for where, mask in places]
 
-    def store(self, ref: Any, step: Any, value: jax.Array) -> None:
-        where, present = self._at(ref, step, self.columns)
-        plgpu.store(where, value.astype(ref.dtype), mask=present & self.inside[None, :])
+    def store(self, ref: Any, step: Any, values: list[jax.Array]) -> None:
+        for columns, value in zip(self.columns, values, strict=True):
+            where, mask = self._at(ref, step, columns, self.channel_count)
+            plgpu.store(where, value.astype(ref.dtype), mask=mask)
 
     def load_one(self, ref: Any, step: Any) -> jax.Array:
-        where, present = self._at(ref, step, jnp.arange(1))
-        return plgpu.load(where, mask=present, other=0)
+        where, mask = self._at(ref, step, jnp.arange(1), 1)
+        return plgpu.load(where, mask=mask, other=0)
 
     def store_one(self, ref: Any, step: Any, value: jax.Array) -> None:
-        where, present = self._at(ref, step, jnp.arange(1))
-        plgpu.store(where, value, mask=present)
+        where, mask = self._at(ref, step, jnp.arange(1), 1)
+        plgpu.store(where, value, mask=mask)
 
-    def channels(self, ref: Any) -> jax.Array:
-        return plgpu.load(ref.at[self.columns], mask=self.inside, other=0).astype(jnp.float32)[None, :]
+    def channels(self, ref: Any) -> list[jax.Array]:
+        loaded = [plgpu.load(ref.at[columns], mask=columns < self.channel_count, other=0) for columns in self.columns]
+        return [values.astype(jnp.float32)[None, :] for values in loaded]
+
+    def inside(self, values: list[jax.Array]) -> list[jax.Array]:
+        """The same with zeros beyond the channels."""
+        if self.channel_count % _PIECE == 0:
+            return values
+        last = jnp.where((self.columns[-1] < self.channel_count)[None, :], values[-1], 0.0)
+        return [*values[:-1], last]
+
+    def mean(self, *pieces: jax.Array) -> jax.Array:
+        """Over a row's channels, of pieces with zeros beyond them: ``[rows, 1]``."""
+        return _joined(jnp.add, [jnp.sum(piece, axis=1, keepdims=True) for piece in pieces]) * (1 / self.channel_count)
+
+
+def _joined(function: Callable[[jax.Array, jax.Array], jax.Array], pieces: list[jax.Array]) -> jax.Array:
+    return functools.reduce(function, pieces)
 
 
 def _forward(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float, interpret: bool) -> tuple[jax.Array, ...]:
@@ -101,17 +124,18 @@ def _forward(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float, in
 
     def program(x_ref, scale_ref, bias_ref, y_ref, codes_ref, steps_ref, inverse_ref):
         part = _Part(count, channels)
-        factor, offset = part.channels(scale_ref), part.channels(bias_ref)
+        factors, offsets = part.channels(scale_ref), part.channels(bias_ref)
 
         def few(step, _):
-            rows = part.load(x_ref, step).astype(jnp.float32)
-            mean = jnp.sum(rows, axis=1, keepdims=True) / channels
-            variance = jnp.maximum(jnp.sum(rows * rows, axis=1, keepdims=True) / channels - mean * mean, 0.0)
+            rows = part.load(x_ref, step)
+            mean = part.mean(*rows)
+            variance = jnp.maximum(part.mean(*(row * row for row in rows)) - mean * mean, 0.0)
             inverse = lax.rsqrt(variance + epsilon)
-            normalised = jnp.where(part.inside[None, :], (rows - mean) * inverse, 0.0)
-            codes, steps = row_codes(normalised, BITS, 1)
-            part.store(y_ref, step, normalised * factor + offset)
-            part.store(codes_ref, step, codes)
+            normalised = part.inside([(row - mean) * inverse for row in rows])
+            largest = _joined(jnp.maximum, [jnp.max(jnp.abs(piece), axis=1, keepdims=True) for piece in normalised])
+            factor, steps = row_factor(largest, BITS)
+            part.store(y_ref, step, [n * a + b for n, a, b in zip(normalised, factors, offsets, strict=True)])
+            part.store(codes_ref, step, [as_bytes(piece * factor + MIDDLE) for piece in normalised])
             part.store_one(steps_ref, step, steps)
             part.store_one(inverse_ref, step, inverse)
 
@@ -129,22 +153,26 @@ def _backward(
 
     def program(codes_ref, steps_ref, inverse_ref, scale_ref, g_ref, dx_ref, sums_ref):
         part = _Part(count, channels)
-        factor = part.channels(scale_ref)
+        factors = part.channels(scale_ref)
 
         def few(step, carry):
+            cotangents = part.load(g_ref, step)
+            own_steps, own_inverse = (part.load_one(ref, step) for ref in (steps_ref, inverse_ref))
+            normalised = part.inside([(piece - MIDDLE) * own_steps for piece in part.load(codes_ref, step)])
+            dx = [g * a for g, a in zip(cotangents, factors, strict=True)]
+            products = [d * n for d, n in zip(dx, normalised, strict=True)]
+            mean, product = part.mean(*dx), part.mean(*products)
+            part.store(dx_ref, step, [(d - mean - n * product) * own_inverse for d, n in zip(dx, normalised, strict=True)])
             of_scale, of_bias = carry
-            cotangent = part.load(g_ref, step).astype(jnp.float32)
-            normalised = coded_rows(part.load(codes_ref, step), part.load_one(steps_ref, step), BITS)
-            normalised = jnp.where(part.inside[None, :], normalised, 0.0)
-            dx = cotangent * factor
-            mean = jnp.sum(dx, axis=1, keepdims=True) / channels
-            product = jnp.sum(dx * normalised, axis=1, keepdims=True) / channels
-            part.store(dx_ref, step, (dx - mean - normalised * product) * part.load_one(inverse_ref, step))
-            return of_scale + jnp.sum(cotangent * normalised, axis=0), of_bias + jnp.sum(cotangent, axis=0)
+            of_scale = [total + g * n for total, g, n in zip(of_scale, cotangents, normalised, strict=True)]
+            return of_scale, [total + g for total, g in zip(of_bias, cotangents, strict=True)]
 
-        zeros = jnp.zeros(len(part.columns))
-        for which, total in enumerate(lax.fori_loop(0, _CHUNK // _ROWS, few, (zeros, zeros))):
-            plgpu.store(sums_ref.at[part.image, part.chunk, which, part.columns], total, mask=part.inside)
+        # sums by row of those at a time, added up once at the end
+        zeros = [jnp.zeros((_ROWS, len(columns))) for columns in part.columns]
+        for which, totals in enumerate(lax.fori_loop(0, _CHUNK // _ROWS, few, (zeros, zeros))):
+            for columns, total in zip(part.columns, totals, strict=True):
+                where = sums_ref.at[part.image, part.chunk, which, columns]
+                plgpu.store(where, jnp.sum(total, axis=0), mask=columns < channels)
 
     sums = like(g, (batch, pl.cdiv(count, _CHUNK), 2, channels), jnp.float32)
     operands = (codes, steps, inverse, scale, g)

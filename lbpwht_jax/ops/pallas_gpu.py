@@ -4,6 +4,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
@@ -11,6 +13,14 @@ from jax.experimental.pallas import triton as plgpu
 def like(array: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
     """A result beside ``array``: within ``shard_map`` it varies over the same axes of the mesh."""
     return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(array).manual_axis_type)
+
+
+def as_bytes(x: jax.Array) -> jax.Array:
+    """uint8 of float32 numbers, 0 to 255 once rounded; of NaN, any.
+
+    The last bits of ``2 ** 23 + x`` are x, rounded to even: an addition, where a conversion takes a GPU as long as eight.
+    """
+    return (lax.bitcast_convert_type(x + 2.0**23, jnp.int32) & 255).astype(jnp.uint8)
 
 
 def call(
