@@ -2,10 +2,11 @@
 
     python experiments/accelerator.py                all parts, one after the other
     python experiments/accelerator.py layers steps   some of them
+    python experiments/accelerator.py --side-by-side quicker on a GPU beside many cores
 
 writes experiments/results/accelerator_DEVICE.json, row by row: a run that was cut off, or that left something out for want of
 time, goes on when it is started again. Every part has a process of its own and takes nine minutes at most (``--minutes``), the
-parts steps, memory and roofline so long for each model:
+parts steps, memory, profile and roofline so long for each model:
 
 - numerics: the operation and the layers against float64; fails if a difference is larger than its bound
 - layers: times of single layers' backward passes, beside the form of the paper's code
@@ -31,7 +32,7 @@ import accelerator_profile
 import accelerator_roofline
 import accelerator_steps
 import tyro
-from accelerator_processes import in_a_process
+from accelerator_processes import in_a_process, side_by_side
 from accelerator_results import begin, read, slug
 from accelerator_settings import Job, Settings
 
@@ -49,7 +50,7 @@ PARTS: dict[Part, Callable[[Job], None]] = {
     "finetune": accelerator_finetune.run,
     "roofline": accelerator_roofline.run,
 }
-BY_MODEL = ("steps", "memory", "roofline")
+BY_MODEL = ("steps", "memory", "profile", "roofline")
 WITHOUT_DEVICE = ("memory", "roofline")  # their own processes leave the device alone
 
 
@@ -83,8 +84,12 @@ def main(
     begin(file, here, parts if again else ())
     wrong = []
     for part in parts:
-        for model in settings.models if part in BY_MODEL else ("",):
-            job = Job(settings, file, here, model)
+        jobs = [Job(settings, file, here, model) for model in (settings.models if part in BY_MODEL else ("",))]
+        if part == "steps" and settings.side_by_side:
+            raised = side_by_side(cache, accelerator_steps.run_beside_others, jobs, 60 * settings.minutes)
+            wrong += [f"steps {job.model}: {error}" for job, error in zip(jobs, raised, strict=True) if error]
+            jobs = []
+        for job in jobs:
             try:
                 if part in WITHOUT_DEVICE:
                     PARTS[part](job)
@@ -92,7 +97,7 @@ def main(
                     in_a_process(cache, PARTS[part], job)
             except Exception as error:  # whatever fails in a part does not take the others with it
                 traceback.print_exception(error)
-                wrong.append(f"{part} {model}".strip() + f": {error}")
+                wrong.append(f"{part} {job.model}".strip() + f": {error}")
         wrong += problems(file, part)
     print(f"Written to {file}")
     if wrong:

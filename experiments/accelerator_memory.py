@@ -4,8 +4,8 @@ import functools
 from pathlib import Path
 
 import jax
-from accelerator_processes import in_a_process
-from accelerator_results import Row, fill
+from accelerator_processes import begun, in_a_process
+from accelerator_results import Row, fill, missing
 from accelerator_settings import DTYPE, Job
 
 from lbpwht_jax.bench import ModelSteps
@@ -47,5 +47,7 @@ def run(job: Job) -> None:
         f"{job.model} {method}": functools.partial(measure, cache, job.model, method, settings.batch_size)
         for method in settings.methods
     }
+    if settings.side_by_side:
+        wanted |= begun({name: wanted[name] for name in missing(job.file, "memory", [*wanted])})
     facts = {"machine": job.machine, "dtype": DTYPE, "batch": settings.batch_size}
     fill(job.file, "memory", facts, wanted, settings.minutes)

@@ -24,6 +24,12 @@ HEAD = """
 NOTHING = "No accelerator has been timed yet."
 _COMMAND = "```sh\npython experiments/accelerator.py\n```"
 _SHORT = 60
+_SHOWN = 4
+
+
+def _some(names: Sequence[str]) -> str:
+    shown = "; ".join(names[:_SHOWN])
+    return shown if len(names) <= _SHOWN else f"{shown}; and {len(names) - _SHOWN} more"
 
 
 def _number(value: float | None, unit: float, digits: int) -> str:
@@ -154,7 +160,7 @@ def device(results: Mapping[str, Any]) -> str:
     for name, (title, write) in writers.items():
         text.append(f"### {title}")
         text.append(write(good[name]) if good.get(name) else "Not measured yet.")
-    missing = [f"- {name}: {row}" for name, part in parts.items() for row in part["left_out"]]
+    missing = [f"- {name}: {_some(part['left_out'])}" for name, part in parts.items() if part["left_out"]]
     missing += [
         f"- {name}: {row['name']}: {row['failed']}" for name, part in parts.items() for row in part["rows"] if "failed" in row
     ]

@@ -1,9 +1,8 @@
 """A profile of training steps on the device: the kernels that take the most time."""
 
-import functools
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +11,9 @@ from accelerator_results import Row, fill
 from accelerator_settings import DTYPE, Job
 from jax.profiler import ProfileData
 
-from lbpwht_jax.bench import ModelSteps
+from lbpwht_jax.bench import ModelSteps, PreparedStep
 
-METHODS = ("full", "lp_l1-4")
+METHODS = ("full", "lp_l1-4", "lp_l1-4+lean")
 STEPS, DEAREST = 5, 10
 
 
@@ -66,9 +65,8 @@ def dearest(profile: Any, steps: int) -> dict[str, Any]:
     return {"kernel_seconds": total, "different_kernels": len(seconds), "kernels": kernels}
 
 
-def measure(model: str, method: str, batch_size: int) -> Row:
-    """Profiles some steps of one method."""
-    step = ModelSteps(model, "all", batch_size, DTYPE).prepare(method)
+def measure(step: PreparedStep, model: str, method: str, batch_size: int) -> Row:
+    """Profiles some runs of one step."""
     jax.block_until_ready(step.run())
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
@@ -80,12 +78,22 @@ def measure(model: str, method: str, batch_size: int) -> Row:
 
 
 def run(job: Job) -> None:
-    """Measures the part."""
+    """Measures the part for one model."""
+    fill_model(job, ModelSteps(job.model, "all", job.settings.batch_size, DTYPE).prepare)
+
+
+def fill_model(job: Job, step: Callable[[str], PreparedStep]) -> None:
+    """Measures the part for one model.
+
+    Args:
+      job: the model's.
+      step: returns the step of a method.
+    """
     settings = job.settings
-    wanted = {
-        f"{model} {method}": functools.partial(measure, model, method, settings.batch_size)
-        for model in settings.models
-        for method in METHODS
-    }
+
+    def measured(method: str) -> Callable[[], Row]:
+        return lambda: measure(step(method), job.model, method, settings.batch_size)
+
+    wanted = {f"{job.model} {method}": measured(method) for method in METHODS if method in settings.methods}
     facts = {"machine": job.machine, "dtype": DTYPE, "batch": settings.batch_size}
     fill(job.file, "profile", facts, wanted, settings.minutes)

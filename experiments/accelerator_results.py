@@ -3,7 +3,7 @@
 import json
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,12 @@ def begin(file: Path, machine: Mapping[str, Any], anew: tuple[str, ...] = ()) ->
     parts = {name: part for name, part in results["parts"].items() if name not in anew}
     file.parent.mkdir(parents=True, exist_ok=True)
     write_json(file, {"command": "python experiments/accelerator.py", "device": device, "parts": parts})
+
+
+def missing(file: Path, part: str, names: Sequence[str]) -> list[str]:
+    """Those of these rows that a part does not have yet."""
+    done = {row["name"] for row in read(file)["parts"].get(part, {"rows": []})["rows"]}
+    return [name for name in names if name not in done]
 
 
 def forget(file: Path, part: str, unwanted: Callable[[Row], Any]) -> None:

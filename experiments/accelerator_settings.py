@@ -8,16 +8,15 @@ MODELS = ("efficientformer_l1", "efficientformer_l7", "vit_base_patch16_224", "s
 # What matters most comes first, because a part that runs out of time leaves the last ones out.
 METHODS = (
     "full",
+    "lp_l1-4+lean",
     "lp_l1-4",
+    "full+lean",
     "full+remat",
-    "lp_l1-4+remat",
-    "lp_l1-2",
-    "lp_l1-8",
-    "lp_l1-6",
     "lora_all-8",
-    "lp_l1-4+lora_all-8",
-    "lp_l1-2+remat",
-    "lora_all-8+remat",
+    "lp_l1-4+tiny",
+    "lp_l1-2+lean",
+    "lora_all-8+lean",
+    "lp_l1-8+lean",
 )
 DTYPE = "bfloat16"
 
@@ -38,6 +37,10 @@ class Settings:
     """Values of r of LP_{L1-r} in the part layers."""
     rounds: int = 15
     """Number of samples of each time; the median counts."""
+    side_by_side: bool = False
+    """Compiles the steps of all models at once, each model in a process of its own, and begins timing when all have compiled;
+    the part memory runs as many processes as there are methods. Quicker where many cores wait for one GPU; a TPU belongs to
+    one process at a time."""
     minutes: float = 9
     """Time of each part, and of each model in the parts steps, memory and roofline. What would take longer is left out."""
     target: str | None = None

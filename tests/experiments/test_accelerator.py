@@ -182,6 +182,20 @@ def test_without_full_backpropagation_there_is_nothing_to_compare_with():
     assert row["seconds"] > 0 and row["speedup"] is None and row["full_seconds"] is None
 
 
+def test_a_step_that_did_not_compile_beside_others_fails_where_it_is_timed():
+    comparison = accelerator_steps.Comparison(TooLarge(MODEL, "all", 2, "bfloat16"), 1)
+    comparison.compile(("full", "lp_l1-2"))
+    with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED"):
+        comparison.measure("full")
+    assert comparison.measure("lp_l1-2")["seconds"] > 0
+
+
+def test_models_side_by_side_compile_at_once_and_take_turns(job):
+    settings = dataclasses.replace(job.settings, models=(MODEL, MODEL), methods=("full",), side_by_side=True, output=job.file)
+    accelerator.main(("steps", "profile"), settings)
+    assert list(rows_of(job, "steps")) == list(rows_of(job, "profile")) == [f"{MODEL} full"]
+
+
 def test_memory_of_a_step(job, monkeypatch):
     monkeypatch.setattr(accelerator_memory, "in_a_process", lambda cache, function, *arguments: function(*arguments))
     accelerator_memory.run(dataclasses.replace(job, settings=dataclasses.replace(job.settings, methods=("full",))))
