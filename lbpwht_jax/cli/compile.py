@@ -32,7 +32,7 @@ class Compile:
     """Short names, as for "lbpwht finetune"; "+remat" at the end computes each block again in the backward pass, "+scan" runs
     equal blocks as a loop, and "+lean" or the like says what is kept for that method."""
     target: str = "cpu:1"
-    """The machine: v5e:2x2, v6e:1x1, v5p:2x2x1, v4:2x2x1 (TPUs, on several hosts too, such as v5e:16x16), h100, or cpu:1
+    """The machine: v5e:2x2, v6e:1x1, v5p:2x2x1, v4:2x2x1 (TPUs, on several hosts too, such as v5e:16x16), h100, h200, or cpu:1
     (this machine's compiler, so many devices)."""
     batch_size: int = 64
     """Images per step, over all chips."""

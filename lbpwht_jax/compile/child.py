@@ -40,7 +40,8 @@ def compile_request(request: Request) -> Row:
         model = measured_model(request.model, request.method, *fields)
         program = step_program(request.model, model, request.batch_size, request.num_classes, placement)
         arguments = program.abstract_state(), program.abstract_batch()
-        traced = program.step.trace(*arguments)
+        with target.described():
+            traced = program.step.trace(*arguments)
     layers = layer_counts(model_info(request.model), model)._asdict()
     row = Row(request.model, request.method, request.target, request.batch_size, layers=layers)
     try:

@@ -13,7 +13,7 @@ def compile_traced(traced: Any, target: Target) -> tuple[Any, Program, Counts]:
 
     Args:
       traced: ``jax.jit(function).trace(*arguments)``, the arguments being ``jax.ShapeDtypeStruct`` with shardings over devices
-        of the target, as ``Placement(devices=target.open())`` makes them.
+        of the target, as ``Placement(devices=target.open())`` makes them; within ``target.described()``.
       target: whose devices they are.
 
     Returns:
@@ -22,6 +22,7 @@ def compile_traced(traced: Any, target: Target) -> tuple[Any, Program, Counts]:
     Raises:
       jax.errors.JaxRuntimeError: if the compiler refuses; a crash of it ends this process.
     """
-    compiled = traced.lower().compile(compiler_options=target.compiler_options)
+    with target.described():
+        compiled = traced.lower().compile(compiler_options=target.compiler_options)
     program = parse(compiled.as_text() or "")
     return compiled, program, count(program, kernel_flops(traced.jaxpr.jaxpr))

@@ -1,5 +1,6 @@
 """The machines a step can be compiled for, none of which need be there."""
 
+import contextlib
 import dataclasses
 import importlib.util
 import math
@@ -19,24 +20,28 @@ _TPUS = {"v4": ("v4", 3, 4), "v5e": ("v5e", 2, 8), "v5p": ("v5", 3, 4), "v6e": (
 _ONE_DEVICE = {"v4": {"chip_config_name": "megacore"}}
 # XLA's flags for a GPU that is not there: its products cannot be timed, so cuBLAS takes them, untimed.
 _GPU_OPTIONS = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
-# The GPU as XLA's GpuTargetConfigProto describes it (openxla/xla, xla/backends/gpu/target_config/specs).
-_H100 = """
-gpu_device_info {
+# A GPU as XLA's GpuTargetConfigProto describes it (openxla/xla, xla/backends/gpu/target_config/specs). An H200 is an H100 with
+# another memory.
+_HOPPER = """
+gpu_device_info {{
   threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152 shared_memory_per_core: 233472
   threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128 block_dim_limit_x: 2147483647 block_dim_limit_y: 65535
-  block_dim_limit_z: 65535 memory_bandwidth: 3352320000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98
-  device_memory_size: 84929347584 shared_memory_per_block_optin: 232448 cuda_compute_capability { major: 9 minor: 0 }
+  block_dim_limit_z: 65535 memory_bandwidth: {bandwidth} l2_cache_size: 52428800 clock_rate_ghz: 1.98
+  device_memory_size: {memory} shared_memory_per_block_optin: 232448 cuda_compute_capability {{ major: 9 minor: 0 }}
   registers_per_core_limit: 65536 registers_per_block_limit: 65536
-}
+}}
 platform_name: "CUDA"
-dnn_version_info { major: 9 minor: 12 }
-runtime_version { major: 13 minor: 0 patch: 0 }
-device_description_str: "NVIDIA H100 80GB HBM3"
+dnn_version_info {{ major: 9 minor: 12 }}
+runtime_version {{ major: 13 minor: 0 patch: 0 }}
+device_description_str: "{name}"
 """
-_GPUS = {"h100": _H100}
+_GPUS = {
+    "h100": _HOPPER.format(bandwidth=3352320000000, memory=84929347584, name="NVIDIA H100 80GB HBM3"),
+    "h200": _HOPPER.format(bandwidth=4800000000000, memory=150754820096, name="NVIDIA H200"),
+}
 _HELP = (
     "write v5e:2x2, v6e:1x1, v4:2x2x1, v5p:2x2x1 (a TPU and its chips, on several hosts too, such as v5e:16x16), h100 "
-    "(a GPU), or cpu:1 (this machine's compiler and so many devices)"
+    "or h200 (a GPU), or cpu:1 (this machine's compiler and so many devices)"
 )
 
 
@@ -83,6 +88,13 @@ class Target:
                 f"target {self.name!r} needs the package {package}, which is not installed: "
                 "pip install 'lbpwht_jax[compile]' (on Linux)"
             )
+
+    def described(self) -> contextlib.AbstractContextManager[Any]:
+        """Tells JAX, while it traces, lowers and compiles, which GPU Pallas kernels are for: from 0.11 on it asks the one at hand."""
+        if self.platform != "cuda":
+            return contextlib.nullcontext()
+        description = jax.sharding.AbstractDevice(self.open()[0].device_kind, None, "gpu")
+        return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=description))
 
     def open(self) -> list[Any]:
         """The target's devices, which can be compiled for and nothing else.

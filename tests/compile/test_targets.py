@@ -13,6 +13,7 @@ from lbpwht_jax.compile import CHIPS, parse_target
         ("v5p:2x2x1", "tpu", "v5p", 4),
         ("v4:2x2x4", "tpu", "v4", 16),
         ("h100", "cuda", "h100", 1),
+        ("h200:2", "cuda", "h200", 2),
         ("cpu:8", "cpu", "", 8),
         ("cpu", "cpu", "", 1),
     ],
