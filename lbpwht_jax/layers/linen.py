@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
 
 from lbpwht_jax.ops import affine as affines
+from lbpwht_jax.ops import normed_product
 from lbpwht_jax.ops.affine import Affine
 from lbpwht_jax.ops.affine_product import affine_product, takes_factors
 from lbpwht_jax.ops.coders import check_row_bits
@@ -111,17 +112,22 @@ class LowRankDense(nn.Module):
             )
         affines.check_affine(affine, self.features, self._name)
         affines.check_before(before, self.activation, inputs.shape[-1], self._name)
-        inputs = inputs if before is None else affines.apply(inputs, before)
+        precision = static_precision(self.precision)
+        plain = self.dot_general is None and self.preferred_element_type is None
+        normed = before is not None and plain and normed_product.takes(inputs, kernel, before, self.input_bits)
+        if before is not None and not normed:
+            inputs = affines.apply(inputs, before)
         if self.activation is not None:
             forward_mode = self.slope_bits is None and self.dot_general is not None
             inputs = gelu(inputs) if forward_mode else coded_gelu(inputs, self.slope_bits)
         how = {"precision": self.precision, "preferred_element_type": self.preferred_element_type}
         if affine is not None and bias is not None:
             affine, bias = affine.after(bias), None
-        plain = self.dot_general is None and self.preferred_element_type is None
         if affine is not None and plain and takes_factors(inputs, kernel):
-            return affine_product(ExactProduct(static_precision(self.precision)), inputs, kernel, affine, self.input_bits)
-        if self.dot_general is None:
+            return affine_product(ExactProduct(precision), inputs, kernel, affine, self.input_bits)
+        if before is not None and normed:
+            y = normed_product.normed_product(ExactProduct(precision), inputs, kernel, before)
+        elif self.dot_general is None:
             y = exact_matmul(inputs, kernel, **how, bits=self.input_bits)
         else:
             y = self.dot_general(inputs, kernel, (((inputs.ndim - 1,), (0,)), ((), ())), **how)

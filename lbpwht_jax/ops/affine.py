@@ -1,7 +1,7 @@
 """Normalisation by constant statistics and an activation, channel by channel, and what both keep for the backward pass."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import jax
@@ -170,10 +170,11 @@ def through_activation(g: jax.Array, kept: Kept, affine: Affine) -> jax.Array:
 
 
 def _made_once(x: jax.Array, dtype: Any) -> jax.Array:
-    """x, on GPUs rounded to a narrow dtype: several passes read it, and XLA, which finds it dear, would store it in float32."""
+    """x, on accelerators rounded to a narrow dtype: several passes read it, and XLA, finding it dear, stores it for them."""
     if x.dtype == dtype or explicit_sharding(x) is not None:
         return x
-    return by_platform(lambda x: x, x, cuda=lambda x: lax.optimization_barrier(x.astype(dtype)).astype(x.dtype))
+    rounded: Callable[[jax.Array], jax.Array] = lambda x: lax.optimization_barrier(x.astype(dtype)).astype(x.dtype)  # noqa: E731
+    return by_platform(lambda x: x, x, cuda=rounded, tpu=rounded)
 
 
 def activated_and_slope(z: jax.Array, affine: Affine) -> tuple[jax.Array, Any]:

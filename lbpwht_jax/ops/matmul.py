@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from lbpwht_jax.ops import affine as affines
-from lbpwht_jax.ops import norm_forms
+from lbpwht_jax.ops import norm_forms, normed_product
 from lbpwht_jax.ops.affine import Affine
 from lbpwht_jax.ops.affine_product import affine_product, takes_factors
 from lbpwht_jax.ops.basis import holds_token_sum
@@ -142,6 +142,10 @@ def low_rank_matmul(
     precision = static_precision(precision)
     transforms = Transforms(chosen_spec, token_grid, prefix_tokens, precision)
     if before is not None and not (low_rank and norm_forms.takes(x, before, transforms)):
+        if exact and preferred_element_type is None and normed_product.takes(x, kernel, before, input_bits):
+            y = normed_product.normed_product(ExactProduct(precision), x, kernel, before)
+            y = y if bias is None else add_bias(y, bias if folded is None else folded)
+            return y if affine is None else affines.apply(y, affine)
         x, before = affines.apply(x, before), None
     plain = exact and activation is None and preferred_element_type is None
     if affine is not None and plain and takes_factors(x, kernel):
