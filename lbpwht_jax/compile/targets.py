@@ -90,7 +90,7 @@ class Target:
             )
 
     def described(self) -> contextlib.AbstractContextManager[Any]:
-        """Tells JAX, while it traces, lowers and compiles, which GPU Pallas kernels are for: from 0.11 on it asks the one at hand."""
+        """Tells JAX which GPU its kernels are for, while it traces, lowers and compiles: JAX 0.11 asks the one at hand."""
         if self.platform != "cuda":
             return contextlib.nullcontext()
         description = jax.sharding.AbstractDevice(self.open()[0].device_kind, None, "gpu")

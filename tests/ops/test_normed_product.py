@@ -123,3 +123,4 @@ def test_not_for_other_dtypes_or_activations():
     (x, kernel, _, norm), _ = sample()
     assert not takes(x, kernel.astype(jnp.float32), before(norm, 8, x.dtype), 8)
     assert not takes(x, kernel, before(norm, 8, jnp.float32), 8)
+    assert not takes(x[:, 0, 0], kernel, before(norm, 8, x.dtype), 8)
