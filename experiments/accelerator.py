@@ -19,6 +19,7 @@ parts steps, memory, profile and roofline so long for each model:
 ``python experiments/accelerator_page.py`` then writes docs/accelerators.md.
 """
 
+import os
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -76,6 +77,8 @@ def main(
       SystemExit: if a part fails, after the others; if the JSON file is of another device.
     """
     parts, cache = parts or tuple(PARTS), (settings.work / "compiled").resolve()
+    if settings.side_by_side:  # or the first process takes three quarters of the device's memory
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     if settings.output and settings.output.exists() and set(parts) <= {"roofline"}:
         here = {"device": read(settings.output)["device"]}
     else:

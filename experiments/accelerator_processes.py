@@ -2,7 +2,6 @@
 
 import concurrent.futures
 import multiprocessing
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -57,10 +56,8 @@ def begun(calls: Mapping[str, Callable[[], Any]]) -> dict[str, Callable[..., Any
 
 def _pool(cache: Path, processes: int) -> concurrent.futures.ProcessPoolExecutor:
     context = multiprocessing.get_context("spawn")
-    return concurrent.futures.ProcessPoolExecutor(processes, context, _begin, (str(cache), processes > 1))
+    return concurrent.futures.ProcessPoolExecutor(processes, context, _keep_compiled, (str(cache),))
 
 
-def _begin(cache: str, shares_device: bool) -> None:
+def _keep_compiled(cache: str) -> None:
     jax.config.update("jax_compilation_cache_dir", cache)
-    if shares_device:
-        os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"

@@ -190,7 +190,8 @@ def test_a_step_that_did_not_compile_beside_others_fails_where_it_is_timed():
     assert comparison.measure("lp_l1-2")["seconds"] > 0
 
 
-def test_models_side_by_side_compile_at_once_and_take_turns(job):
+def test_models_side_by_side_compile_at_once_and_take_turns(job, monkeypatch):
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # as it is set, and restored behind the test
     settings = dataclasses.replace(job.settings, models=(MODEL, MODEL), methods=("full",), side_by_side=True, output=job.file)
     accelerator.main(("steps", "profile"), settings)
     assert list(rows_of(job, "steps")) == list(rows_of(job, "profile")) == [f"{MODEL} full"]
