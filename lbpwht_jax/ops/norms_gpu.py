@@ -21,7 +21,7 @@ from lbpwht_jax.ops.platforms import is_narrow
 
 BITS = 8
 MIDDLE = middle(BITS)
-_ROWS = 4  # at a time
+_ROWS, _WIDE = 4, 1024  # rows at a time, half as many of more channels: what adds up by row must fit the registers
 _CHUNK = 32  # rows of a program
 _PIECE = 256  # channels
 _MOST_CHANNELS = 2048
@@ -74,12 +74,13 @@ class _Part:
 
     def __init__(self, rows: int, channels: int):
         self.image, self.chunk, self.count, self.channel_count = pl.program_id(0), pl.program_id(1), rows, channels
+        self.rows = _ROWS if channels <= _WIDE else _ROWS // 2
         whole, rest = divmod(channels, _PIECE)
         widths = [_PIECE] * whole + [1 << (rest - 1).bit_length()] * bool(rest)
         self.columns = [n * _PIECE + jnp.arange(width) for n, width in enumerate(widths)]
 
     def _at(self, ref: Any, step: Any, columns: jax.Array, most: int) -> tuple[Any, jax.Array]:
-        rows = self.chunk * _CHUNK + step * _ROWS + jnp.arange(_ROWS)
+        rows = self.chunk * _CHUNK + step * self.rows + jnp.arange(self.rows)
         return ref.at[self.image, rows[:, None], columns[None, :]], (rows < self.count)[:, None] & (columns < most)[None, :]
 
     def load(self, ref: Any, step: Any) -> list[jax.Array]:
@@ -139,7 +140,7 @@ def _forward(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float, in
             part.store_one(steps_ref, step, steps)
             part.store_one(inverse_ref, step, inverse)
 
-        lax.fori_loop(0, _CHUNK // _ROWS, few, None)
+        lax.fori_loop(0, _CHUNK // part.rows, few, None)
 
     one = like(x, (batch, count, 1), jnp.float32)
     shapes = [like(x, x.shape, x.dtype), like(x, x.shape, jnp.uint8), one, one]
@@ -168,8 +169,8 @@ def _backward(
             return of_scale, [total + g for total, g in zip(of_bias, cotangents, strict=True)]
 
         # sums by row of those at a time, added up once at the end
-        zeros = [jnp.zeros((_ROWS, len(columns))) for columns in part.columns]
-        for which, totals in enumerate(lax.fori_loop(0, _CHUNK // _ROWS, few, (zeros, zeros))):
+        zeros = [jnp.zeros((part.rows, len(columns))) for columns in part.columns]
+        for which, totals in enumerate(lax.fori_loop(0, _CHUNK // part.rows, few, (zeros, zeros))):
             for columns, total in zip(part.columns, totals, strict=True):
                 where = sums_ref.at[part.image, part.chunk, which, columns]
                 plgpu.store(where, jnp.sum(total, axis=0), mask=columns < channels)
