@@ -38,11 +38,12 @@ class Settings:
     rounds: int = 15
     """Number of samples of each time; the median counts."""
     side_by_side: bool = False
-    """Compiles the steps of all models at once, each model in a process of its own, and begins timing when all have compiled;
-    the part memory runs as many processes as there are methods. Quicker where many cores wait for one GPU; a TPU belongs to
-    one process at a time."""
+    """Compiles the steps of all models at once, each model in a process of its own, begins timing when all have compiled, and
+    profiles what is timed; the part memory runs as many processes as there are methods. Quicker where many cores wait for one
+    GPU; a TPU belongs to one process at a time."""
     minutes: float = 9
-    """Time of each part, and of each model in the parts steps, memory and roofline. What would take longer is left out."""
+    """Time of each part, and of each model in the parts steps, memory, profile and roofline; what would take longer is left
+    out."""
     target: str | None = None
     """The machine that the part roofline compiles for, as for "lbpwht compile"; by default the device at hand."""
     data: Path = Path("cifar10.zip")

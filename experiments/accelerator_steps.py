@@ -85,8 +85,9 @@ def run_beside_others(job: Job, all_ready: Any, turn: Any) -> None:
       turn: the lock that a process holds while it uses the device.
     """
     comparison = _comparison(job)
+    names = {f"{job.model} {method}": method for method in job.settings.methods}
     try:
-        comparison.compile(tuple(method for method in job.settings.methods if f"{job.model} {method}" in _missing(job)))
+        comparison.compile(tuple(names[name] for name in missing(job.file, "steps", [*names])))
     finally:
         all_ready.wait()
     with turn:
@@ -96,10 +97,6 @@ def run_beside_others(job: Job, all_ready: Any, turn: Any) -> None:
 
 def _comparison(job: Job) -> Comparison:
     return Comparison(ModelSteps(job.model, "all", job.settings.batch_size, DTYPE), job.settings.rounds)
-
-
-def _missing(job: Job) -> list[str]:
-    return missing(job.file, "steps", [f"{job.model} {method}" for method in job.settings.methods])
 
 
 def _time(job: Job, comparison: Comparison) -> None:

@@ -24,7 +24,7 @@ def tables(results: Mapping[str, Any]) -> str:
         machines that were not there, and no clock's: temporaries as the compiler lays them out, the bytes that its program
         moves and, for the GPU, the sum over its kernels of the time that their products or their bytes take at least. JAX
         {results["jax"]}. SwinV2-S's rows of `full` and `lp_l1-4` for TPUs are older than the present form of its patch
-        embedding.
+        embedding; its `lp_l1-4+lean` and ViT-B's `lora_all-8+lean` for the H100 than the present kernels of layer norms.
     """
     header = ["model", "machine", "method", "temporaries, MiB", "of full", "moved, GB", "of full", "roofline, ms", "of full"]
     return f"{prose(text)}\n\n{markdown([*header, 'attention'], rows)}"

@@ -114,9 +114,8 @@ class LowRankDense(nn.Module):
         affines.check_before(before, self.activation, inputs.shape[-1], self._name)
         precision = static_precision(self.precision)
         plain = self.dot_general is None and self.preferred_element_type is None
-        normed = before is not None and plain and normed_product.takes(inputs, kernel, before, self.input_bits)
-        if before is not None and not normed:
-            inputs = affines.apply(inputs, before)
+        if before is not None and not (plain and normed_product.takes(inputs, kernel, before, self.input_bits)):
+            inputs, before = affines.apply(inputs, before), None
         if self.activation is not None:
             forward_mode = self.slope_bits is None and self.dot_general is not None
             inputs = gelu(inputs) if forward_mode else coded_gelu(inputs, self.slope_bits)
@@ -125,7 +124,7 @@ class LowRankDense(nn.Module):
             affine, bias = affine.after(bias), None
         if affine is not None and plain and takes_factors(inputs, kernel):
             return affine_product(ExactProduct(precision), inputs, kernel, affine, self.input_bits)
-        if before is not None and normed:
+        if before is not None:
             y = normed_product.normed_product(ExactProduct(precision), inputs, kernel, before)
         elif self.dot_general is None:
             y = exact_matmul(inputs, kernel, **how, bits=self.input_bits)

@@ -16,9 +16,9 @@ from jax import lax
 from jax.experimental.pallas import triton as plgpu
 
 from lbpwht_jax.ops.attention_head_gpu import PARTS, Form, Head, Others, Scores, filled, load, splits, store
-from lbpwht_jax.ops.coders import coded_rows, has_row_steps, middle, row_factor
+from lbpwht_jax.ops.coders import coded_rows, has_row_steps, middle
 from lbpwht_jax.ops.distributed import distributed
-from lbpwht_jax.ops.pallas_gpu import as_bytes, call, like
+from lbpwht_jax.ops.pallas_gpu import call, like, row_bytes
 from lbpwht_jax.ops.platforms import is_narrow
 
 BITS = 8
@@ -108,9 +108,8 @@ def _forward(form: Form, qkv: jax.Array, given: tuple[jax.Array, ...], interpret
         def one(window, _):
             parts = [read(part, window) for part in range(PARTS)]
             for part, (narrow, count) in enumerate(zip(parts, channels, strict=True)):
-                wide = narrow.astype(jnp.float32)
-                factor, steps = row_factor(jnp.max(jnp.abs(wide), axis=1, keepdims=True), BITS)
-                store(head.part(kept_refs[part], window, count), as_bytes(wide * factor + middle(BITS)))
+                [codes], steps = row_bytes([narrow.astype(jnp.float32)])
+                store(head.part(kept_refs[part], window, count), codes)
                 store(head.steps(kept_refs[PARTS + part], window), steps)
             query, key = (scores.unit(narrow.astype(jnp.float32))[0].astype(qkv.dtype) for narrow in parts[:2])
             _, weights, total = scores.weights(query, key, window)

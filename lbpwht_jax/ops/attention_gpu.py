@@ -18,9 +18,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from lbpwht_jax.ops.coders import coded_rows, has_row_steps, middle, row_factor
+from lbpwht_jax.ops.coders import coded_rows, has_row_steps, middle
 from lbpwht_jax.ops.distributed import distributed
-from lbpwht_jax.ops.pallas_gpu import as_bytes, call, like
+from lbpwht_jax.ops.pallas_gpu import call, like, row_bytes
 from lbpwht_jax.ops.platforms import is_narrow
 
 BITS = 8
@@ -121,9 +121,8 @@ def _forward(qkv: jax.Array, interpret: bool) -> tuple[jax.Array, ...]:
         _, total, result = lax.fori_loop(0, blocks, add, start)
         head.store(out_ref, result / total[:, None], block)
         for part in (QUERY, KEY, VALUE):
-            rows = head.load(qkv_ref, block, part).astype(jnp.float32)
-            factor, steps = row_factor(jnp.max(jnp.abs(rows), axis=1, keepdims=True), BITS)
-            head.store(kept_refs[part], as_bytes(rows * factor + middle(BITS)), block)
+            [codes], steps = row_bytes([head.load(qkv_ref, block, part).astype(jnp.float32)])
+            head.store(kept_refs[part], codes, block)
             where, mask = head.steps(kept_refs[3 + part], block)
             plgpu.store(where, steps, mask=mask)
 
@@ -136,7 +135,8 @@ def _forward(qkv: jax.Array, interpret: bool) -> tuple[jax.Array, ...]:
 def _backward(operands: tuple[jax.Array, ...], interpret: bool) -> tuple[jax.Array, ...]:
     g = operands[-1]
     batch, tokens, heads, channels = g.shape
-    blocks, scale, bits = pl.cdiv(tokens, _BLOCK), channels**-0.5, channels**-0.5 / math.log(2)
+    blocks, scale = pl.cdiv(tokens, _BLOCK), channels**-0.5
+    in_bits = scale / math.log(2)
 
     def program(*refs):
         *kept_refs, g_ref, dx_ref, sums_ref = refs
@@ -160,7 +160,7 @@ def _backward(operands: tuple[jax.Array, ...], interpret: bool) -> tuple[jax.Arr
             query, of_result = decoded(i, QUERY), head.load(g_ref, i)
 
             def score(j):
-                scores = plgpu.dot(query, head.load(dx_ref, j, KEY), trans_b=True) * bits
+                scores = plgpu.dot(query, head.load(dx_ref, j, KEY), trans_b=True) * in_bits
                 of_weights = plgpu.dot(of_result, head.load(dx_ref, j, VALUE), trans_b=True)
                 return jnp.where(head.present(j).reshape(1, _BLOCK), scores, _LEAST), of_weights
 
@@ -192,7 +192,7 @@ def _backward(operands: tuple[jax.Array, ...], interpret: bool) -> tuple[jax.Arr
             def add(i, carry):
                 of_key, of_value = carry
                 query, of_result = decoded(i, QUERY), head.load(g_ref, i)
-                scores = plgpu.dot(key, query, trans_b=True) * bits
+                scores = plgpu.dot(key, query, trans_b=True) * in_bits
                 weights = jnp.exp2(scores - plgpu.load(sums(0, i))[None, :])
                 of_value += plgpu.dot(weights.astype(g_ref.dtype), of_result)
                 of_scores = weights * (plgpu.dot(value, of_result, trans_b=True) - plgpu.load(sums(1, i))[None, :])

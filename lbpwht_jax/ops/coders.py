@@ -76,10 +76,7 @@ def has_row_steps(channels: int) -> bool:
 
 
 def row_codes(rows: jax.Array, bits: int, axes: Any) -> tuple[jax.Array, jax.Array]:
-    """What ``Rows`` keeps of float32 rows: whole numbers from 0, float32 and unpacked, and steps, of length 1 along ``axes``.
-
-    Made of operations that kernels have too, as ``coded_rows``, ``slope_codes`` and ``coded_slopes`` are.
-    """
+    """What ``Rows`` keeps of float32 rows: whole numbers from 0, float32 and unpacked; and steps, 1 along ``axes``."""
     factor, steps = row_factor(jnp.max(jnp.abs(rows), axis=axes, keepdims=True), bits)
     most = middle(bits)
     return jnp.clip(_rounded(rows * factor), -most, most) + most, steps

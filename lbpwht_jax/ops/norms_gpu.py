@@ -14,13 +14,12 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from lbpwht_jax.ops.coders import has_row_steps, middle, row_factor
+from lbpwht_jax.ops.coders import coded_rows, has_row_steps
 from lbpwht_jax.ops.distributed import distributed
-from lbpwht_jax.ops.pallas_gpu import as_bytes, call, like
+from lbpwht_jax.ops.pallas_gpu import call, like, row_bytes
 from lbpwht_jax.ops.platforms import is_narrow
 
 BITS = 8
-MIDDLE = middle(BITS)
 _ROWS, _WIDE = 4, 1024  # rows at a time, half as many of more channels: what adds up by row must fit the registers
 _CHUNK = 32  # rows of a program
 _PIECE = 256  # channels
@@ -113,11 +112,8 @@ class _Part:
 
     def mean(self, *pieces: jax.Array) -> jax.Array:
         """Over a row's channels, of pieces with zeros beyond them: ``[rows, 1]``."""
-        return _joined(jnp.add, [jnp.sum(piece, axis=1, keepdims=True) for piece in pieces]) * (1 / self.channel_count)
-
-
-def _joined(function: Callable[[jax.Array, jax.Array], jax.Array], pieces: list[jax.Array]) -> jax.Array:
-    return functools.reduce(function, pieces)
+        sums = [jnp.sum(piece, axis=1, keepdims=True) for piece in pieces]
+        return functools.reduce(jnp.add, sums) * (1 / self.channel_count)
 
 
 def _forward(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float, interpret: bool) -> tuple[jax.Array, ...]:
@@ -133,10 +129,9 @@ def _forward(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float, in
             variance = jnp.maximum(part.mean(*(row * row for row in rows)) - mean * mean, 0.0)
             inverse = lax.rsqrt(variance + epsilon)
             normalised = part.inside([(row - mean) * inverse for row in rows])
-            largest = _joined(jnp.maximum, [jnp.max(jnp.abs(piece), axis=1, keepdims=True) for piece in normalised])
-            factor, steps = row_factor(largest, BITS)
+            codes, steps = row_bytes(normalised)
             part.store(y_ref, step, [n * a + b for n, a, b in zip(normalised, factors, offsets, strict=True)])
-            part.store(codes_ref, step, [as_bytes(piece * factor + MIDDLE) for piece in normalised])
+            part.store(codes_ref, step, codes)
             part.store_one(steps_ref, step, steps)
             part.store_one(inverse_ref, step, inverse)
 
@@ -159,7 +154,7 @@ def _backward(
         def few(step, carry):
             cotangents = part.load(g_ref, step)
             own_steps, own_inverse = (part.load_one(ref, step) for ref in (steps_ref, inverse_ref))
-            normalised = part.inside([(piece - MIDDLE) * own_steps for piece in part.load(codes_ref, step)])
+            normalised = part.inside([coded_rows(piece, own_steps, BITS) for piece in part.load(codes_ref, step)])
             dx = [g * a for g, a in zip(cotangents, factors, strict=True)]
             products = [d * n for d, n in zip(dx, normalised, strict=True)]
             mean, product = part.mean(*dx), part.mean(*products)

@@ -1,5 +1,6 @@
 """How all kernels for GPUs are called: Pallas, lowered through Triton."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -8,6 +9,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
+
+from lbpwht_jax.ops.coders import middle, row_factor
 
 
 def like(array: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
@@ -21,6 +24,20 @@ def as_bytes(x: jax.Array) -> jax.Array:
     The last bits of ``2 ** 23 + x`` are x, rounded to even: an addition, where a conversion takes a GPU as long as eight.
     """
     return (lax.bitcast_convert_type(x + 2.0**23, jnp.int32) & 255).astype(jnp.uint8)
+
+
+def row_bytes(pieces: Sequence[jax.Array]) -> tuple[list[jax.Array], jax.Array]:
+    """What ``Rows`` keeps of rows in 8 bits.
+
+    Args:
+      pieces: of the rows, side by side, each float32 ``[rows, columns]``.
+
+    Returns:
+      The uint8 codes of each piece; the steps, ``[rows, 1]``.
+    """
+    largest = [jnp.max(jnp.abs(piece), axis=1, keepdims=True) for piece in pieces]
+    factor, steps = row_factor(functools.reduce(jnp.maximum, largest), 8)
+    return [as_bytes(piece * factor + middle(8)) for piece in pieces], steps
 
 
 def call(

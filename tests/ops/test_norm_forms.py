@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from normed import assert_near, gradients, running
 from transformations import TRANSFORMS
 
 from lbpwht_jax import LowRankDense, low_rank_matmul, lp_l1
-from lbpwht_jax.ops import Affine
 from lbpwht_jax.ops.affine import apply
 from lbpwht_jax.ops.matmul import Link
 
@@ -28,13 +28,6 @@ def sample(dtype=NARROW, batch=4):
     return (*arrays, *norms), jnp.asarray(rng.normal(size=shapes[0]), dtype)
 
 
-def running(parameters, bits, dtype, activation=None):
-    size = len(parameters[0])
-    rng = np.random.default_rng(1)
-    statistics = jnp.asarray(rng.normal(size=size), jnp.float32), jnp.asarray(rng.uniform(0.5, 2, size), jnp.float32)
-    return Affine.running(statistics, *parameters, 1e-5, bits, dtype, activation)
-
-
 def mlp(x, kernel1, bias1, kernel2, bias2, norm1, norm2, *, joined=True, bits=8):
     link = Link() if joined else None
     h = low_rank_matmul(x, kernel1, SPEC, bias=bias1, link=link)
@@ -42,19 +35,6 @@ def mlp(x, kernel1, bias1, kernel2, bias2, norm1, norm2, *, joined=True, bits=8)
     if not joined:
         return apply(low_rank_matmul(apply(h, before), kernel2, SPEC, bias=bias2), behind)
     return low_rank_matmul(h, kernel2, SPEC, bias=bias2, link=link, before=before, affine=behind)
-
-
-def gradients(of, operands, g):
-    result, pullback = jax.vjp(of, *operands)
-    return [result, *jax.tree.leaves(pullback(g))]
-
-
-def assert_near(own, other, share):
-    """Each array's difference is at most a share of its length."""
-    for a, b in zip(own, other, strict=True):
-        chex.assert_equal_shape((a, b))
-        a, b = (array.astype(jnp.float32) for array in (a, b))
-        assert float(jnp.linalg.norm(a - b)) <= share * float(jnp.linalg.norm(b)), (a.shape, share)
 
 
 @pytest.mark.parametrize("bits", [None, 4, 8])

@@ -2,15 +2,14 @@
 
 import functools
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from normed import assert_near, gradients, running
 from transformations import TRANSFORMS
 
 from lbpwht_jax import LowRankDense, low_rank_matmul, lp_l1
-from lbpwht_jax.ops import Affine
 from lbpwht_jax.ops.affine import apply
 from lbpwht_jax.ops.exact import exact_matmul
 from lbpwht_jax.ops.normed_product import takes
@@ -28,10 +27,8 @@ def sample(dtype=NARROW):
     return (*arrays, norm), jnp.asarray(rng.normal(size=(*SHAPE, HIDDEN)), dtype)
 
 
-def before(norm, bits, dtype):
-    rng = np.random.default_rng(1)
-    statistics = jnp.asarray(rng.normal(size=HIDDEN), jnp.float32), jnp.asarray(rng.uniform(0.5, 2, HIDDEN), jnp.float32)
-    return Affine.running(statistics, *norm, 1e-5, bits, dtype, "gelu")
+def before(norm, bits, dtype, activation="gelu"):
+    return running(norm, bits, dtype, activation)
 
 
 def layer(x, kernel, bias, norm, *, bits=8):
@@ -50,21 +47,8 @@ def steps(x, kernel, bias, norm):
 SUBJECTS = {"layer": layer, "operation": operation}
 
 
-def gradients(of, operands, g):
-    result, pullback = jax.vjp(of, *operands)
-    return [result, *jax.tree.leaves(pullback(g))]
-
-
-def assert_near(own, other, share):
-    """Each array's difference is at most a share of its length."""
-    for a, b in zip(own, other, strict=True):
-        chex.assert_equal_shape((a, b))
-        a, b = (array.astype(jnp.float32) for array in (a, b))
-        assert float(jnp.linalg.norm(a - b)) <= share * float(jnp.linalg.norm(b)), (a.shape, share)
-
-
 @pytest.mark.parametrize("subject", SUBJECTS.values(), ids=SUBJECTS)
-@pytest.mark.parametrize("bits, share", [(8, 0.02), (4, 0.3)])
+@pytest.mark.parametrize("bits, share", [(8, 0.02), (4, 0.2)])
 def test_as_exact_steps_in_float32(subject, bits, share):
     operands, g = sample()
     wide, wide_g = jax.tree.map(lambda a: a.astype(jnp.float32), (operands, g))
@@ -72,7 +56,7 @@ def test_as_exact_steps_in_float32(subject, bits, share):
     exact = gradients(steps, wide, wide_g)
     # bfloat16's 8 bits and those of what is kept: steps of 1/127 or 1/7 of (2 + |n|)^2 / 2
     assert_near(own, exact, share)
-    assert_near(own[:1], exact[:1], 0.01)
+    assert_near(own[:1], exact[:1], 0.005)
 
 
 @pytest.mark.parametrize("subject", SUBJECTS.values(), ids=SUBJECTS)
@@ -119,8 +103,9 @@ def test_where_it_is(dtype, bits, input_bits, taken):
     assert takes(x, kernel, before(norm, bits, x.dtype), input_bits) is taken
 
 
-def test_not_for_other_dtypes_or_activations():
+def test_not_for_other_dtypes_activations_or_single_rows():
     (x, kernel, _, norm), _ = sample()
     assert not takes(x, kernel.astype(jnp.float32), before(norm, 8, x.dtype), 8)
     assert not takes(x, kernel, before(norm, 8, jnp.float32), 8)
+    assert not takes(x, kernel, before(norm, 8, x.dtype, "relu"), 8)
     assert not takes(x[:, 0, 0], kernel, before(norm, 8, x.dtype), 8)
