@@ -18,7 +18,7 @@ from lbpwht_jax.ops.basis import grid_axes
 from lbpwht_jax.ops.dtypes import accumulation_dtype
 from lbpwht_jax.ops.spec_fields import Grid, SpecFields
 
-Side = Literal["analysis", "synthesis"]
+Side = Literal["analysis", "synthesis", "means"]
 
 # Up to this many tokens one matrix for the grid is faster than one product per axis (measured on CPU, float32).
 MATRIX_TOKENS = 256
@@ -30,7 +30,8 @@ def subblock_sizes(spec: SpecFields, grid: Grid, side: Side) -> tuple[int, ...]:
 
     For the analysis, sub-blocks also divide the missing tokens at both ends, so that none is partial; but on a large grid where
     that would leave single tokens (37x37), some are partial, and their missing tokens count as zeros. Official partial blocks
-    allow sub-blocks of one token only: their reflected tokens would belong to several.
+    allow sub-blocks of one token only: their reflected tokens would belong to several. Means are taken over the sub-blocks of
+    the synthesis, partial ones too.
     """
     axes = grid_axes(spec, grid)
     if spec.projection == "official" and not all(axis.whole for axis in axes):
@@ -51,8 +52,8 @@ def block_matrices(spec: SpecFields, grid: Grid, side: Side) -> tuple[np.ndarray
     Args:
       spec: the functions.
       grid: tokens along each axis.
-      side: ``"analysis"`` for matrices that take the sums of sub-blocks to coefficients, ``"synthesis"`` for those that take
-        coefficients to the values of sub-blocks.
+      side: ``"analysis"`` for matrices that take the sums of sub-blocks to coefficients, ``"means"`` for those that take means
+        to them, ``"synthesis"`` for those that take coefficients to the values of sub-blocks.
 
     Returns:
       float64 ``[blocks or 1, functions, sub-blocks]`` or ``[blocks or 1, sub-blocks, functions]``, and the indices among
@@ -61,17 +62,18 @@ def block_matrices(spec: SpecFields, grid: Grid, side: Side) -> tuple[np.ndarray
     axes = grid_axes(spec, grid)
     factors = []
     for axis, size in zip(axes, subblock_sizes(spec, grid, side), strict=True):
-        blocks, functions, length = getattr(axis, side).shape
+        values = axis.synthesis if side == "synthesis" else axis.analysis
+        blocks, functions, length = values.shape
         padded = np.zeros((blocks, functions, blocks, spec.block))
-        padded.reshape(blocks, functions, -1)[..., axis.before : axis.before + length] = getattr(axis, side)
+        padded.reshape(blocks, functions, -1)[..., axis.before : axis.before + length] = values
         own = padded[np.arange(blocks), :, np.arange(blocks)].reshape(blocks, functions, -1, size)
-        factors.append(own.sum(-1) / np.maximum(np.count_nonzero(own, axis=-1), 1))
+        factors.append(own.sum(-1) if side == "means" else own.sum(-1) / np.maximum(np.count_nonzero(own, axis=-1), 1))
     matrices, kept = [], []
     for block in itertools.product(*(range(axis.blocks) for axis in axes)):
         rows = [
             functools.reduce(np.kron, [f[b, k] for f, b, k in zip(factors, block, basis, strict=True)]) for basis in spec.bases
         ]
-        matrices.append(np.stack(rows) if side == "analysis" else np.stack(rows, axis=1))
+        matrices.append(np.stack(rows, axis=1) if side == "synthesis" else np.stack(rows))
         kept += [all(axis.kept[b, k] for axis, b, k in zip(axes, block, basis, strict=True)) for basis in spec.bases]
     alike = all(np.array_equal(matrix, matrices[0]) for matrix in matrices)
     return np.stack(matrices[:1] if alike else matrices), np.flatnonzero(kept)
@@ -112,11 +114,20 @@ def sum_subblocks(x: jax.Array, spec: SpecFields, grid: Grid, stored: bool = Fal
     sums = functools.reduce(jnp.add, [part.astype(accumulation_dtype(x.dtype)) for part in parts]).astype(x.dtype)
     if any(map(any, padding)):
         sums = jnp.pad(sums, [*padding, (0, 0)])
-    sums = sums.reshape(*batch, *blocks, channels)
-    first = len(batch)
-    block_axes, subblock_axes = range(first, sums.ndim - 1, 2), range(first + 1, sums.ndim - 1, 2)
-    sums = sums.transpose(*range(first), *block_axes, *subblock_axes, sums.ndim - 1)
-    return sums.reshape(*batch, math.prod(blocks[::2]), math.prod(blocks[1::2]), channels)
+    return block_by_block(sums, blocks)
+
+
+def block_by_block(x: jax.Array, blocks: list[int]) -> jax.Array:
+    """``[..., *sub-blocks of the grid, channels]`` as ``[..., blocks, sub-blocks, channels]``.
+
+    ``blocks``: blocks, and sub-blocks of a block, for each axis in turn.
+    """
+    first = x.ndim - 1 - len(blocks) // 2
+    batch, channels = x.shape[:first], x.shape[-1]
+    x = x.reshape(*batch, *blocks, channels)
+    block_axes, subblock_axes = range(first, x.ndim - 1, 2), range(first + 1, x.ndim - 1, 2)
+    x = x.transpose(*range(first), *block_axes, *subblock_axes, x.ndim - 1)
+    return x.reshape(*batch, math.prod(blocks[::2]), math.prod(blocks[1::2]), channels)
 
 
 def spread_over_subblocks(values: jax.Array, spec: SpecFields, grid: Grid) -> jax.Array:

@@ -34,7 +34,7 @@ from lbpwht_jax.ops.spec_fields import Grid, SpecFields
 __all__ = ["coefficient_count", "expand", "project", "projection_matrices"]
 
 
-def _apply(matrix: np.ndarray, x: jax.Array, precision: Any) -> jax.Array:
+def apply_matrix(matrix: np.ndarray, x: jax.Array, precision: Any) -> jax.Array:
     """``matrix @ x`` over the last two axes, accumulated in at least float32, as one batched product.
 
     XLA's CPU backend transposes and copies for ``einsum("rl,blc->brc")``. With the matrix repeated along the batch it calls
@@ -108,7 +108,7 @@ def _project_by_axis(x: jax.Array, spec: SpecFields, grid: Grid, precision: Any)
         functions, tokens = matrix.shape
         rest //= length
         blocks = length // tokens
-        x = _apply(matrix, x.reshape(*batch, done * blocks, tokens, rest * channels), precision)
+        x = apply_matrix(matrix, x.reshape(*batch, done * blocks, tokens, rest * channels), precision)
         done *= blocks * functions
     return _gather(x.reshape(*batch, done, channels), _axis_positions(spec, grid))
 
@@ -123,25 +123,34 @@ def _expand_by_axis(coefficients: jax.Array, spec: SpecFields, grid: Grid, preci
         tokens, functions = matrix.shape
         blocks = length // tokens
         rest //= blocks * functions
-        x = _apply(matrix, x.reshape(*batch, rest * blocks, functions, done * channels), precision)
+        x = apply_matrix(matrix, x.reshape(*batch, rest * blocks, functions, done * channels), precision)
         done *= length
     return x.reshape(*batch, math.prod(grid), channels)
 
 
 def _project_by_block(x: jax.Array, spec: SpecFields, grid: Grid, precision: Any, stored: bool) -> jax.Array:
-    batch, channels = x.shape[:-2], x.shape[-1]
-    matrices, kept = block_matrices(spec, grid, "analysis")
-    sums = sum_subblocks(x.reshape(*batch, *grid, channels), spec, grid, stored)
-    coefficients = _apply(matrices, sums, precision)
-    return _gather(coefficients.reshape(*batch, math.prod(coefficients.shape[-3:-1]), channels), kept)
+    sums = sum_subblocks(x.reshape(*x.shape[:-2], *grid, x.shape[-1]), spec, grid, stored)
+    return of_subblocks(sums, spec, grid, precision, "analysis")
+
+
+def of_subblocks(x: jax.Array, spec: SpecFields, grid: Grid, precision: Any, side: Side) -> jax.Array:
+    """Coefficients from ``[..., blocks, sub-blocks, channels]``, as ``block_matrices`` of this side takes them."""
+    matrices, kept = block_matrices(spec, grid, side)
+    coefficients = apply_matrix(matrices, x, precision)
+    return _gather(coefficients.reshape(*x.shape[:-3], math.prod(coefficients.shape[-3:-1]), x.shape[-1]), kept)
 
 
 def _expand_by_block(coefficients: jax.Array, spec: SpecFields, grid: Grid, precision: Any) -> jax.Array:
-    batch, channels = coefficients.shape[:-2], coefficients.shape[-1]
+    values = spread_over_subblocks(at_subblocks(coefficients, spec, grid, precision), spec, grid)
+    return values.reshape(*coefficients.shape[:-2], math.prod(grid), coefficients.shape[-1])
+
+
+def at_subblocks(coefficients: jax.Array, spec: SpecFields, grid: Grid, precision: Any) -> jax.Array:
+    """The values of sub-blocks, ``[..., blocks, sub-blocks, channels]``."""
     matrices, kept = block_matrices(spec, grid, "synthesis")
-    blocks = math.prod(axis.blocks for axis in grid_axes(spec, grid))
-    x = _scatter(coefficients, kept, blocks * spec.rank).reshape(*batch, blocks, spec.rank, channels)
-    return spread_over_subblocks(_apply(matrices, x, precision), spec, grid).reshape(*batch, math.prod(grid), channels)
+    batch, blocks = coefficients.shape[:-2], math.prod(axis.blocks for axis in grid_axes(spec, grid))
+    x = _scatter(coefficients, kept, blocks * spec.rank).reshape(*batch, blocks, spec.rank, coefficients.shape[-1])
+    return apply_matrix(matrices, x, precision)
 
 
 def _transform(
@@ -160,7 +169,7 @@ def _plain_transform(
     form = transform_form(spec, grid, side)
     if form == "matrix":
         analysis, synthesis = projection_matrices(spec, grid, prefix_tokens)
-        return _apply(analysis if side == "analysis" else synthesis, x, precision)
+        return apply_matrix(analysis if side == "analysis" else synthesis, x, precision)
     forms = {
         ("analysis", "by_axis"): _project_by_axis,
         ("analysis", "by_block"): functools.partial(_project_by_block, stored=stored),
@@ -168,7 +177,12 @@ def _plain_transform(
         ("synthesis", "by_block"): _expand_by_block,
     }
     of_grid = forms[side, form](x[..., prefix_tokens:, :], spec, grid, precision)
-    return jnp.concatenate([x[..., :prefix_tokens, :], of_grid], axis=-2) if prefix_tokens else of_grid
+    return behind_prefix(x[..., :prefix_tokens, :], of_grid)
+
+
+def behind_prefix(prefix: jax.Array, rows: jax.Array) -> jax.Array:
+    """Both along the token axis, the prefix tokens first, if there are any."""
+    return jnp.concatenate([prefix, rows], axis=-2) if prefix.shape[-2] else rows
 
 
 def _keeping_sharding(function: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
