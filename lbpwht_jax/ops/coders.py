@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from lbpwht_jax.ops.platforms import by_itself
+
 # Least and largest slope of the exact GELU, at x = -sqrt(2) and sqrt(2).
 _LARGEST_SLOPE = 0.5 * (1 + math.erf(1)) + math.exp(-1) / math.sqrt(math.pi)
 _LEAST_SLOPE = 1 - _LARGEST_SLOPE
@@ -36,7 +38,7 @@ class Mask:
     @classmethod
     def of(cls, mask: jax.Array) -> "Mask":
         """The codes of ``mask``, bool ``[..., channels]``."""
-        return cls(_pack(mask.astype(jnp.uint8), 1), mask.shape[-1])
+        return cls(by_itself(lambda mask: _pack(mask.astype(jnp.uint8), 1), mask), mask.shape[-1])
 
     def decoded(self) -> jax.Array:
         """bool ``[..., channels]``."""
@@ -62,6 +64,14 @@ def slope_levels(bits: int) -> tuple[float, ...]:
         mass, total = (np.diff(values[ends]) for values in sums)
         levels = np.where(mass > 0, total / np.where(mass > 0, mass, 1), levels)
     return tuple(levels.tolist())
+
+
+def mean_slope_bits(bits: int) -> int:
+    """In how many bits the means of slopes are kept where slopes are in so many.
+
+    Means lie closer together than slopes and need more; they are so few that these take no more than all slopes would.
+    """
+    return 4 if bits == 2 else 8
 
 
 def check_row_bits(bits: int | None, name: str) -> None:
@@ -142,8 +152,13 @@ class Rows:
     def of(cls, x: jax.Array, bits: int) -> "Rows":
         """The codes of ``x``, ``[batch, ..., channels]``, floating point."""
         axes = -1 if has_row_steps(x.shape[-1]) else tuple(range(1, x.ndim))
-        codes, steps = row_codes(x.astype(jnp.float32), bits, axes)
-        return cls(_pack(codes.astype(jnp.uint8), bits), steps, bits, x.shape[-1], x.dtype)
+
+        def coded(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+            codes, steps = row_codes(x.astype(jnp.float32), bits, axes)
+            return _pack(codes.astype(jnp.uint8), bits), steps
+
+        codes, steps = by_itself(coded, x)
+        return cls(codes, steps, bits, x.shape[-1], x.dtype)
 
     def decoded(self) -> jax.Array:
         """``[..., channels]``."""
@@ -192,8 +207,11 @@ class Companded:
     @classmethod
     def of(cls, x: jax.Array, bits: int) -> "Companded":
         """The codes of ``x``, ``[..., channels]``, floating point."""
-        codes = companded_codes(x.astype(jnp.float32), bits)
-        return cls(_pack(codes.astype(jnp.uint8), bits), bits, x.shape[-1], x.dtype)
+
+        def coded(x: jax.Array) -> jax.Array:
+            return _pack(companded_codes(x.astype(jnp.float32), bits).astype(jnp.uint8), bits)
+
+        return cls(by_itself(coded, x), bits, x.shape[-1], x.dtype)
 
     def decoded(self) -> jax.Array:
         """``[..., channels]``."""

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.layout import Layout, with_layout_constraint
 
-from lbpwht_jax.ops.sharding import explicit_sharding
+from lbpwht_jax.ops.sharding import explicit_sharding, vary_alike
 
 
 def by_platform(plain: Callable[..., Any], *operands: Any, **forms: Callable[..., Any]) -> Any:
@@ -31,6 +31,27 @@ def apart(arrays: Any) -> Any:
         return lax.optimization_barrier(arrays)
     barrier: Callable[..., Any] = lambda *leaves: lax.optimization_barrier(leaves)  # noqa: E731
     return jax.tree.unflatten(tree, by_platform(lambda *leaves: leaves, *leaves, cuda=barrier, tpu=barrier))
+
+
+def by_itself(function: Callable[[jax.Array], Any], x: jax.Array) -> Any:
+    """``function(x)``, which XLA's CPU backend makes where it stands, in one pass.
+
+    It would otherwise merge it with whatever reads it, in the backward pass, several times over where there are several
+    readers, and keep what it is made of until then. It leaves the branches of a condition apart that it cannot decide.
+    """
+    if explicit_sharding(x) is not None:
+        return function(x)
+
+    def branch(x: jax.Array) -> Any:
+        first = x[(0,) * x.ndim]
+        return lax.cond((first == first) | (first != first), function, nothing, x)  # true, of NaN too
+
+    def nothing(x: jax.Array) -> Any:
+        leaves, tree = jax.tree.flatten(jax.eval_shape(function, x))
+        zeros = [vary_alike(jnp.zeros(leaf.shape, leaf.dtype), x)[0] for leaf in leaves]
+        return jax.tree.unflatten(tree, zeros)
+
+    return by_platform(function, x, cpu=branch)
 
 
 def row_major(x: jax.Array) -> jax.Array:

@@ -1,5 +1,6 @@
 """The same trace lowered for each platform: what is in the program, and that CPUs keep theirs."""
 
+import functools
 import re
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 from lbpwht_jax import low_rank_matmul, lp_l1
+from lbpwht_jax.ops import platforms
 from lbpwht_jax.ops.flops import product_flops
 from lbpwht_jax.ops.gelu import gelu
 
@@ -160,3 +162,16 @@ def test_maps(kind):
     actual = (y.reshape(g.shape), dx.reshape(x.shape), dw.astype(jnp.float32).sum(0) if kind == "vmap" else dw)
     for a, b in zip(actual, expected, strict=True):
         chex.assert_trees_all_close(a.astype(b.dtype), b, rtol=0, atol=3e-2 * float(jnp.abs(b).max()))
+
+
+@pytest.mark.parametrize("first", [1.0, jnp.nan, jnp.inf, 0.0])
+def test_what_cpus_make_by_itself(first):
+    x = jnp.arange(24.0).reshape(4, 6).at[0, 0].set(first)
+    function = lambda x: (jnp.exp(x), (x > 3).astype(jnp.uint8))  # noqa: E731
+    by_itself = functools.partial(platforms.by_itself, function)
+    chex.assert_trees_all_equal(jax.jit(by_itself)(x), jax.jit(function)(x))
+    chex.assert_trees_all_equal(jax.vmap(by_itself)(x), jax.vmap(function)(x))
+    # XLA does not merge what a branch returns with what reads it
+    assert "conditional" in (jax.jit(lambda x: by_itself(x)[0] + 1).lower(x).compile().as_text() or "")
+    assert re.search("compare +EQ", lowered("cpu", by_itself, x))
+    assert not re.search("compare +EQ", lowered("cuda", by_itself, x) + lowered("tpu", by_itself, x))
