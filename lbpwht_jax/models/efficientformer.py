@@ -82,13 +82,14 @@ class ConvMlp(Part):
         if self.settings.residuals is None and not joins_norms(self, x, train):
             fc2 = dense(self, "fc2", channels, activation="gelu")
             return batch_norm(self, "norm2", fc2(batch_norm(self, "norm1", fc1(x), train)), train)
-        fc2 = dense(self, "fc2", channels)
+        fc2, link = dense(self, "fc2", channels), Link()
         if joins_behind(self, x, train):
-            link, norm1 = Link(), running_norm(self, "norm1", x, self.hidden, "gelu")
-            return joined_norm(self, fc2, "norm2", fc1(x, link), train, scaled_by=scaled_by, link=link, before=norm1)
-        # the slope is derived from what the norm keeps
-        x = joined_norm(self, fc1, "norm1", x, train, "gelu")
-        return joined_norm(self, fc2, "norm2", x, train, scaled_by=scaled_by)
+            norm1 = running_norm(self, "norm1", x, self.hidden, "gelu")
+            x = fc1(x, link)
+        else:
+            x = joined_norm(self, fc1, "norm1", x, train, "gelu", link=link)
+            norm1 = link.deferred
+        return joined_norm(self, fc2, "norm2", x, train, scaled_by=scaled_by, link=link, before=norm1)
 
 
 class Attention(Part):

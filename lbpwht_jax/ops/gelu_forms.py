@@ -9,12 +9,20 @@ import jax
 import jax.numpy as jnp
 
 from lbpwht_jax.ops.basis import coefficient_count
-from lbpwht_jax.ops.coders import KERNEL_BITS, Slopes
-from lbpwht_jax.ops.gelu import decoded_slope, gelu, gelu_and_slope, gelu_slope
+from lbpwht_jax.ops.coders import KERNEL_BITS, Slopes, mean_slope_bits
+from lbpwht_jax.ops.gelu import decoded_slope, gelu, gelu_and_slope, gelu_slope, kernel_gelu
 from lbpwht_jax.ops.kernels import kernel_forms
-from lbpwht_jax.ops.platforms import apart, by_platform
+from lbpwht_jax.ops.platforms import apart, by_itself, by_platform
 from lbpwht_jax.ops.projection import expand, project
 from lbpwht_jax.ops.spec_fields import Grid, SpecFields
+from lbpwht_jax.ops.subblock_means import (
+    Elementwise,
+    expand_to_subblocks,
+    has_means,
+    project_means,
+    subblock_means,
+    sum_means,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,12 +47,32 @@ class Transforms:
     def expand(self, coefficients: jax.Array) -> jax.Array:
         return expand(coefficients, self.spec, self.grid, self.prefix_tokens, self.precision)
 
+    def takes_means(self, x: jax.Array) -> bool:
+        """Whether a slope between two coefficients like x, or tokens, is kept and applied as its means over sub-blocks.
+
+        GPUs' kernels, which there are for narrow dtypes, work token by token.
+        """
+        return has_means(self.spec, self.grid) and self.kernels("slope_projected", x) == {}
+
+    def means(self, x: jax.Array, function: Elementwise) -> Any:
+        return subblock_means(x, function, self.spec, self.grid, self.prefix_tokens)
+
+    def expand_to_subblocks(self, coefficients: jax.Array) -> jax.Array:
+        return expand_to_subblocks(coefficients, self.spec, self.grid, self.prefix_tokens, self.precision)
+
+    def project_means(self, means: jax.Array) -> jax.Array:
+        return project_means(means, self.spec, self.grid, self.prefix_tokens, self.precision)
+
+    def sum_means(self, means: jax.Array) -> jax.Array:
+        """``[..., channels]``, the sums over all tokens."""
+        return sum_means(means, self.spec, self.grid, self.prefix_tokens)
+
     def kernels(self, kind: str, x: jax.Array) -> dict[str, Callable[..., Any]]:
         return kernel_forms(kind, x, self.spec, self.grid, self.prefix_tokens)
 
 
 def forward(
-    x: jax.Array, transforms: Transforms, bits: int | None, wants_slope: bool, wants_coefficients: bool
+    x: jax.Array, transforms: Transforms, bits: int | None, wants_slope: bool, wants_coefficients: bool, projected: bool
 ) -> tuple[jax.Array, Any, Any]:
     """GELU, and what is kept for its backward pass and for the product's behind it.
 
@@ -54,11 +82,14 @@ def forward(
       bits: in how many bits the slope is kept; ``None`` for all of it.
       wants_slope: whether x is differentiated.
       wants_coefficients: whether the product's kernel is.
+      projected: as for ``backward``: then the slope's means over sub-blocks may be all that is kept of it.
 
     Returns:
       ``gelu(x)``; its coefficients, or ``None``; its slope as ``backward`` takes it, or ``None``. Where ``backward`` is a
       kernel that computes these two from x, the slope's place takes x, and the coefficients' zeros.
     """
+    if wants_slope and projected and bits is not None and transforms.takes_means(x):
+        return _mean_slope(x, transforms, bits, wants_coefficients)
     if wants_slope and wants_coefficients:
         return _whole_slope(x, transforms) if bits is None else _coded_slope(x, transforms, bits)
     activated, slope = gelu_and_slope(x, bits) if wants_slope else (gelu(x), None)
@@ -82,6 +113,10 @@ def backward(
       projected: returns the coefficients of x's cotangent instead of all of it.
     """
 
+    if projected and bits is not None and transforms.takes_means(coefficients):
+        through = transforms.expand_to_subblocks(coefficients) * slope.decoded()
+        return transforms.project_means(through), kept_x
+
     def plain(coefficients: jax.Array, slope: Any) -> jax.Array:
         dx = transforms.expand(coefficients) * decoded_slope(slope)
         return transforms.project(dx) if projected else dx
@@ -102,6 +137,17 @@ def backward(
 
     kernels = transforms.kernels("slope_projected", coefficients)
     return by_platform(by_codes, coefficients, slope.codes, **kernels), kept_x
+
+
+def _mean_slope(x: jax.Array, transforms: Transforms, bits: int, wants_coefficients: bool) -> tuple[jax.Array, Any, Slopes]:
+    def means(x: jax.Array) -> Slopes:
+        slopes = transforms.means(x.astype(jnp.float32), lambda x: kernel_gelu(x)[1])
+        return Slopes.of(slopes.astype(x.dtype), mean_slope_bits(bits))
+
+    activated, slope = gelu(x), by_itself(means, x)
+    coefficients = transforms.project(activated, stored=True) if wants_coefficients else None
+    activated, coefficients, slope = apart((activated, coefficients, slope))
+    return activated, coefficients, slope
 
 
 def _whole_slope(x: jax.Array, transforms: Transforms) -> tuple[jax.Array, jax.Array, jax.Array]:

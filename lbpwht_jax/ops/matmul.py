@@ -39,8 +39,13 @@ class Link:
     Make one for each pair, give it to ``low_rank_matmul`` of the first layer, and to that of the second with the first's result
     as x and an activation. It takes effect where both are low-rank in the same functions, and x is that result itself and not
     something made of it; elsewhere nothing changes.
+
+    Attributes:
+      deferred: what the first layer was given as ``affine`` and left to the second, which must be given it as ``before``:
+        between two low-rank layers less is kept so. ``None`` where there is no such map, or the first layer has applied it.
     """
 
+    deferred: Affine | None = None
     _made: tuple[jax.Array, jax.Array, Transforms] | None = None
 
     def make(self, result: jax.Array, stand_in: jax.Array, transforms: Transforms) -> None:
@@ -92,14 +97,18 @@ def low_rank_matmul(
       out_sharding: sharding of the result on a mesh with explicit axes, as for ``jax.lax.dot_general``.
       bias: ``[out]``, of the result's dtype. Its cotangent is exact, and taken from the coefficients where they hold it.
       activation: ``"gelu"`` applies the exact GELU to ``x`` first, which kernels for GPUs do in passing.
-      slope_bits: keeps the activation's slope in 2, 3, 4 or 8 bits; ``None`` keeps it as it is.
+      slope_bits: keeps the activation's slope in 2, 3, 4 or 8 bits; ``None`` keeps it as it is. Behind a ``link``, in float32
+        and float64, few bits are those of the slope's means over sub-blocks, which are all that the cotangents take of it.
       input_bits: keeps the coefficients of ``x``, or all of it, in 4 or 8 bits, with a scale for each row of channels; ``None``
         keeps them as they are.
-      link: joins this layer to the one behind it or, with an activation, to the one before it; nothing else changes.
+      link: joins this layer to the one behind it or, with an activation or ``before``, to the one before it; nothing else
+        changes.
       affine: a normalisation by constant statistics and an activation, ``lbpwht_jax.ops.Affine``, applied to the result as one
-        with the product. Its cotangents are exact, and the bias's is part of its mean's.
-      before: the same, applied to ``x`` first, in place of an activation. With GELU and 8 bits, kernels for GPUs do it in
-        passing, and its cotangents are those of the low-rank cotangent of what it returns.
+        with the product, or left to the layer behind as ``link.deferred``. Its cotangents are exact, and the bias's is part of
+        its mean's.
+      before: the same, applied to ``x`` first, in place of an activation. With GELU it is one with a low-rank product, for
+        GPUs' kernels with 8 bits or behind a ``link`` with few, and its cotangents are those of the low-rank cotangent of what
+        it returns.
       name: where the operation is used; it opens the error messages.
 
     Returns:
@@ -114,7 +123,7 @@ def low_rank_matmul(
         grid, the shapes of ``x``, ``kernel``, ``bias``, ``affine`` and ``before`` do not fit, no function of the selection
         exists on the grid, an activation is unknown or given beside ``before``, or there is no such number of bits.
     """
-    given_x = x = jnp.asarray(x)
+    given_x, x = x, jnp.asarray(x)  # which makes a new array where JAX does not compile
     kernel, bias = jnp.asarray(kernel), None if bias is None else jnp.asarray(bias)
     token_grid = check_operands(x, kernel, bias, spec, grid, prefix_tokens, name)
     if activation not in (None, "gelu"):
@@ -141,12 +150,15 @@ def low_rank_matmul(
     low_rank = (chosen_spec.dx, chosen_spec.dw) == ("low_rank", "low_rank")
     precision = static_precision(precision)
     transforms = Transforms(chosen_spec, token_grid, prefix_tokens, precision)
-    if before is not None and not (low_rank and norm_forms.takes(x, before, transforms)):
+    given = link.take(given_x, transforms) if link is not None and in_front else None
+    if before is not None and not (low_rank and norm_forms.takes(x, before, transforms, given is not None)):
         if exact and preferred_element_type is None and normed_product.takes(x, kernel, before, input_bits):
             y = normed_product.normed_product(ExactProduct(precision), x, kernel, before)
             y = y if bias is None else add_bias(y, bias if folded is None else folded)
             return y if affine is None else affines.apply(y, affine)
         x, before = affines.apply(x, before), None
+    if affine is not None and link is not None and not in_front and low_rank and norm_forms.defers(x, affine, transforms):
+        link.deferred, affine = affine, None
     plain = exact and activation is None and preferred_element_type is None
     if affine is not None and plain and takes_factors(x, kernel):
         return affine_product(ExactProduct(precision), x, kernel, affine, input_bits)
@@ -154,8 +166,7 @@ def low_rank_matmul(
     fuses = low_rank and (slope_bits is not None or transforms.kernels("gelu_backward", tokens) != {})
     if activation is not None and not fuses:
         tokens = coded_gelu(tokens, slope_bits)
-    takes_stand_in = before is not None or (activation is not None and fuses)
-    given = link.take(given_x, transforms) if link is not None and takes_stand_in else None
+    given = given if before is not None or (activation is not None and fuses) else None
     links = link is not None and not in_front and affine is None and low_rank
     links = links and not is_explicit(x) and (bias is None or folded is not None)
     dtype = jnp.result_type(x, kernel) if preferred_element_type is None else jnp.dtype(preferred_element_type)

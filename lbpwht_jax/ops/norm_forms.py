@@ -1,33 +1,86 @@
 """A norm and GELU in front of a low-rank product: what is kept, and the backward pass on coefficients, by platform."""
 
+import dataclasses
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
 from lbpwht_jax.ops.affine import Affine, along_channels
-from lbpwht_jax.ops.coders import KERNEL_BITS, Companded
-from lbpwht_jax.ops.gelu import gelu_slope
+from lbpwht_jax.ops.coders import KERNEL_BITS, Companded, coded_slopes, companded_codes, expanded_codes, slope_codes
+from lbpwht_jax.ops.gelu import gelu_slope, kernel_gelu
 from lbpwht_jax.ops.gelu_forms import Transforms
-from lbpwht_jax.ops.platforms import apart, by_platform
+from lbpwht_jax.ops.platforms import apart, by_itself, by_platform
 
 _Form = Callable[..., tuple[jax.Array, jax.Array]]
 
 
-def takes(x: jax.Array, before: Affine, transforms: Transforms) -> bool:
-    """Whether some platform has kernels for operands like x; elsewhere the norm is better left to itself."""
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Means:
+    """What is kept of x as means over sub-blocks: of GELU's slope, and of the slope times the normalised x.
+
+    Attributes:
+      codes: uint16, the low byte as ``Slopes`` keeps it and the high one as ``Companded``: one array, so that XLA's CPU backend
+        makes both in one pass.
+    """
+
+    codes: jax.Array
+
+    @classmethod
+    def of(cls, x: jax.Array, before: Affine, transforms: Transforms) -> "Means":
+        """The means of x, ``[..., channels]``."""
+
+        def slope_and_product(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+            slope = kernel_gelu(before.before_activation(x).astype(jnp.float32))[1]
+            return slope, slope * before.normalised(x).astype(jnp.float32)
+
+        def codes(x: jax.Array) -> jax.Array:
+            slope, product = transforms.means(x, slope_and_product)
+            return (slope_codes(slope) + 256 * companded_codes(product, KERNEL_BITS)).astype(jnp.uint16)
+
+        return cls(by_itself(codes, x))
+
+    def decoded(self) -> tuple[jax.Array, jax.Array]:
+        """Both means, float32."""
+        return coded_slopes(self.codes & 255), expanded_codes(self.codes >> 8, KERNEL_BITS)
+
+
+def takes(x: jax.Array, before: Affine, transforms: Transforms, projected: bool) -> bool:
+    """Whether operands like x gain by it; elsewhere the norm is better left to itself.
+
+    Args:
+      x: ``[..., channels]``.
+      before: the normalisation and its activation.
+      transforms: of x.
+      projected: as for ``backward``.
+    """
+    if projected and defers(x, before, transforms):
+        return True
     coded = before.activation == "gelu" and before.bits == KERNEL_BITS and before.dtype == x.dtype
     return coded and "cuda" in transforms.kernels("norm_gelu_coded", x)
 
 
-def forward(x: jax.Array, before: Affine, transforms: Transforms) -> tuple[jax.Array, jax.Array, Companded]:
+def defers(x: jax.Array, norm: Affine, transforms: Transforms) -> bool:
+    """Whether a norm between two low-rank products, of operands like x, is better left to the second: for its ``Means``."""
+    few = norm.activation == "gelu" and norm.bits is not None and norm.dtype == x.dtype
+    return few and transforms.takes_means(x)
+
+
+def forward(
+    x: jax.Array, before: Affine, transforms: Transforms, projected: bool
+) -> tuple[jax.Array, jax.Array, Companded | Means]:
     """The normalised and activated tokens, their coefficients, and what is kept of x.
 
     Args:
       x: ``[..., prefix_tokens + tokens, channels]``, such as ``takes`` says.
       before: the normalisation and GELU.
       transforms: of x.
+      projected: as for ``backward``.
     """
+    if projected and transforms.takes_means(x):
+        activated = before.activated(before.before_activation(x))
+        return apart((activated, transforms.project(activated, stored=True), Means.of(x, before, transforms)))
 
     def plain(norm: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         del norm
@@ -41,7 +94,7 @@ def forward(x: jax.Array, before: Affine, transforms: Transforms) -> tuple[jax.A
 
 
 def backward(
-    coefficients: jax.Array, kept: Companded, before: Affine, transforms: Transforms, projected: bool
+    coefficients: jax.Array, kept: Companded | Means, before: Affine, transforms: Transforms, projected: bool
 ) -> tuple[jax.Array, Affine]:
     """The cotangents of x and of the norm, from the coefficients of the activated tokens' cotangent.
 
@@ -52,6 +105,8 @@ def backward(
       transforms: as for ``forward``.
       projected: returns the coefficients of x's cotangent instead of all of it.
     """
+    if isinstance(kept, Means):
+        return _from_means(coefficients, kept, before, transforms)
 
     def plain(norm: jax.Array, coefficients: jax.Array, codes: jax.Array) -> tuple[jax.Array, jax.Array]:
         del norm
@@ -65,6 +120,16 @@ def backward(
     forms = {platform: _summed(form) for platform, form in kernels.items()}
     dx, sums = by_platform(_summed(plain), _table(before), coefficients, kept.codes, **forms)
     return dx, before.cotangents(sums[1], sums[0])
+
+
+def _from_means(coefficients: jax.Array, kept: Means, before: Affine, transforms: Transforms) -> tuple[jax.Array, Affine]:
+    kept, coefficients = apart((kept, coefficients))
+    wide = transforms.expand_to_subblocks(coefficients).astype(before.mean.dtype)
+    slope, product = (mean.astype(wide.dtype) for mean in kept.decoded())
+    through = wide * slope
+    sums = [jnp.sum(transforms.sum_means(each), range(wide.ndim - 2)) for each in (wide * product, through)]
+    dx = along_channels(transforms.project_means(through), before).astype(coefficients.dtype)
+    return dx, before.cotangents(*sums)
 
 
 def _summed(form: _Form) -> _Form:

@@ -16,7 +16,8 @@ class Residuals:
 
     Attributes:
       slope_bits: bits of an activation's slope: 2, 3 or 4 (the levels of least squared error where the activation's input is
-        normal, as in few-bit backward, Novikov et al., 2022), 8 (equal steps), or ``None`` for the slope as it is.
+        normal, as in few-bit backward, Novikov et al., 2022), 8 (equal steps), or ``None`` for the slope as it is. Where its
+        means over sub-blocks are kept (``lbpwht_jax.ops.subblock_means``) they have 8, or 4 in place of 2.
       norm_bits: bits of what a norm, a layer scale or a convolution keeps of its input, 4 or 8, with one scale per token;
         ``None`` for all of it.
       attention_bits: bits of attention's queries, keys and values, 4 or 8, with one scale per token and head; ``None`` for

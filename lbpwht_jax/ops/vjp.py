@@ -92,7 +92,7 @@ class _Residuals:
     x: Any
     kernel: Any
     gelu: Any
-    before: tuple[Companded, Affine] | None
+    before: tuple[Companded | norm_forms.Means, Affine] | None
     affine: tuple[affines.Kept, Affine] | None
     wants_dx: bool = dataclasses.field(metadata={"static": True})
     wants_dw: bool = dataclasses.field(metadata={"static": True})
@@ -169,14 +169,14 @@ def _forward(
 ) -> tuple[tuple, _Residuals]:
     wants_dx, wants_dw = x.perturbed, kernel.perturbed
     wants_db = bias is not None and bias.perturbed
-    x, kept_x, kept_gelu, kept_before = x.value, None, None, None
+    x, kept_x, kept_gelu, kept_before, projected = x.value, None, None, None, stand_in is not None
     if before is not None:
         perturbed, before = affines.split(before)
         wants_dx = wants_dx or perturbed
-        x, coefficients, codes = norm_forms.forward(x, before, static.transforms)
-        kept_x, kept_before = coefficients if wants_dw else None, (codes, before) if wants_dx else None
+        x, coefficients, kept_norm = norm_forms.forward(x, before, static.transforms, projected)
+        kept_x, kept_before = coefficients if wants_dw else None, (kept_norm, before) if wants_dx else None
     elif static.gelu:
-        x, kept_x, kept_gelu = gelu_forms.forward(x, static.transforms, static.slope_bits, wants_dx, wants_dw)
+        x, kept_x, kept_gelu = gelu_forms.forward(x, static.transforms, static.slope_bits, wants_dx, wants_dw, projected)
     elif wants_dw:
         kept_x, x = apart((static.transforms.project(x, stored=True), x)) if static.spec.dw == "low_rank" else (x, x)
     if static.input_bits is not None and kept_x is not None:
@@ -187,9 +187,8 @@ def _forward(
         perturbed, affine = affines.split(affine)
         y, kept_y = affines.forward(y, affine, perturbed)
         kept_affine = kept_y, affine
-    kept_kernel, projects_dx = kernel.value if wants_dx else None, stand_in is not None
-    wanted = wants_dx, wants_dw, wants_db
-    return (y, made), _Residuals(kept_x, kept_kernel, kept_gelu, kept_before, kept_affine, *wanted, projects_dx)
+    kept_kernel, wanted = kernel.value if wants_dx else None, (wants_dx, wants_dw, wants_db)
+    return (y, made), _Residuals(kept_x, kept_kernel, kept_gelu, kept_before, kept_affine, *wanted, projected)
 
 
 def _backward(static: Static, kept: _Residuals, cotangents: tuple) -> tuple:

@@ -37,12 +37,35 @@ def mlp(x, kernel1, bias1, kernel2, bias2, norm1, norm2, *, joined=True, bits=8)
     return low_rank_matmul(h, kernel2, SPEC, bias=bias2, link=link, before=before, affine=behind)
 
 
-@pytest.mark.parametrize("bits", [None, 4, 8])
-def test_wide_dtypes_are_as_in_steps(bits):
+def test_wide_dtypes_are_as_in_steps():
     operands, g = sample(jnp.float32)
-    steps = gradients(functools.partial(mlp, joined=False, bits=bits), operands, g)
+    steps = gradients(functools.partial(mlp, joined=False, bits=None), operands, g)
     # the same sums in another order
-    chex.assert_trees_all_close(gradients(functools.partial(mlp, bits=bits), operands, g), steps, rtol=0, atol=5e-5)
+    chex.assert_trees_all_close(gradients(functools.partial(mlp, bits=None), operands, g), steps, rtol=0, atol=5e-5)
+
+
+@pytest.mark.parametrize(("bits", "share"), [(4, 0.15), (8, 0.01)])
+def test_wide_dtypes_keep_means_in_few_bits(bits, share):
+    operands, g = sample(jnp.float32)
+    exact = gradients(functools.partial(mlp, joined=False, bits=None), operands, g)
+    own = gradients(functools.partial(mlp, bits=bits), operands, g)
+    assert_near(own, exact, share)
+
+
+@pytest.mark.parametrize("bits", [None, 4, 8])
+def test_a_map_given_to_the_first_layer_is_left_to_the_second(bits):
+    operands, g = sample(jnp.float32)
+
+    def deferring(x, kernel1, bias1, kernel2, bias2, norm1, norm2):
+        link, norm = Link(), running(norm1, bits, x.dtype, "gelu")
+        h = low_rank_matmul(x, kernel1, SPEC, bias=bias1, link=link, affine=norm)
+        assert (link.deferred is None) == (bits is None)
+        behind = running(norm2, bits, x.dtype)
+        return low_rank_matmul(h, kernel2, SPEC, bias=bias2, link=link, before=link.deferred, affine=behind)
+
+    given = gradients(functools.partial(mlp, bits=bits), operands, g)
+    # the same sums in another order
+    chex.assert_trees_all_close(gradients(deferring, operands, g), given, rtol=0, atol=5e-5)
 
 
 def test_narrow_dtypes_are_as_exact_steps_in_float32():
@@ -80,9 +103,10 @@ def test_operands_one_by_one(differentiated):
     assert_near(own, steps, 0.02)
 
 
+@pytest.mark.parametrize("dtype", [NARROW, jnp.float32], ids=["narrow", "wide"])
 @pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
-def test_transformations(transform):
-    operands, g = sample()
+def test_transformations(transform, dtype):
+    operands, g = sample(dtype)
     # bfloat16's 8 bits, rounded at other places
     assert_near(gradients(functools.partial(transform, mlp), operands, g), gradients(mlp, operands, g), 0.02)
 
@@ -101,6 +125,13 @@ def test_what_is_kept_between_the_layers_is_bytes():
     kept = jax.tree.leaves(jax.eval_shape(lambda *operands: jax.vjp(mlp, *operands)[1], *operands))
     hidden = [leaf for leaf in kept if leaf.size >= operands[0].size // 8 * HIDDEN]
     assert [leaf.dtype for leaf in hidden] == [jnp.uint8]
+
+
+def test_wide_dtypes_keep_two_bytes_for_each_subblock():
+    operands, _ = sample(jnp.float32)
+    kept = jax.tree.leaves(jax.eval_shape(lambda *operands: jax.vjp(mlp, *operands)[1], *operands))
+    assert [leaf.shape for leaf in kept if leaf.dtype == jnp.uint16] == [(4, 16, HIDDEN)]
+    assert not [leaf for leaf in kept if leaf.size >= operands[0].size // 8 * HIDDEN]
 
 
 ERRORS = {
