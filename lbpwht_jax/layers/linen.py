@@ -112,6 +112,8 @@ class LowRankDense(nn.Module):
             )
         affines.check_affine(affine, self.features, self._name)
         affines.check_before(before, self.activation, inputs.shape[-1], self._name)
+        if link is not None:
+            link.check_given(before, self._name)
         precision = static_precision(self.precision)
         plain = self.dot_general is None and self.preferred_element_type is None
         if before is not None and not (plain and normed_product.takes(inputs, kernel, before, self.input_bits)):

@@ -82,7 +82,7 @@ class ConvMlp(Part):
         if self.settings.residuals is None and not joins_norms(self, x, train):
             fc2 = dense(self, "fc2", channels, activation="gelu")
             return batch_norm(self, "norm2", fc2(batch_norm(self, "norm1", fc1(x), train)), train)
-        fc2, link = dense(self, "fc2", channels), Link()
+        fc2, link = dense(self, "fc2", channels), Link(defers=True)
         if joins_behind(self, x, train):
             norm1 = running_norm(self, "norm1", x, self.hidden, "gelu")
             x = fc1(x, link)

@@ -41,12 +41,19 @@ class Link:
     something made of it; elsewhere nothing changes.
 
     Attributes:
-      deferred: what the first layer was given as ``affine`` and left to the second, which must be given it as ``before``:
-        between two low-rank layers less is kept so. ``None`` where there is no such map, or the first layer has applied it.
+      defers: whether the first layer may leave what it is given as ``affine`` to the second: between two low-rank layers less
+        is kept so. The second must then be given ``deferred`` as ``before``.
+      deferred: what the first layer has left to the second; ``None`` where there is no such map, or the first has applied it.
     """
 
+    defers: bool = False
     deferred: Affine | None = None
     _made: tuple[jax.Array, jax.Array, Transforms] | None = None
+
+    def check_given(self, before: Affine | None, name: str) -> None:
+        """Raises ``ValueError``, opened by ``name``, if a layer is not given what the one in front has left to it."""
+        if self.deferred is not None and before is None:
+            raise ValueError(f"{name}: the layer in front has left its affine map to this one; give it before=link.deferred")
 
     def make(self, result: jax.Array, stand_in: jax.Array, transforms: Transforms) -> None:
         """Keeps the stand-in of the first layer's result."""
@@ -104,8 +111,8 @@ def low_rank_matmul(
       link: joins this layer to the one behind it or, with an activation or ``before``, to the one before it; nothing else
         changes.
       affine: a normalisation by constant statistics and an activation, ``lbpwht_jax.ops.Affine``, applied to the result as one
-        with the product, or left to the layer behind as ``link.deferred``. Its cotangents are exact, and the bias's is part of
-        its mean's.
+        with the product, or left to the layer behind, if ``link.defers``, as ``link.deferred``. Its cotangents are exact, and
+        the bias's is part of its mean's.
       before: the same, applied to ``x`` first, in place of an activation. With GELU it is one with a low-rank product, for
         GPUs' kernels with 8 bits or behind a ``link`` with few, and its cotangents are those of the low-rank cotangent of what
         it returns.
@@ -121,7 +128,8 @@ def low_rank_matmul(
         ``Affine``.
       ValueError: when tracing, if the grid is missing or does not fit ``x`` or the spec, prefix tokens are given without a
         grid, the shapes of ``x``, ``kernel``, ``bias``, ``affine`` and ``before`` do not fit, no function of the selection
-        exists on the grid, an activation is unknown or given beside ``before``, or there is no such number of bits.
+        exists on the grid, an activation is unknown or given beside ``before``, there is no such number of bits, or the link's
+        other layer has left a map that is not given as ``before``.
     """
     given_x, x = x, jnp.asarray(x)  # which makes a new array where JAX does not compile
     kernel, bias = jnp.asarray(kernel), None if bias is None else jnp.asarray(bias)
@@ -132,6 +140,8 @@ def low_rank_matmul(
     check_row_bits(input_bits, name)
     affines.check_affine(affine, kernel.shape[1], name)
     affines.check_before(before, activation, kernel.shape[0], name)
+    if link is not None:
+        link.check_given(before, name)
     prefix_tokens = operator.index(prefix_tokens)
     if affine is not None and is_explicit(x):  # XLA shards what is behind the product
         fields = {"out_sharding": out_sharding, "bias": bias, "activation": activation, "before": before, "name": name}
@@ -157,7 +167,8 @@ def low_rank_matmul(
             y = y if bias is None else add_bias(y, bias if folded is None else folded)
             return y if affine is None else affines.apply(y, affine)
         x, before = affines.apply(x, before), None
-    if affine is not None and link is not None and not in_front and low_rank and norm_forms.defers(x, affine, transforms):
+    may_defer = link is not None and link.defers and not in_front and low_rank
+    if link is not None and affine is not None and may_defer and norm_forms.defers(x, affine, transforms):
         link.deferred, affine = affine, None
     plain = exact and activation is None and preferred_element_type is None
     if affine is not None and plain and takes_factors(x, kernel):

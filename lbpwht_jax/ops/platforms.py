@@ -39,7 +39,7 @@ def by_itself(function: Callable[[jax.Array], Any], x: jax.Array) -> Any:
     It would otherwise merge it with whatever reads it, in the backward pass, several times over where there are several
     readers, and keep what it is made of until then. It leaves the branches of a condition apart that it cannot decide.
     """
-    if explicit_sharding(x) is not None:
+    if explicit_sharding(x) is not None or not x.size:
         return function(x)
 
     def branch(x: jax.Array) -> Any:

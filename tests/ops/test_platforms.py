@@ -171,6 +171,7 @@ def test_what_cpus_make_by_itself(first):
     by_itself = functools.partial(platforms.by_itself, function)
     chex.assert_trees_all_equal(jax.jit(by_itself)(x), jax.jit(function)(x))
     chex.assert_trees_all_equal(jax.vmap(by_itself)(x), jax.vmap(function)(x))
+    chex.assert_trees_all_equal(jax.jit(by_itself)(x[:0]), function(x[:0]))
     # XLA does not merge what a branch returns with what reads it
     assert "conditional" in (jax.jit(lambda x: by_itself(x)[0] + 1).lower(x).compile().as_text() or "")
     assert re.search("compare +EQ", lowered("cpu", by_itself, x))
