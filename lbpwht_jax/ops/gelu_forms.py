@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from lbpwht_jax.ops.basis import coefficient_count
 from lbpwht_jax.ops.coders import KERNEL_BITS, Slopes, mean_slope_bits
-from lbpwht_jax.ops.gelu import decoded_slope, gelu, gelu_and_slope, gelu_slope, kernel_gelu
+from lbpwht_jax.ops.gelu import decoded_slope, gelu, gelu_and_slope, gelu_slope, slope_for_means
 from lbpwht_jax.ops.kernels import kernel_forms
 from lbpwht_jax.ops.platforms import apart, by_itself, by_platform
 from lbpwht_jax.ops.projection import expand, project
@@ -19,6 +19,7 @@ from lbpwht_jax.ops.subblock_means import (
     Elementwise,
     expand_to_subblocks,
     has_means,
+    means_by_block,
     project_means,
     subblock_means,
     sum_means,
@@ -56,6 +57,9 @@ class Transforms:
 
     def means(self, x: jax.Array, function: Elementwise) -> Any:
         return subblock_means(x, function, self.spec, self.grid, self.prefix_tokens)
+
+    def means_by_block(self, means: jax.Array) -> jax.Array:
+        return means_by_block(means, self.spec, self.grid, self.prefix_tokens)
 
     def expand_to_subblocks(self, coefficients: jax.Array) -> jax.Array:
         return expand_to_subblocks(coefficients, self.spec, self.grid, self.prefix_tokens, self.precision)
@@ -114,7 +118,7 @@ def backward(
     """
 
     if projected and bits is not None and transforms.takes_means(coefficients):
-        through = transforms.expand_to_subblocks(coefficients) * slope.decoded()
+        through = transforms.expand_to_subblocks(coefficients) * transforms.means_by_block(slope.decoded())
         return transforms.project_means(through), kept_x
 
     def plain(coefficients: jax.Array, slope: Any) -> jax.Array:
@@ -141,7 +145,7 @@ def backward(
 
 def _mean_slope(x: jax.Array, transforms: Transforms, bits: int, wants_coefficients: bool) -> tuple[jax.Array, Any, Slopes]:
     def means(x: jax.Array) -> Slopes:
-        slopes = transforms.means(x.astype(jnp.float32), lambda x: kernel_gelu(x)[1])
+        slopes = transforms.means(x.astype(jnp.float32), slope_for_means)
         return Slopes.of(slopes.astype(x.dtype), mean_slope_bits(bits))
 
     activated, slope = gelu(x), by_itself(means, x)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from lbpwht_jax.ops.affine import Affine, along_channels
 from lbpwht_jax.ops.coders import KERNEL_BITS, Companded, coded_slopes, companded_codes, expanded_codes, slope_codes
-from lbpwht_jax.ops.gelu import gelu_slope, kernel_gelu
+from lbpwht_jax.ops.gelu import gelu_slope, slope_for_means
 from lbpwht_jax.ops.gelu_forms import Transforms
 from lbpwht_jax.ops.platforms import apart, by_itself, by_platform
 
@@ -32,7 +32,7 @@ class Means:
         """The means of x, ``[..., channels]``."""
 
         def slope_and_product(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-            slope = kernel_gelu(before.before_activation(x).astype(jnp.float32))[1]
+            slope = slope_for_means(before.before_activation(x).astype(jnp.float32))
             return slope, slope * before.normalised(x).astype(jnp.float32)
 
         def codes(x: jax.Array) -> jax.Array:
@@ -125,7 +125,7 @@ def backward(
 def _from_means(coefficients: jax.Array, kept: Means, before: Affine, transforms: Transforms) -> tuple[jax.Array, Affine]:
     kept, coefficients = apart((kept, coefficients))
     wide = transforms.expand_to_subblocks(coefficients).astype(before.mean.dtype)
-    slope, product = (mean.astype(wide.dtype) for mean in kept.decoded())
+    slope, product = (transforms.means_by_block(mean.astype(wide.dtype)) for mean in kept.decoded())
     through = wide * slope
     sums = [jnp.sum(transforms.sum_means(each), range(wide.ndim - 2)) for each in (wide * product, through)]
     dx = along_channels(transforms.project_means(through), before).astype(coefficients.dtype)

@@ -44,15 +44,12 @@ def subblock_means(x: jax.Array, function: Elementwise, spec: SpecFields, grid: 
       prefix_tokens: leading tokens outside the grid.
 
     Returns:
-      What ``function`` returns, ``[..., prefix_tokens + sub-blocks, channels]``, block by block; zero where a sub-block has
-      no tokens.
+      What ``function`` returns, ``[..., prefix_tokens + sub-blocks, channels]``, of the sub-blocks that have tokens, along the
+      grid's axes in turn.
     """
     batch, channels = x.shape[:-2], x.shape[-1]
     axes, sizes = grid_axes(spec, grid), subblock_sizes(spec, grid, "means")
     members = [_members(length, size, axis.before) for length, size, axis in zip(grid, sizes, axes, strict=True)]
-    outside = [(axis.before // size, axis.after // size) for axis, size in zip(axes, sizes, strict=True)]
-    padding = [(0, 0)] * len(batch) + outside + [(0, 0)]
-    blocks = [count for axis, size in zip(axes, sizes, strict=True) for count in (axis.blocks, spec.block // size)]
     of_grid = x[..., prefix_tokens:, :].reshape(*batch, *grid, channels)
     inline = math.prod(sizes) <= _INLINE
     given = of_grid if inline else function(of_grid)
@@ -66,16 +63,30 @@ def subblock_means(x: jax.Array, function: Elementwise, spec: SpecFields, grid: 
 
     def rows(prefix: jax.Array, *terms: jax.Array) -> jax.Array:
         means = functools.reduce(jnp.add, terms)
-        means = block_by_block(jnp.pad(means, padding) if any(map(any, padding)) else means, blocks)
-        return behind_prefix(prefix, means.reshape(*batch, math.prod(means.shape[-3:-1]), channels))
+        return behind_prefix(prefix, means.reshape(*batch, math.prod(means.shape[len(batch) : -1]), channels))
 
     return jax.tree.map(rows, function(x[..., :prefix_tokens, :]), *terms)
+
+
+def means_by_block(means: jax.Array, spec: SpecFields, grid: Grid, prefix_tokens: int = 0) -> jax.Array:
+    """What ``subblock_means`` returns block by block, as all that follows takes it; zero where a sub-block has no tokens."""
+    batch, channels = means.shape[:-2], means.shape[-1]
+    axes, sizes = grid_axes(spec, grid), subblock_sizes(spec, grid, "means")
+    outside = [(axis.before // size, axis.after // size) for axis, size in zip(axes, sizes, strict=True)]
+    blocks = [count for axis, size in zip(axes, sizes, strict=True) for count in (axis.blocks, spec.block // size)]
+    present = [blocks[2 * n] * blocks[2 * n + 1] - sum(missing) for n, missing in enumerate(outside)]
+    of_grid = means[..., prefix_tokens:, :].reshape(*batch, *present, channels)
+    if any(map(any, outside)):
+        of_grid = jnp.pad(of_grid, [(0, 0)] * len(batch) + outside + [(0, 0)])
+    of_grid = block_by_block(of_grid, blocks)
+    of_grid = of_grid.reshape(*batch, math.prod(of_grid.shape[-3:-1]), channels)
+    return behind_prefix(means[..., :prefix_tokens, :], of_grid)
 
 
 def expand_to_subblocks(
     coefficients: jax.Array, spec: SpecFields, grid: Grid, prefix_tokens: int = 0, precision: Any = None
 ) -> jax.Array:
-    """``expand``, with one row for each of ``subblock_means``: ``[..., prefix_tokens + sub-blocks, channels]``."""
+    """``expand``, with one row for each of ``means_by_block``: ``[..., prefix_tokens + sub-blocks, channels]``."""
     if math.prod(grid) <= MATRIX_TOKENS:
         return apply_matrix(_matrices(spec, grid, prefix_tokens)[1], coefficients, precision)
     values = at_subblocks(coefficients[..., prefix_tokens:, :], spec, grid, precision)
@@ -84,7 +95,7 @@ def expand_to_subblocks(
 
 
 def project_means(x: jax.Array, spec: SpecFields, grid: Grid, prefix_tokens: int = 0, precision: Any = None) -> jax.Array:
-    """``project`` of tokens whose ``subblock_means`` are x, ``[..., prefix_tokens + sub-blocks, channels]``."""
+    """``project`` of tokens whose ``means_by_block`` are x, ``[..., prefix_tokens + sub-blocks, channels]``."""
     if math.prod(grid) <= MATRIX_TOKENS:
         return apply_matrix(_matrices(spec, grid, prefix_tokens)[0], x, precision)
     blocks, means = math.prod(axis.blocks for axis in grid_axes(spec, grid)), x[..., prefix_tokens:, :]
@@ -93,14 +104,14 @@ def project_means(x: jax.Array, spec: SpecFields, grid: Grid, prefix_tokens: int
 
 
 def sum_means(x: jax.Array, spec: SpecFields, grid: Grid, prefix_tokens: int = 0) -> jax.Array:
-    """The sums over all tokens, ``[..., channels]``, of what has the ``subblock_means`` x."""
+    """The sums over all tokens, ``[..., channels]``, of what has the ``means_by_block`` x."""
     # XLA's CPU backend sums along rows several times faster by a product
     return apply_matrix(_counts(spec, grid, prefix_tokens)[None], x, lax.Precision.HIGHEST)[..., 0, :]
 
 
 @functools.cache
 def _counts(spec: SpecFields, grid: Grid, prefix_tokens: int) -> np.ndarray:
-    """How many tokens each row of ``subblock_means`` is the mean of: float64 ``[prefix_tokens + sub-blocks]``."""
+    """How many tokens each row of ``means_by_block`` is the mean of: float64 ``[prefix_tokens + sub-blocks]``."""
     axes, sizes = grid_axes(spec, grid), subblock_sizes(spec, grid, "means")
     present = [
         np.pad(np.ones(length), (axis.before, axis.after)).reshape(axis.blocks, -1, size).sum(-1)

@@ -98,11 +98,13 @@ def test_frozen_operands(differentiated):
 
 
 @pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
-def test_transformations(transform):
+@pytest.mark.parametrize(("bits", "tolerance"), [(None, 2e-5), (8, 5e-4)], ids=["whole slopes", "8 bits"])
+def test_transformations(bits, tolerance, transform):
+    """Slopes on the border of two codes may get either: then a mean slope differs by 0.005, and a token's cotangent by less."""
     operands, g = sample((4, 50, 8))
-    of = functools.partial(mlp, specs=(SPEC, SPEC), grid=(7, 7), prefix=1, bits=8)
+    of = functools.partial(mlp, specs=(SPEC, SPEC), grid=(7, 7), prefix=1, bits=bits)
     transformed = gradients(functools.partial(transform, of), operands, g)
-    chex.assert_trees_all_close(transformed, gradients(of, operands, g), rtol=0, atol=2e-5)
+    chex.assert_trees_all_close(transformed, gradients(of, operands, g), rtol=0, atol=tolerance)
 
 
 def test_a_result_that_is_used_twice():

@@ -10,7 +10,15 @@ import pytest
 
 from lbpwht_jax import LowRankSpec, lp_l1, lp_linf
 from lbpwht_jax.ops.basis import projection_matrices
-from lbpwht_jax.ops.subblock_means import expand_to_subblocks, has_means, project_means, subblock_means, sum_means
+from lbpwht_jax.ops.gelu import slope_for_means
+from lbpwht_jax.ops.subblock_means import (
+    expand_to_subblocks,
+    has_means,
+    means_by_block,
+    project_means,
+    subblock_means,
+    sum_means,
+)
 
 # whole and partial sub-blocks, sub-blocks without tokens, small and large grids, one to three axes
 GRIDS = [(7, 7), (8, 8), (14, 14), (28, 28), (16, 24), (17, 33), (100,), (4, 8, 12)]
@@ -34,7 +42,7 @@ def test_means_are_all_that_the_coefficients_take_of_a_factor(selection, grid):
 
     @jax.jit
     def through(x, coefficients):
-        means = subblock_means(x, jnp.tanh, spec, grid, 2)
+        means = means_by_block(subblock_means(x, jnp.tanh, spec, grid, 2), spec, grid, 2)
         products = expand_to_subblocks(coefficients, spec, grid, 2) * means
         return project_means(products, spec, grid, 2), sum_means(products, spec, grid, 2)
 
@@ -56,8 +64,10 @@ def test_means_themselves():
     chex.assert_trees_all_equal(means[:, 0], x[:, 0])
 
 
-def test_subblocks_without_tokens_have_zeros():
+def test_subblocks_without_tokens_are_not_kept_and_have_zeros():
     means = subblock_means(jnp.ones((1, 784, 1)), jnp.exp, lp_l1(4), (28, 28))
+    assert means.shape == (1, 196, 1)
+    means = means_by_block(means, lp_l1(4), (28, 28))
     assert means.shape == (1, 256, 1)
     assert np.count_nonzero(means) == 196
 
@@ -75,3 +85,14 @@ def test_the_axes_may_differ():
     spec = LowRankSpec([(0, 0), (0, 1), (0, 5)])
     assert has_means(spec, (16, 16))
     assert subblock_means(jnp.ones((1, 256, 1)), jnp.exp, spec, (16, 16)).shape == (1, 32, 1)
+
+
+def test_slopes_for_means():
+    x = np.linspace(-9, 9, 10001)
+    cdf = 0.5 * (1 + np.vectorize(math.erf)(x / math.sqrt(2)))
+    exact = cdf + x * np.exp(-x * x / 2) / math.sqrt(2 * math.pi)
+    slopes = jax.jit(slope_for_means)(np.float32(x))
+    # as its docstring says
+    np.testing.assert_allclose(slopes, exact, rtol=0, atol=6e-5)
+    ends = slope_for_means(jnp.asarray([-np.inf, np.inf, np.nan], jnp.float32))
+    np.testing.assert_allclose(ends, [0, 1, np.nan], rtol=0, atol=6e-5)
