@@ -285,11 +285,8 @@ def _unpack(packed: jax.Array, bits: int, channels: int) -> jax.Array:
     for width in _widths(bits):
         count = 8 // width
         length = -(-channels // count)
-        # XLA's CPU backend takes several times as long to put the pieces side by side
-        shifts = jnp.asarray(width * np.arange(count)[:, None], jnp.uint8)
-        part = packed[..., None, start : start + length]
-        part = lax.shift_right_logical(*jnp.broadcast_arrays(part, shifts)) & jnp.uint8(2**width - 1)
-        part = part.reshape(*packed.shape[:-1], count * length)[..., :channels]
-        parts.append(lax.shift_left(part, jnp.uint8(shift)))
+        part = packed[..., start : start + length]
+        pieces = [lax.shift_right_logical(part, jnp.uint8(k * width)) & jnp.uint8(2**width - 1) for k in range(count)]
+        parts.append(lax.shift_left(jnp.concatenate(pieces, axis=-1)[..., :channels], jnp.uint8(shift)))
         start, shift = start + length, shift + width
     return functools.reduce(jnp.bitwise_or, parts)
