@@ -45,6 +45,12 @@ class Mask:
         return _unpack(self.codes, 1, self.channels) > 0
 
 
+def exact_slopes(x: np.ndarray) -> np.ndarray:
+    """GELU's slope in float64."""
+    cdf = 0.5 * (1 + np.vectorize(math.erf)(x / math.sqrt(2)))
+    return cdf + x * np.exp(-x * x / 2) / math.sqrt(2 * math.pi)
+
+
 @functools.cache
 def slope_levels(bits: int) -> tuple[float, ...]:
     """The ``2 ** bits`` levels nearest to the GELU's slope in the least squares, its input being standard normal.
@@ -52,9 +58,7 @@ def slope_levels(bits: int) -> tuple[float, ...]:
     Lloyd's iteration: each border lies halfway between two levels, each level is the mean slope between two borders.
     """
     x = np.linspace(-8, 8, 160001)
-    density = np.exp(-x * x / 2)
-    cdf = 0.5 * (1 + np.vectorize(math.erf)(x / math.sqrt(2)))
-    slopes = cdf + x * density / math.sqrt(2 * math.pi)
+    density, slopes = np.exp(-x * x / 2), exact_slopes(x)
     order = np.argsort(slopes)
     slopes, weights = slopes[order], density[order]
     sums = [np.concatenate([[0], np.cumsum(values)]) for values in (weights, weights * slopes)]

@@ -207,20 +207,10 @@ class Convolution:
 
     def _shifted(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
         """A depthwise convolution as a sum over the window's places, in one pass."""
-        wide, rows, columns = self._padded(x), *self._outputs(x.shape, kernel.shape)
-        (down, right), kernel = self.strides, kernel.astype(wide.dtype)
-        places = itertools.product(range(kernel.shape[0]), range(kernel.shape[1]))
-        terms = [
-            lax.slice(
-                wide,
-                (0, i, j, 0),
-                (len(x), i + (rows - 1) * down + 1, j + (columns - 1) * right + 1, x.shape[3]),
-                (1, down, right, 1),
-            )
-            * kernel[i, j].reshape(1, 1, 1, -1)
-            for i, j in places
-        ]
-        return functools.reduce(jnp.add, terms).astype(x.dtype)
+        wide, window = self._padded(x), kernel.shape[:2]
+        kernel = kernel.astype(wide.dtype).reshape(-1, 1, 1, 1, kernel.shape[-1])
+        views = self._views(wide, window, self._outputs(x.shape, window))
+        return functools.reduce(jnp.add, [view * kernel[k] for k, view in enumerate(views)]).astype(x.dtype)
 
     def _shifted_back(self, kernel: jax.Array, g: jax.Array) -> jax.Array:
         """The transpose of a depthwise convolution of stride 1: one with the kernel turned round."""
@@ -250,22 +240,27 @@ class Convolution:
 
     def _by_places(self, x: jax.Array, like: jax.Array, g: jax.Array) -> jax.Array:
         """A kernel's cotangent by a product for each of the window's places, two images at a time, which the cache holds."""
-        wide, (batch, rows, columns, outputs), (down, right) = self._padded(x), g.shape, self.strides
+        wide, (batch, rows, columns, outputs) = self._padded(x), g.shape
         images = 2 if batch % 2 == 0 else 1
 
         def add(total: jax.Array, step: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
-            window, own = step[0], step[1].reshape(-1, outputs)
-            seen = [
-                window[:, i : i + (rows - 1) * down + 1 : down, j : j + (columns - 1) * right + 1 : right]
-                for i, j in itertools.product(*map(range, like.shape[:2]))
-            ]
-            products = [jnp.matmul(each.reshape(len(own), -1).T, own, precision=self.precision) for each in seen]
+            own, views = step[1].reshape(-1, outputs), self._views(step[0], like.shape[:2], (rows, columns))
+            products = [jnp.matmul(view.reshape(len(own), -1).T, own, precision=self.precision) for view in views]
             return total + jnp.stack(products), None
 
         steps = [a.reshape(batch // images, images, *a.shape[1:]) for a in (wide, g.astype(wide.dtype))]
         zeros = jnp.zeros((math.prod(like.shape[:2]), *like.shape[2:]), wide.dtype)
         total, _ = lax.scan(add, vary_alike(zeros, g)[0], (steps[0], steps[1]))
         return total.reshape(like.shape).astype(g.dtype)
+
+    def _views(self, wide: jax.Array, window: Sequence[int], outputs: Sequence[int]) -> list[jax.Array]:
+        """What each place of the window sees of a padded map, row by row: as many rows and columns as the result has."""
+        (down, right), (rows, columns) = self.strides, outputs
+        ends = (rows - 1) * down + 1, (columns - 1) * right + 1
+        return [
+            lax.slice(wide, (0, i, j, 0), (len(wide), i + ends[0], j + ends[1], wide.shape[3]), (1, down, right, 1))
+            for i, j in itertools.product(*map(range, window))
+        ]
 
     def _padded(self, x: jax.Array) -> jax.Array:
         """x between its zeros, in at least float32, for sums; padding below zero cuts."""

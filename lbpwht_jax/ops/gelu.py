@@ -11,7 +11,7 @@ import numpy as np
 from jax import lax
 from numpy.polynomial import chebyshev
 
-from lbpwht_jax.ops.coders import SLOPE_BITS, Slopes
+from lbpwht_jax.ops.coders import SLOPE_BITS, Slopes, exact_slopes
 from lbpwht_jax.ops.dtypes import accumulation_dtype
 from lbpwht_jax.ops.platforms import apart
 
@@ -139,9 +139,7 @@ def _slope_polynomial() -> tuple[float, tuple[float, ...]]:
     """
     end, degree = 4.5, 9
     x = end * np.cos(np.linspace(0, np.pi / 2, 2001))[:-1]
-    cdf = 0.5 * (1 + np.vectorize(math.erf)(x / math.sqrt(2)))
-    wanted = (cdf - 0.5) / x + np.exp(-x * x / 2) / math.sqrt(2 * math.pi)
-    t, weights = 2 * (x / end) ** 2 - 1, x
+    wanted, t, weights = (exact_slopes(x) - 0.5) / x, 2 * (x / end) ** 2 - 1, x
     fitted = chebyshev.chebfit(t, wanted, degree, w=weights)
     for _ in range(40):
         errors = np.abs(x * (chebyshev.chebval(t, fitted) - wanted))

@@ -25,8 +25,8 @@ CASES = {
 }
 
 
-def sample(shape, dtype=jnp.float32):
-    rng = np.random.default_rng(0)
+def sample(shape, dtype=jnp.float32, seed=0):
+    rng = np.random.default_rng(seed)
     shapes = shape, (8, 24), (24,), (24, 8), (8,)
     return [jnp.asarray(rng.normal(size=size), dtype) for size in shapes], jnp.asarray(rng.normal(size=shape), dtype)
 
@@ -98,13 +98,13 @@ def test_frozen_operands(differentiated):
 
 
 @pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
-@pytest.mark.parametrize(("bits", "tolerance"), [(None, 2e-5), (8, 5e-4)], ids=["whole slopes", "8 bits"])
-def test_transformations(bits, tolerance, transform):
-    """Slopes on the border of two codes may get either: then a mean slope differs by 0.005, and a token's cotangent by less."""
-    operands, g = sample((4, 50, 8))
-    of = functools.partial(mlp, specs=(SPEC, SPEC), grid=(7, 7), prefix=1, bits=bits)
+def test_transformations(transform):
+    # drawn so that no mean slope lies within a thousandth of a code's step of the border of two codes: it may get either there
+    (x, *others), g = sample((4, 50, 8), seed=30)
+    operands = 0.3 * x, *others
+    of = functools.partial(mlp, specs=(SPEC, SPEC), grid=(7, 7), prefix=1, bits=8)
     transformed = gradients(functools.partial(transform, of), operands, g)
-    chex.assert_trees_all_close(transformed, gradients(of, operands, g), rtol=0, atol=tolerance)
+    chex.assert_trees_all_close(transformed, gradients(of, operands, g), rtol=0, atol=2e-5)
 
 
 def test_a_result_that_is_used_twice():
