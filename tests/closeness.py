@@ -1,10 +1,12 @@
-"""Trees compared tensor by tensor, each in units of its largest expected value."""
+"""Trees compared tensor by tensor, each in units of its largest expected value or of its length."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 def in_units_of(expected: Any, tree: Any) -> Any:
@@ -21,3 +23,11 @@ def difference(actual: jax.Array, expected: jax.Array) -> float:
     """The largest difference between two tensors, in units of the largest expected value."""
     chex.assert_equal_shape([actual, expected])
     return float(jnp.max(jnp.abs(in_units_of(expected, actual - expected))))
+
+
+def assert_near(own: Sequence[jax.Array], other: Sequence[jax.Array], share: float) -> None:
+    """Each tensor's difference is at most a share of its length."""
+    for a, b in zip(own, other, strict=True):
+        chex.assert_equal_shape((a, b))
+        a, b = (np.asarray(tensor, np.float32) for tensor in (a, b))
+        assert np.linalg.norm(a - b) <= share * np.linalg.norm(b), (a.shape, share)

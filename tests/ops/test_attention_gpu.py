@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from transformations import compiled_gradients
 
 from lbpwht_jax import Residuals
 from lbpwht_jax.ops.attention import attention, packed_attention
@@ -108,12 +109,12 @@ def test_queries_keys_and_values_in_one_array(residuals, dtype):
     """The forward pass is exact; the cotangent is that at the rounded operands, whichever way they are kept."""
     qkv, _, _, g = sample((2, 5, 2, 16))
     qkv, g = jnp.asarray(qkv, dtype), jnp.asarray(g, dtype)
-    result, pullback = jax.vjp(lambda qkv: packed_attention(qkv, residuals), qkv)
-    expected, exact = jax.vjp(attention, *parts(qkv))
+    result, cotangent = compiled_gradients(lambda qkv: packed_attention(qkv, residuals), [qkv], g)
+    expected, *exact = compiled_gradients(attention, parts(qkv), g)
     chex.assert_trees_all_equal(result, expected)
     bits = None if residuals is None else residuals.attention_bits
     most = {4: 0.015, 8: 6e-5, None: 1e-6}[bits]  # rounding to 15 or 255 levels, and to bfloat16's 8 bits
-    actual, wanted = (np.asarray(a, np.float64).ravel() for a in (pullback(g)[0], jnp.stack(exact(g), 2)))
+    actual, wanted = (np.asarray(a, np.float64).ravel() for a in (cotangent, jnp.stack(exact, 2)))
     cosine = actual @ wanted / np.linalg.norm(actual) / np.linalg.norm(wanted)
     assert 1 - cosine < most
 

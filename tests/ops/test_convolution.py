@@ -82,10 +82,10 @@ def test_transformations(name):
     def loss(x, kernel):
         return jnp.sum(convolution(x, kernel, strides, padding, groups) * g)
 
-    gradients = jax.grad(loss, (0, 1))
+    gradients = jax.jit(jax.grad(loss, (0, 1)))
     xs, kernels = (jnp.stack([a, 2 * a]) for a in (x, kernel))
     singly = [gradients(*each) for each in zip(xs, kernels, strict=True)]
-    mapped = jax.vmap(gradients)(xs, kernels)
+    mapped = jax.jit(jax.vmap(gradients))(xs, kernels)
     looped = jax.lax.scan(lambda _, each: (None, jax.grad(jax.checkpoint(loss), (0, 1))(*each)), None, (xs, kernels))[1]
     for results in (mapped, looped):
         for k in range(2):

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from transformations import TRANSFORMS
+from transformations import TRANSFORMS, compiled_gradients, gradients
 
 from lbpwht_jax import low_rank_matmul, lp_l1, lp_linf
 from lbpwht_jax.ops.matmul import Link
@@ -38,18 +38,13 @@ def mlp(x, kernel1, bias1, kernel2, bias2, *, specs, grid, prefix, bits=None, jo
     return low_rank_matmul(h, kernel2, specs[1], grid, prefix, bias=bias2, activation="gelu", **options)
 
 
-def gradients(function, operands, g):
-    result, pullback = jax.vjp(function, *operands)
-    return result, pullback(g)
-
-
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_no_gradient_changes(case):
     *specs, shape, grid, prefix = case
     operands, g = sample(shape)
     of = functools.partial(mlp, specs=specs, grid=grid, prefix=prefix)
-    joined = gradients(of, operands, g)
-    apart = gradients(functools.partial(of, joined=False), operands, g)
+    joined = compiled_gradients(of, operands, g)
+    apart = compiled_gradients(functools.partial(of, joined=False), operands, g)
     # the same sums in another order
     chex.assert_trees_all_close(joined, apart, rtol=0, atol=2e-5)
 
@@ -61,10 +56,10 @@ def test_gradients_from_few_bits(case, bits, share):
     *specs, shape, grid, prefix = case
     operands, g = sample(shape)
     of = functools.partial(mlp, specs=specs, grid=grid, prefix=prefix)
-    exact = jax.tree.leaves(gradients(of, operands, g))
+    exact = compiled_gradients(of, operands, g)
     joined, apart = (
         [float(jnp.linalg.norm(a - b) / jnp.linalg.norm(b)) for a, b in zip(jax.tree.leaves(found), exact, strict=True)]
-        for found in (gradients(functools.partial(of, bits=bits, joined=j), operands, g) for j in (True, False))
+        for found in (compiled_gradients(functools.partial(of, bits=bits, joined=j), operands, g) for j in (True, False))
     )
     assert max(joined) <= max(share, 1.001 * max(apart)), (joined, apart)
 
@@ -93,7 +88,7 @@ def test_frozen_operands(differentiated):
         return mlp(*full, specs=(SPEC, SPEC), grid=(7, 7), prefix=1, joined=joined)
 
     some = [operands[n] for n in differentiated]
-    joined, apart = (gradients(functools.partial(of, joined), some, g) for joined in (True, False))
+    joined, apart = (compiled_gradients(functools.partial(of, joined), some, g) for joined in (True, False))
     chex.assert_trees_all_close(joined, apart, rtol=0, atol=2e-5)
 
 
@@ -104,7 +99,7 @@ def test_transformations(transform):
     operands = 0.3 * x, *others
     of = functools.partial(mlp, specs=(SPEC, SPEC), grid=(7, 7), prefix=1, bits=8)
     transformed = gradients(functools.partial(transform, of), operands, g)
-    chex.assert_trees_all_close(transformed, gradients(of, operands, g), rtol=0, atol=2e-5)
+    chex.assert_trees_all_close(transformed, compiled_gradients(of, operands, g), rtol=0, atol=2e-5)
 
 
 def test_a_result_that_is_used_twice():
@@ -117,7 +112,7 @@ def test_a_result_that_is_used_twice():
         y = low_rank_matmul(h, kernel2, SPEC, (7, 7), 1, bias=bias2, activation="gelu", link=link)
         return y + jnp.sum(h, -1, keepdims=True)
 
-    joined, apart = (gradients(functools.partial(of, joined=joined), operands, g) for joined in (True, False))
+    joined, apart = (compiled_gradients(functools.partial(of, joined=joined), operands, g) for joined in (True, False))
     chex.assert_trees_all_close(joined, apart, rtol=0, atol=5e-5)
 
 
@@ -130,7 +125,7 @@ def test_what_is_made_of_the_result_is_not_joined():
         h = low_rank_matmul(x, kernel1, SPEC, (7, 7), 1, bias=bias1, link=link)
         return low_rank_matmul(2 * h, kernel2, SPEC, (7, 7), 1, bias=bias2, activation="gelu", slope_bits=8, link=link)
 
-    joined, apart = (gradients(functools.partial(of, joined=joined), operands, g) for joined in (True, False))
+    joined, apart = (compiled_gradients(functools.partial(of, joined=joined), operands, g) for joined in (True, False))
     chex.assert_trees_all_equal(joined, apart)
 
 

@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from normed import assert_near, gradients, running
-from transformations import TRANSFORMS
+from closeness import assert_near
+from normed import running
+from transformations import TRANSFORMS, compiled_gradients, gradients
 
 from lbpwht_jax import LowRankDense, low_rank_matmul, lp_l1
 from lbpwht_jax.ops.affine import apply
@@ -39,16 +40,16 @@ def mlp(x, kernel1, bias1, kernel2, bias2, norm1, norm2, *, joined=True, bits=8)
 
 def test_wide_dtypes_are_as_in_steps():
     operands, g = sample(jnp.float32)
-    steps = gradients(functools.partial(mlp, joined=False, bits=None), operands, g)
+    steps = compiled_gradients(functools.partial(mlp, joined=False, bits=None), operands, g)
     # the same sums in another order
-    chex.assert_trees_all_close(gradients(functools.partial(mlp, bits=None), operands, g), steps, rtol=0, atol=5e-5)
+    chex.assert_trees_all_close(compiled_gradients(functools.partial(mlp, bits=None), operands, g), steps, rtol=0, atol=5e-5)
 
 
 @pytest.mark.parametrize(("bits", "share"), [(4, 0.15), (8, 0.01)])
 def test_wide_dtypes_keep_means_in_few_bits(bits, share):
     operands, g = sample(jnp.float32)
-    exact = gradients(functools.partial(mlp, joined=False, bits=None), operands, g)
-    own = gradients(functools.partial(mlp, bits=bits), operands, g)
+    exact = compiled_gradients(functools.partial(mlp, joined=False, bits=None), operands, g)
+    own = compiled_gradients(functools.partial(mlp, bits=bits), operands, g)
     assert_near(own, exact, share)
 
 
@@ -63,9 +64,9 @@ def test_a_map_given_to_the_first_layer_is_left_to_the_second(bits):
         behind = running(norm2, bits, x.dtype)
         return low_rank_matmul(h, kernel2, SPEC, bias=bias2, link=link, before=link.deferred, affine=behind)
 
-    given = gradients(functools.partial(mlp, bits=bits), operands, g)
+    given = compiled_gradients(functools.partial(mlp, bits=bits), operands, g)
     # the same sums in another order
-    chex.assert_trees_all_close(gradients(deferring, operands, g), given, rtol=0, atol=5e-5)
+    chex.assert_trees_all_close(compiled_gradients(deferring, operands, g), given, rtol=0, atol=5e-5)
 
 
 def test_no_map_is_left_to_a_layer_that_does_not_ask_for_it():
@@ -90,8 +91,8 @@ def test_a_map_left_behind_is_not_forgotten(spec):
 def test_narrow_dtypes_are_as_exact_steps_in_float32():
     operands, g = sample()
     wide, wide_g = jax.tree.map(lambda a: a.astype(jnp.float32), (operands, g))
-    exact = gradients(functools.partial(mlp, joined=False, bits=None), wide, wide_g)
-    own = gradients(jax.jit(mlp), operands, g)
+    exact = compiled_gradients(functools.partial(mlp, joined=False, bits=None), wide, wide_g)
+    own = compiled_gradients(mlp, operands, g)
     # bfloat16's 8 bits, and the 8 of what is kept, whose errors add up over two layers
     assert_near(own, exact, 0.02)
 
@@ -106,7 +107,7 @@ def test_frozen_operands(frozen):
         return mlp(*given, joined=joined)
 
     others = [operand for n, operand in enumerate(operands) if n != frozen]
-    own, steps = (gradients(functools.partial(of, joined), others, g) for joined in (True, False))
+    own, steps = (compiled_gradients(functools.partial(of, joined), others, g) for joined in (True, False))
     assert_near(own, steps, 0.02)
 
 
@@ -118,7 +119,7 @@ def test_operands_one_by_one(differentiated):
         return mlp(*operands[:differentiated], one, *operands[differentiated + 1 :], joined=joined)
 
     one = [operands[differentiated]]
-    own, steps = (gradients(functools.partial(of, joined), one, g) for joined in (True, False))
+    own, steps = (compiled_gradients(functools.partial(of, joined), one, g) for joined in (True, False))
     assert_near(own, steps, 0.02)
 
 
@@ -127,7 +128,7 @@ def test_operands_one_by_one(differentiated):
 @pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
 def test_transformations(transform, dtype, share):
     operands, g = sample(dtype)
-    assert_near(gradients(functools.partial(transform, mlp), operands, g), gradients(mlp, operands, g), share)
+    assert_near(gradients(functools.partial(transform, mlp), operands, g), compiled_gradients(mlp, operands, g), share)
 
 
 @pytest.mark.usefixtures("absent_gpu")

@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from normed import assert_near, gradients, running
-from transformations import TRANSFORMS
+from closeness import assert_near
+from normed import running
+from transformations import TRANSFORMS, compiled_gradients, gradients
 
 from lbpwht_jax import LowRankDense, low_rank_matmul, lp_l1
 from lbpwht_jax.ops.affine import apply
@@ -52,8 +53,8 @@ SUBJECTS = {"layer": layer, "operation": operation}
 def test_as_exact_steps_in_float32(subject, bits, share):
     operands, g = sample()
     wide, wide_g = jax.tree.map(lambda a: a.astype(jnp.float32), (operands, g))
-    own = gradients(jax.jit(functools.partial(subject, bits=bits)), operands, g)
-    exact = gradients(steps, wide, wide_g)
+    own = compiled_gradients(functools.partial(subject, bits=bits), operands, g)
+    exact = compiled_gradients(steps, wide, wide_g)
     # bfloat16's 8 bits and those of what is kept: steps of 1/127 or 1/7 of (2 + |n|)^2 / 2
     assert_near(own, exact, share)
     assert_near(own[:1], exact[:1], 0.005)
@@ -67,7 +68,7 @@ def test_operands_one_by_one(subject, differentiated):
     def of(function, one):
         return function(*operands[:differentiated], one, *operands[differentiated + 1 :])
 
-    own, other = (gradients(functools.partial(of, f), [operands[differentiated]], g) for f in (subject, steps))
+    own, other = (compiled_gradients(functools.partial(of, f), [operands[differentiated]], g) for f in (subject, steps))
     assert_near(own, other, 0.02)
 
 
@@ -76,7 +77,7 @@ def test_operands_one_by_one(subject, differentiated):
 def test_transformations(transform, subject):
     operands, g = sample()
     # bfloat16's 8 bits, rounded at other places
-    assert_near(gradients(functools.partial(transform, subject), operands, g), gradients(subject, operands, g), 0.02)
+    assert_near(gradients(functools.partial(transform, subject), operands, g), compiled_gradients(subject, operands, g), 0.02)
 
 
 @pytest.mark.parametrize("subject", SUBJECTS.values(), ids=SUBJECTS)

@@ -101,14 +101,14 @@ def test_transformations(bits):
         return jax.grad(lambda *a: jnp.sum(layer_norm(*a, 1e-6, bits, jnp.float32) ** 3), (0, 1, 2))(x, scale, bias)
 
     expected = jax.jit(gradient)(x, scale, bias)
-    mapped = jax.vmap(gradient, (0, None, None))(x, scale, bias)
+    mapped = jax.jit(jax.vmap(gradient, (0, None, None)))(x, scale, bias)
     chex.assert_trees_all_close(mapped[0], expected[0], atol=1e-3, rtol=1e-4)  # sums in another order
     for own, whole in zip(mapped[1:], expected[1:], strict=True):
         chex.assert_trees_all_close(own.sum(0), whole, atol=1e-2, rtol=1e-4)
     mesh = jax.make_mesh((4,), ("batch",), axis_types=(jax.sharding.AxisType.Auto,))
     sharded = jax.jit(jax.shard_map(gradient, mesh=mesh, in_specs=(P("batch"), P(), P()), out_specs=(P("batch"), P(), P())))
     chex.assert_trees_all_close(sharded(x, scale, bias), expected, atol=1e-2, rtol=1e-4)
-    chex.assert_trees_all_close(jax.checkpoint(gradient)(x, scale, bias), expected, atol=1e-3, rtol=1e-4)
+    chex.assert_trees_all_close(jax.jit(jax.checkpoint(gradient))(x, scale, bias), expected, atol=1e-3, rtol=1e-4)
 
 
 def test_bfloat16_and_float64():
