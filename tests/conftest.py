@@ -2,12 +2,15 @@
 
 Tests spend most of their time compiling programs that run once. So XLA leaves out LLVM's optimisations and emits code in the
 ways that compile fastest, unless XLA_FLAGS says otherwise: ``XLA_FLAGS=--xla_backend_optimization_level=3 pytest tests/ops``.
-What took longer to compile is kept while the process lives: a run, and the run that goes on from it, compile the same program.
+In the rooms of whole runs, what took longer to compile is kept while the process lives: a run, and the run that goes on from
+it, compile the same program. Elsewhere a program is seldom met again, and keeping it costs an eighth of compiling it.
 """
 
 import gc
+import math
 import os
 import tempfile
+import zlib
 
 import hypothesis
 import jax
@@ -35,7 +38,15 @@ jax.config.update("jax_num_cpu_devices", DEVICES)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_compilation_cache_dir", PROGRAMS.name)
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+ROOMS_OF_RUNS = ("cli", "train")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _kept_programs(request):
+    """Keeps what took 0.2 s to compile where it is met again."""
+    seconds = 0.2 if request.path.parent.name in ROOMS_OF_RUNS else math.inf
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", seconds)
 
 
 # Files that take longest, in the order in which workers should take them: with the short ones last, no worker waits long for
@@ -60,14 +71,23 @@ LONGEST = (
 )
 
 
+def pytest_addoption(parser):
+    parser.addoption("--one-in", type=int, default=1, metavar="N", help="run one test in N, drawn by their names")
+
+
 def pytest_configure(config):
     config.addinivalue_line("filterwarnings", "error")
     # JAX 0.11 and later warn so of every kernel for GPUs that is lowered
     config.addinivalue_line("filterwarnings", "ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
     """Puts the longest files first; pytest-xdist hands files out in this order (``--no-loadscope-reorder``)."""
+    drawn = {True: [], False: []}
+    for item in items:
+        drawn[zlib.crc32(item.nodeid.encode()) % config.getoption("--one-in") == 0].append(item)
+    config.hook.pytest_deselected(items=drawn[False])
+    items[:] = drawn[True]
     places = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: places.get(item.path.stem, len(places)))
 
