@@ -1,16 +1,15 @@
 """Counts every model of the registry for ``lbpwht models``.
 
     python experiments/model_table.py
-    python experiments/model_table.py --check
 
-Counting takes a while, so the table comes with the package: lbpwht_jax/bundled/models.json.
+Counting takes a while, so the table comes with the package: lbpwht_jax/bundled/models.json. Tests compare it with the models
+(``pytest -m heavy tests/cli/test_models.py``).
 """
 
 import functools
 import json
 import math
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -50,12 +49,8 @@ def describe(name: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Writes the table; with ``--check``, says whether it is what would be written."""
-    text = json.dumps({name: describe(name) for name in list_models()}, indent=2) + "\n"
-    if "--check" not in sys.argv:
-        TABLE.write_text(text)
-    elif TABLE.read_text() != text:
-        sys.exit(f"{TABLE.name} is not what {Path(__file__).name} writes; run it")
+    """Writes the table."""
+    TABLE.write_text(json.dumps({name: describe(name) for name in list_models()}, indent=2) + "\n")
 
 
 if __name__ == "__main__":
