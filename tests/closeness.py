@@ -26,8 +26,8 @@ def difference(actual: jax.Array, expected: jax.Array) -> float:
 
 
 def assert_near(own: Sequence[jax.Array], other: Sequence[jax.Array], share: float) -> None:
-    """Each tensor's difference is at most a share of its length."""
+    """Each tensor's difference is less than a share of its length, which is not zero."""
     for a, b in zip(own, other, strict=True):
         chex.assert_equal_shape((a, b))
         a, b = (np.asarray(tensor, np.float32) for tensor in (a, b))
-        assert np.linalg.norm(a - b) <= share * np.linalg.norm(b), (a.shape, share)
+        assert np.linalg.norm(a - b) < share * np.linalg.norm(b), (a.shape, share)

@@ -3,7 +3,7 @@
 Tests spend most of their time compiling programs that run once. So XLA leaves out LLVM's optimisations and emits code in the
 ways that compile fastest, unless XLA_FLAGS says otherwise: ``XLA_FLAGS=--xla_backend_optimization_level=3 pytest tests/ops``.
 In the rooms of whole runs, what took longer to compile is kept while the process lives: a run, and the run that goes on from
-it, compile the same program. Elsewhere a program is seldom met again, and keeping it costs an eighth of compiling it.
+it, compile the same program. Elsewhere a program is seldom met again, and writing it would take longer than it saves.
 """
 
 import gc
@@ -82,7 +82,10 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Puts the longest files first; pytest-xdist hands files out in this order (``--no-loadscope-reorder``)."""
+    """Leaves out what ``--one-in`` does not draw, and puts the longest files first.
+
+    pytest-xdist hands files out in this order (``--no-loadscope-reorder``).
+    """
     drawn = {True: [], False: []}
     for item in items:
         drawn[zlib.crc32(item.nodeid.encode()) % config.getoption("--one-in") == 0].append(item)

@@ -127,6 +127,8 @@ def test_low_rank_reaches_every_dense_layer(case):
     }
     assert changed == {f"{layer}/kernel" for layer in case.low_rank}
     assert difference(logits, case.logits) < 1e-5  # float32 rounding
+    chex.assert_trees_all_equal_dtypes(gradients, case.gradients)
+    chex.assert_tree_all_finite(gradients)
 
 
 def test_the_papers_choice_is_every_dense_layer_of_the_blocks(case):
